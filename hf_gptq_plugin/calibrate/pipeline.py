@@ -1,0 +1,237 @@
+"""Quantize a model in place: block by block, and in a block layer by layer in the order in which they run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from ..format.grid import QuantizedWeight
+from ..format.spec import CheckpointConfig, QuantSpec
+from ..nn.linear import QuantLinear
+from ..solve.gptq import SolveReport, SolveSettings, solve
+from ..solve.hessian import Hessian, SolveError
+from .walk import Block, WalkError, feed, find_blocks, find_stages, linears, record_calls
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What happened to one layer: its name, spec, the tokens its Hessian saw, and the solve."""
+
+    name: str
+    spec: QuantSpec
+    tokens: int
+    solve: SolveReport
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to quantize, and how.
+
+    Args:
+        checkpoint: specs of the modules.
+        settings: of the solver.
+        true_sequential: let every layer see its quantized predecessors within the block.
+        modules: only these names within a block, in lists as the stock config has them; None for all.
+        block_name: name of the list of blocks; None to find it.
+    """
+
+    checkpoint: CheckpointConfig
+    settings: SolveSettings
+    true_sequential: bool = True
+    modules: list[list[str]] | None = None
+    block_name: str | None = None
+
+
+@torch.no_grad()
+def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[LayerReport]:
+    """Replace a model's linear layers by quantized ones.
+
+    Every layer is solved on the inputs it will meet, those that the layers already quantized produce.
+
+    Args:
+        model: a Transformers model; its blocks' linear layers (and its output embedding, where asked) are replaced
+            in place. On an error it is left partly quantized and must not be used.
+        windows: calibration token ids, int64 `[tokens]` each.
+        plan: what and how.
+
+    Returns:
+        A report per layer, in order of execution.
+
+    Raises:
+        WalkError: a structure that is not understood, or nothing to quantize.
+        SolveError: a layer that cannot be solved, by name.
+    """
+    start = time.perf_counter()
+    name, blocks = find_blocks(model, plan.block_name)
+    specs = _specs(name, blocks, plan)
+    if not specs:
+        raise WalkError(f"no linear layer of {name} is left to quantize; loosen dynamic or modules_in_block_to_quantize")
+    _warn_of_fused_weights(blocks)
+    training = model.training
+    model.eval()
+    reports: list[LayerReport] = []
+    try:
+        chain, hiddens = record_calls(model, name, blocks, windows)
+        layers = len(specs) + int(plan.checkpoint.lm_head)
+        with tqdm(total=layers, desc="Quantizing", unit="layer", smoothing=0.05) as bar:
+            for block in chain:
+                for report in _quantize_block(block, hiddens, specs, plan):
+                    reports.append(report)
+                    bar.update()
+                    bar.set_postfix_str(f"{report.name}, error {report.solve.relative_error:.2%}")
+                hiddens = [block.run(hidden, window) for window, hidden in enumerate(hiddens)]
+                block.calls.clear()
+            if plan.checkpoint.lm_head:
+                reports.append(_quantize_head(model, windows, plan))
+                bar.update()
+    finally:
+        model.train(training)
+    logger.info("Quantized %d layers in %.0f s.", len(reports), time.perf_counter() - start)
+    return reports
+
+
+def _specs(name: str, blocks: nn.ModuleList, plan: Plan) -> dict[str, QuantSpec]:
+    wanted = None if plan.modules is None else {m for stage in plan.modules for m in stage}
+    specs = {}
+    for i, block in enumerate(blocks):
+        for local in linears(block):
+            full = f"{name}.{i}.{local}"
+            spec = plan.checkpoint.for_module(full)
+            if spec is not None and (wanted is None or local in wanted):
+                specs[full] = spec
+    if wanted is not None:
+        known = {local for block in blocks for local in linears(block)}
+        unknown = sorted(wanted - known)
+        if unknown:
+            raise WalkError(
+                f"modules_in_block_to_quantize names {unknown[0]!r}; the blocks of {name} have {', '.join(sorted(known))}"
+            )
+    return specs
+
+
+def _quantize_block(
+    block: Block, hiddens: list[Tensor], specs: dict[str, QuantSpec], plan: Plan
+) -> Iterable[LayerReport]:
+    targets = {
+        local: layer for local, layer in linears(block.module).items() if f"{block.name}.{local}" in specs
+    }
+    if not targets:
+        return
+    groups = find_stages(block, hiddens[0], targets)
+    uncalled = sorted(set(targets) - {local for group in groups for local in group})
+    if uncalled:
+        raise WalkError(
+            f"{block.name}.{uncalled[0]} takes no part in the forward pass on the calibration text; exclude it with "
+            'dynamic={"-:<regex>": {}}'
+        )
+    phases = [[group] for group in groups] if plan.true_sequential else [groups]
+    for phase in phases:
+        solved = {}
+        for group in phase:
+            hessian = _hessian(block, hiddens, targets[group[0]])
+            for local in group:
+                full = f"{block.name}.{local}"
+                solved[local] = solve_layer(full, targets[local], hessian, specs[full], plan.settings)
+        for local, (quantized, report) in solved.items():
+            _replace(block.module, local, targets[local], quantized)
+            yield report
+
+
+def _hessian(block: Block, hiddens: list[Tensor], layer: nn.Module) -> Hessian:
+    hessian: Hessian | None = None
+
+    def see(x: Tensor) -> None:
+        nonlocal hessian
+        if hessian is None:
+            hessian = Hessian(x.shape[-1], x.device)
+        hessian.add(x)
+
+    feed(block, layer, hiddens, see)
+    return hessian or Hessian(0)
+
+
+def solve_layer(
+    name: str, layer: nn.Module, hessian: Hessian, spec: QuantSpec, settings: SolveSettings
+) -> tuple[QuantizedWeight, LayerReport]:
+    """Solve one layer; errors name it."""
+    weight = dense_weight(layer)
+    try:
+        quantized, report = solve(weight, hessian.mean().to(weight.device), spec, settings)
+    except SolveError as error:
+        raise SolveError(f"{name}: {error}") from None
+    if report.damp_percent > settings.damp_percent:
+        logger.warning(
+            "%s: the Hessian was not positive definite with damp_percent=%g; solved with %g.",
+            name, settings.damp_percent, report.damp_percent,
+        )  # fmt: skip
+    return quantized, LayerReport(name, spec, hessian.tokens, report)
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """A layer's weight as `[N, K]`, brought back where accelerate offloaded it."""
+    from accelerate.utils import align_module_device
+
+    with align_module_device(layer):
+        weight = layer.weight.detach()
+        return (weight.T if isinstance(layer, Conv1D) else weight).clone()
+
+
+def _replace(root: nn.Module, name: str, layer: nn.Module, quantized: QuantizedWeight) -> None:
+    """Put a QuantLinear in the place of `layer`, on the same device and with the same offloading."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+    from accelerate.utils import align_module_device
+
+    with align_module_device(layer):
+        bias = layer.bias if isinstance(layer.bias, Tensor) else None
+        new = QuantLinear.from_quantized(quantized, bias, layer.weight.dtype)
+    new.train(layer.training)
+    hook = getattr(layer, "_hf_hook", None)
+    if isinstance(hook, AlignDevicesHook) and hook.offload:
+        add_hook_to_module(new, AlignDevicesHook(execution_device=hook.execution_device, offload=True))
+    root.set_submodule(name, new)
+
+
+@torch.no_grad()
+def _quantize_head(model: nn.Module, windows: list[Tensor], plan: Plan) -> LayerReport:
+    """Quantize the output embedding on the hidden states that the quantized model gives it."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if not isinstance(head, nn.Linear):
+        raise WalkError(f"lm_head=True, but {type(model).__name__} has no linear output embedding")
+    name = next(n for n, m in model.named_modules() if m is head)
+    spec = plan.checkpoint.for_module(name) or plan.checkpoint.spec
+    calls = [((), {"input_ids": ids[None].to(head.weight.device), "use_cache": False}) for ids in windows]
+    hessian = Hessian(head.in_features, head.weight.device)
+    whole = Block("", _Whole(model), calls)
+    feed(whole, head, [torch.empty(0)] * len(windows), hessian.add)
+    quantized, report = solve_layer(name, head, hessian, spec, plan.settings)
+    _replace(model, name, head, quantized)
+    return report
+
+
+class _Whole(nn.Module):
+    """A model as a block that ignores the hidden states it is handed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, hidden: Tensor, **kwargs: object) -> object:
+        return self.model(**kwargs)
+
+
+def _warn_of_fused_weights(blocks: nn.ModuleList) -> None:
+    fused = [name for name, p in blocks[0].named_parameters() if p.dim() == 3 and p.is_floating_point()]
+    if fused:
+        logger.warning(
+            "Expert weights that are fused into one tensor (%s) are not quantized; they stay in %s.",
+            ", ".join(fused), next(blocks[0].parameters()).dtype,
+        )  # fmt: skip

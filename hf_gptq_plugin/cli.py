@@ -1,0 +1,184 @@
+"""The command `hf-gptq`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .calibrate.data import NAMED, CalibrationError
+from .calibrate.walk import WalkError
+from .native import NativeError
+from .solve.hessian import SolveError
+
+app = typer.Typer(
+    name="hf-gptq",
+    help="GPTQ for Transformers and vLLM: quantize, evaluate, check.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=False)
+
+# What a user can mend; everything else is a defect of ours and shows its traceback.
+USER_ERRORS = (CalibrationError, WalkError, SolveError, NativeError, ValueError, OSError, ImportError)
+
+Dtype = Annotated[
+    str, typer.Option(help="dtype of the unquantized parts and of the arithmetic: float32, bfloat16, float16, auto.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def main() -> None:
+    """Entry point: errors a user can mend are one line on stderr and exit code 1."""
+    try:
+        app(standalone_mode=True)
+    except USER_ERRORS as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
+        Console(stderr=True, highlight=False).print(str(error), markup=False, soft_wrap=True)
+        sys.exit(1)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Folder or Hub name of the dense model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the checkpoint to.")],
+    bits: Annotated[int, typer.Option(help="Width of a code: 2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Input features per scale; -1 for one group.")] = 128,
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric or asymmetric grid.")] = True,
+    desc_act: Annotated[bool, typer.Option(help="Let groups follow the solve order (g_idx).")] = False,
+    calibration: Annotated[
+        str, typer.Option(help=f"Text file, or the name of a data set: {', '.join(NAMED)}.")
+    ] = "wikitext2",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    seqlen: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 512,
+    seed: Annotated[int, typer.Option(help="Which windows are drawn from a longer text.")] = 0,
+    damp_percent: Annotated[float, typer.Option(help="Damping, as a fraction of the Hessian diagonal's mean.")] = 0.01,
+    checkpoint_format: Annotated[str, typer.Option("--format", help="gptq (v1) or gptq_v2.")] = "gptq",
+    lm_head: Annotated[bool, typer.Option(help="Quantize the output embedding too.")] = False,
+    dtype: Dtype = "auto",
+    device_map: Annotated[str, typer.Option(help="Where the model is loaded, e.g. cpu, cuda, auto.")] = "cpu",
+) -> None:
+    """Quantize MODEL and write a GPTQ checkpoint to OUT.
+
+    Example: hf-gptq quantize ./smollm2 ./smollm2-4bit --group-size 64 --calibration corpus.txt --samples 64
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .config import GPTQConfig
+    from .hf.saving import save_checkpoint
+
+    start = time.perf_counter()
+    dataset = calibration if calibration in NAMED else [_read_text(calibration)]
+    config = GPTQConfig(
+        bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, dataset=dataset, samples=samples, seqlen=seqlen,
+        seed=seed, damp_percent=damp_percent, format=checkpoint_format, lm_head=lm_head,
+    )  # fmt: skip
+    if out.is_file():
+        raise ValueError(f"OUT={str(out)!r} is a file; name a folder")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    config.tokenizer = tokenizer
+    quantized = AutoModelForCausalLM.from_pretrained(
+        model, quantization_config=config, dtype=_dtype(dtype), device_map=device_map
+    )
+    save_checkpoint(quantized, out, tokenizer=tokenizer)
+    size = sum(f.stat().st_size for f in out.glob("*.safetensors"))
+    layers = len(quantized.hf_quantizer.reports)
+    console.print(
+        f"Quantized {layers} layers to {bits} bit in {time.perf_counter() - start:.0f} s; "
+        f"{out} holds {size / 1e6:.1f} MB of weights."
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub name, quantized or not.")],
+    text: Annotated[Path, typer.Option(help="Text file.")],
+    windows: Annotated[int, typer.Option(help="Windows, from the beginning; 0 for all.")] = 8,
+    seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
+    dtype: Dtype = "float32",
+    device_map: Annotated[str, typer.Option(help="Where the model is loaded.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Perplexity of MODEL on a text.
+
+    Example: hf-gptq eval ./smollm2-4bit --text held-out.txt --windows 8 --seqlen 2048
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import hf_gptq_plugin  # noqa: F401  (registers)
+
+    from .hf.evaluate import perplexity, text_windows
+
+    content = _read_text(str(text))
+    pieces = text_windows(AutoTokenizer.from_pretrained(model), content, seqlen, windows or None)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=_dtype(dtype), device_map=device_map)
+    start = time.perf_counter()
+    value = perplexity(loaded, pieces)
+    seconds = time.perf_counter() - start
+    tokens = sum(p.shape[1] for p in pieces)
+    if as_json:
+        result = {"model": model, "perplexity": value, "windows": len(pieces), "seqlen": seqlen, "tokens": tokens}
+        print(json.dumps(result))
+        return
+    console.print(f"perplexity {value:.4f}  ({len(pieces)} windows, {tokens} tokens, {seconds:.0f} s)")
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What is installed, what works, and what to do about what does not. Exit code 1 where something is broken."""
+    from . import native
+    from .diagnose import findings
+
+    rows = findings()
+    broken = any(row.state == "broken" for row in rows)
+    if as_json:
+        print(json.dumps({"native": vars(native.status()), "checks": [vars(row) for row in rows]}))
+    else:
+        table = Table(show_header=True, header_style="bold")
+        for column in ("", "part", "what was found"):
+            table.add_column(column, overflow="fold")
+        marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "broken": "[red]broken[/]"}
+        for row in rows:
+            table.add_row(marks[row.state], row.part, row.detail)
+        console.print(table)
+    raise typer.Exit(1 if broken else 0)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Folder for what is made.")] = Path("hf-gptq-demo"),
+    samples: Annotated[int, typer.Option(help="Calibration windows of 512 tokens.")] = 32,
+    windows: Annotated[int, typer.Option(help="Held-out windows of 1024 tokens.")] = 6,
+    steps: Annotated[int, typer.Option(help="Training steps of the adapter.")] = 8,
+) -> None:
+    """Quantize SmolLM2-135M-Instruct, evaluate, save, reload, train a LoRA adapter, and serve both in vLLM."""
+    from .demo import run
+
+    run(folder, samples, windows, steps, console)
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except FileNotFoundError:
+        raise CalibrationError(
+            f"{path} is neither a file nor the name of a data set ({', '.join(NAMED)})"
+        ) from None
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+    if name not in names:
+        raise ValueError(f"--dtype={name!r} is not supported; use one of {', '.join(names)}")
+    return names[name]
+

@@ -1,0 +1,192 @@
+"""GPTQConfig: Transformers' own, plus what it lacks, and the JSON that goes into a checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import GPTQConfig as StockGPTQConfig
+
+from .format.spec import CheckpointConfig, QuantSpec, check_dynamic
+from .solve.gptq import SolveSettings
+from .version import __version__
+
+__all__ = ["GPTQConfig"]
+
+# What only a calibration needs. It is recorded under `meta`, never written as fields: readers would not know them,
+# and a tokenizer or a whole data set does not belong into a config.json.
+_CALIBRATION = ("tokenizer", "dataset", "samples", "seqlen", "seed", "order", "scale_search", "blocksize")
+# Fields of the stock config that describe how others quantize or load; they say nothing about a checkpoint.
+_NOT_WRITTEN = (
+    "act_group_aware", "batch_size", "block_name_to_quantize", "cache_block_outputs", "max_input_length", "model_seqlen",
+    "module_name_preceding_first_block", "pad_token_id", "format",
+)  # fmt: skip
+
+
+class GPTQConfig(StockGPTQConfig):
+    """How to quantize, or what a checkpoint says about itself. Takes every argument of the stock `GPTQConfig`.
+
+    Args:
+        bits: 2, 3, 4 or 8.
+        tokenizer: tokenizer, or the name or path of one; the model's own by default.
+        dataset: calibration text: a list of strings, a list of token-id lists, or the name of a data set
+            ("wikitext2", "c4"; needs the `data` extra).
+        group_size: input features per scale; -1 for one group. Need not divide the width.
+        damp_percent: damping as a fraction of the Hessian diagonal's mean; raised by itself where needed.
+        desc_act: let groups follow the solve order (stored in g_idx). Off, columns are still solved in that order.
+        sym: symmetric grid.
+        dynamic: rules of single modules as GPTQModel writes them: `{"+:regex": {"bits": 8}, "-:regex": {}}`.
+        lm_head: quantize the output embedding too.
+        samples: calibration windows.
+        seqlen: tokens per window.
+        seed: which windows are drawn from a longer text.
+        order: "hessian" or "natural", see `SolveSettings`.
+        scale_search: "mse" or "minmax", see `choose_scales`.
+        blocksize: columns per lazy batch of the solver.
+        **stock: see `transformers.GPTQConfig`. An unknown name raises TypeError.
+
+    Raises:
+        ValueError: a value that is not supported, naming the field and what is accepted.
+    """
+
+    def __init__(
+        self,
+        bits: int = 4,
+        tokenizer: Any = None,
+        dataset: Any = None,
+        group_size: int = 128,
+        damp_percent: float = 0.01,
+        desc_act: bool = False,
+        act_group_aware: bool = False,
+        sym: bool = True,
+        *,
+        dynamic: Mapping[str, Mapping[str, Any]] | None = None,
+        lm_head: bool = False,
+        samples: int = 128,
+        seqlen: int = 512,
+        seed: int = 0,
+        order: str = "hessian",
+        scale_search: str = "mse",
+        blocksize: int = 128,
+        modules_in_block_to_quantize: list[Any] | None = None,
+        **stock: Any,
+    ) -> None:
+        self.dynamic = dict(dynamic or {})
+        self.lm_head = lm_head
+        self.samples = samples
+        self.seqlen = seqlen
+        self.seed = seed
+        self.order = order
+        self.scale_search = scale_search
+        self.blocksize = blocksize
+        super().__init__(
+            bits=bits,
+            tokenizer=tokenizer,
+            dataset=dataset,
+            group_size=group_size,
+            damp_percent=damp_percent,
+            desc_act=desc_act,
+            act_group_aware=act_group_aware and not desc_act,
+            sym=sym,
+            **stock,
+        )
+        # The stock check of this field asks for an installed optimum, which plays no part here.
+        self.modules_in_block_to_quantize = modules_in_block_to_quantize
+
+    @classmethod
+    def from_stock(cls, config: StockGPTQConfig) -> GPTQConfig:
+        """Ours from a stock config: its fields, and our defaults for the rest."""
+        if isinstance(config, cls):
+            return config
+        fields = {k: v for k, v in vars(config).items() if k != "quant_method"}
+        return cls(**fields)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """From a checkpoint's JSON. Fields that are not ours (other writers leave many) are ignored."""
+        CheckpointConfig.from_dict(config_dict)
+        known = _signature_names()
+        fields = {k: v for k, v in config_dict.items() if k in known}
+        damp = fields.get("damp_percent")
+        if not (isinstance(damp, float) and 0 < damp < 1):
+            fields.pop("damp_percent", None)  # only ever a record in a finished checkpoint
+        # Calibration text that some writers leave in a config.json is not read back.
+        for name in ("dataset", "tokenizer"):
+            fields.pop(name, None)
+        fmt = config_dict.get("checkpoint_format") or config_dict.get("format") or "gptq"
+        fields["format"] = fmt.lower()
+        return super().from_dict(fields, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    def post_init(self) -> None:
+        """Check every field. Called by the constructor."""
+        spec = self.spec
+        check_dynamic(spec, self.dynamic)
+        self.settings  # noqa: B018  (raises on a field that cannot be)
+        for name, least in (("samples", 1), ("seqlen", 2)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+        if not isinstance(self.lm_head, bool):
+            raise ValueError(f"lm_head={self.lm_head!r} is not supported; use True or False")
+        if self.backend is None:
+            self.backend = "auto"
+
+    @property
+    def spec(self) -> QuantSpec:
+        """What holds for modules without a rule of their own."""
+        return QuantSpec(self.bits, self.group_size, self.sym, self.desc_act, self.format)
+
+    @property
+    def settings(self) -> SolveSettings:
+        """How layers are solved."""
+        return SolveSettings(
+            damp_percent=self.damp_percent,
+            order=self.order,
+            scale_search=self.scale_search,
+            blocksize=self.blocksize,
+        )
+
+    @property
+    def checkpoint(self) -> CheckpointConfig:
+        """The part that describes a checkpoint."""
+        return CheckpointConfig(self.spec, dict(self.dynamic), self.lm_head)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON for a checkpoint: standard fields only, everything else under `meta`."""
+        written = {k: v for k, v in vars(self).items() if k not in _CALIBRATION and k not in _NOT_WRITTEN}
+        out = copy.deepcopy({k: v for k, v in written.items() if v is not None})
+        out["quant_method"] = "gptq"
+        out["checkpoint_format"] = out["format"] = self.format
+        if not self.dynamic:
+            out.pop("dynamic")
+        return out
+
+    def record_calibration(self, tokens: int, windows: int) -> None:
+        """Note under `meta` what the checkpoint was made by and from."""
+        dataset = self.dataset if isinstance(self.dataset, str) else "text passed by the caller"
+        self.meta = {
+            **(self.meta or {}),
+            "quantizer": [f"hf_gptq_plugin:{__version__}"],
+            "calibration": {
+                "dataset": dataset,
+                "windows": windows,
+                "seqlen": self.seqlen,
+                "tokens": tokens,
+                "seed": self.seed,
+            },
+            "solver": {"order": self.order, "scale_search": self.scale_search, "static_groups": True},
+        }
+
+
+def _signature_names() -> set[str]:
+    import inspect
+
+    names = set(inspect.signature(GPTQConfig.__init__).parameters) | set(
+        inspect.signature(StockGPTQConfig.__init__).parameters
+    )
+    return names - {"self", "stock", "kwargs"}
+
+
+# Transformers compares the class names of a checkpoint's config and the caller's.
+assert GPTQConfig.__name__ == StockGPTQConfig.__name__

@@ -1,0 +1,1 @@
+"""What a quantized tensor and a checkpoint are. Needs torch and safetensors only."""

@@ -1,0 +1,1 @@
+"""Transformers and PEFT: the quantizer, and what a saved checkpoint says about itself."""

@@ -1,0 +1,255 @@
+"""The HfQuantizer that `from_pretrained` calls for `quant_method="gptq"`: calibrates while loading, loads, saves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+
+from ..calibrate.data import CalibrationError, calibration_windows
+from ..calibrate.pipeline import LayerReport, Plan, quantize_model
+from ..calibrate.walk import LINEAR
+from ..config import GPTQConfig
+from ..format.checkpoint import TensorInfo, agreed_format, check_shapes, quantized_modules, read_headers
+from ..format.spec import CheckpointError, QuantSpec
+from ..nn.linear import QuantLinear
+from .saving import attach_saving
+
+logger = logging.getLogger(__name__)
+
+_STOCK: dict[str, Any] = {}
+
+
+def register() -> None:
+    """Take over `quant_method="gptq"` in Transformers. Done by `import hf_gptq_plugin`; harmless to repeat."""
+    if auto.AUTO_QUANTIZER_MAPPING.get("gptq") is GptqQuantizer:
+        return
+    # `register_quantizer` refuses names that are taken.
+    _STOCK["quantizer"] = auto.AUTO_QUANTIZER_MAPPING["gptq"]
+    _STOCK["config"] = auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"]
+    auto.AUTO_QUANTIZER_MAPPING["gptq"] = GptqQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = GPTQConfig
+
+
+def unregister() -> None:
+    """Give `quant_method="gptq"` back to Transformers' own quantizer."""
+    if _STOCK:
+        auto.AUTO_QUANTIZER_MAPPING["gptq"] = _STOCK.pop("quantizer")
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = _STOCK.pop("config")
+
+
+class GptqQuantizer(HfQuantizer):
+    """GPTQ for Transformers.
+
+    Not pre-quantized: after the dense weights are loaded, calibrates and replaces the linear layers in place.
+    Pre-quantized: replaces exactly the modules for which the checkpoint has codes, checks the headers before
+    anything is loaded and the values after.
+    """
+
+    quantization_config: GPTQConfig
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(GPTQConfig.from_stock(quantization_config), **kwargs)
+        self._scales_dtypes: set[torch.dtype] = set()
+        self.reports: list[LayerReport] = []
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on the quantized model."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The ops have fakes and trace."""
+        return True
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """`save_pretrained` writes a GPTQ checkpoint."""
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not self.pre_quantized:
+            return
+        if not checkpoint_files:
+            raise CheckpointError("a GPTQ model can only be loaded from safetensors files")
+        headers = read_headers(checkpoint_files)
+        modules = quantized_modules(headers)
+        if not modules:
+            raise CheckpointError(
+                "config.json says quant_method=gptq, but no tensor of the checkpoint ends in .qweight; "
+                "the weights are not quantized: remove quantization_config from config.json"
+            )
+        names = renamed(model, modules)
+        checkpoint = self.quantization_config.checkpoint
+        for source, target in names.items():
+            spec = checkpoint.for_module(source) or checkpoint.for_module(target) or checkpoint.spec
+            self._replace_by_empty(model, source, target, spec, modules[source])
+        _require_all_tensors(model, headers)
+
+    def _replace_by_empty(
+        self, model: nn.Module, source: str, target: str, spec: QuantSpec, tensors: Mapping[str, TensorInfo]
+    ) -> None:
+        layer = model.get_submodule(target)
+        if not isinstance(layer, LINEAR):
+            raise CheckpointError(
+                f"the checkpoint holds codes for {source}, which is {type(layer).__name__} in this model; only linear "
+                "layers can be quantized"
+            )
+        in_features, out_features = linear_shape(layer)
+        check_shapes(source, {leaf: t.shape for leaf, t in tensors.items()}, spec, in_features, out_features)
+        new = QuantLinear(
+            in_features,
+            out_features,
+            spec,
+            bias=layer.bias is not None,
+            scales_dtype=tensors["scales"].torch_dtype,
+            dtype=layer.weight.dtype,
+            has_g_idx="g_idx" in tensors,
+        )
+        model.set_submodule(target, new)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.pre_quantized:
+            self._finalize(model)
+        else:
+            self._calibrate(model)
+        model.config.quantization_config = self.quantization_config
+        attach_saving(model)
+        return model
+
+    def _finalize(self, model: nn.Module) -> None:
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+        label = self.quantization_config.format
+        fmt = agreed_format(label, {name: layer.zero_format() for name, layer in layers.items()})
+        for name, layer in layers.items():
+            spec = layer.spec
+            layer.finalize(QuantSpec(spec.bits, spec.group_size, spec.sym, spec.desc_act, fmt), name)
+        self.quantization_config.format = fmt
+
+    def _calibrate(self, model: PreTrainedModel) -> None:
+        config = self.quantization_config
+        windows = calibration_windows(
+            config.dataset,
+            _tokenizer(config.tokenizer, model, config.dataset),
+            config.samples,
+            config.seqlen,
+            config.seed,
+            model.get_input_embeddings().weight.shape[0],
+        )
+        modules = config.modules_in_block_to_quantize
+        if modules is not None:
+            modules = [[m] if isinstance(m, str) else list(m) for m in modules]
+        plan = Plan(
+            config.checkpoint, config.settings, config.true_sequential, modules, config.block_name_to_quantize
+        )
+        self.reports = quantize_model(model, windows, plan)
+        if config.lm_head:
+            _untie(model)
+        config.record_calibration(tokens=sum(w.numel() for w in windows), windows=len(windows))
+        # The text and the tokenizer have served; keeping them would write them into every copy of the config.
+        config.dataset = config.tokenizer = None
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, QuantLinear):
+                model.set_submodule(name, layer.to_linear(dtype))
+        for method in ("save_pretrained", "push_to_hub"):
+            vars(model).pop(method, None)
+        return model
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """in_features and out_features of a dense layer."""
+    shape = layer.weight.shape
+    return (shape[0], shape[1]) if isinstance(layer, Conv1D) else (shape[1], shape[0])
+
+
+def renamed(model: PreTrainedModel, modules: Mapping[str, Any]) -> dict[str, str]:
+    """Names of a checkpoint's quantized modules to those of the model that it is loaded into.
+
+    Raises:
+        CheckpointError: a module that the model does not have; its codes would be dropped and the layer that they
+            belong to would be left with random weights.
+    """
+    expected = model.state_dict()
+    rename = _renamer(model, expected)
+    known = {name for name, _ in model.named_modules()}
+    leaves = {name.rpartition(".")[2] for name in known}
+    names = {}
+    for source in modules:
+        key = rename(f"{source}.weight")
+        target = key.removesuffix(".weight") if key in expected else source
+        if target in known:
+            names[source] = target
+        elif source.rpartition(".")[2] in leaves or ".experts." in source:
+            raise CheckpointError(
+                f"the checkpoint holds codes for {source}, but {type(model).__name__} has no module of that name to "
+                "take them; load it with the class it was made from"
+                + (" (quantized experts are not supported yet)" if ".experts." in source else "")
+            )
+    return names
+
+
+def _renamer(model: PreTrainedModel, expected: Mapping[str, Any]) -> Callable[[str], str]:
+    """How Transformers will rename a checkpoint's keys when it loads them into `model`."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    return lambda key: rename_source_key(key, renamings, converters, model.base_model_prefix, expected)[0]
+
+
+def _require_all_tensors(model: PreTrainedModel, headers: Mapping[str, TensorInfo]) -> None:
+    """Every tensor that belongs to the saved architecture must be in the files: nothing is left to be initialised."""
+    expected = model.state_dict()
+    present = set(map(_renamer(model, expected), headers)) | set(headers)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for target, origin in tied.items():
+        if origin in present or target in present:
+            present |= {target, origin}
+    same_class = type(model).__name__ in (model.config.architectures or [])
+    prefix = model.base_model_prefix + "."
+    for key in expected:
+        if key not in present and (same_class or key.startswith(prefix)):
+            raise CheckpointError(
+                f"{key} is missing from the checkpoint; the checkpoint is incomplete: fetch it again"
+            )
+
+
+def _tokenizer(tokenizer: Any, model: PreTrainedModel, dataset: Any) -> Any:
+    """The tokenizer to calibrate with: the caller's, or the one that lies beside the model."""
+    if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
+        return tokenizer
+    needs_text = isinstance(dataset, str) or (isinstance(dataset, list) and dataset and isinstance(dataset[0], str))
+    if not needs_text:
+        return None
+    from transformers import AutoTokenizer
+
+    source = tokenizer or model.name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(
+            f"no tokenizer could be loaded from {source!r} ({error}); pass GPTQConfig(tokenizer=...)"
+        ) from None
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """A quantized output embedding no longer shares the input embedding's weight."""
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+

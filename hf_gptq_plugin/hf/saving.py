@@ -1,0 +1,107 @@
+"""What `save_pretrained` and `push_to_hub` do beyond Transformers' own: whole writes, `quantize_config.json`, a card."""
+
+from __future__ import annotations
+
+import tempfile
+import types
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..format.checkpoint import write_json, written_whole
+from .card import merged_card, model_card
+
+
+def attach_saving(model: PreTrainedModel) -> None:
+    """Give this one model the methods below; classes of Transformers stay as they are."""
+    model.save_pretrained = types.MethodType(save_pretrained, model)
+    model.push_to_hub = types.MethodType(push_to_hub, model)
+
+
+def save_pretrained(
+    model: PreTrainedModel, save_directory: str | Path, *args: Any, push_to_hub: bool = False, **kwargs: Any
+) -> None:
+    """As `PreTrainedModel.save_pretrained`; files are written beside the folder and moved in when complete.
+
+    Adds `quantize_config.json` (other readers of GPTQ look for it) and, where there is none yet, a README.md.
+    With adapters attached, only they are saved, by Transformers' own method.
+    """
+    stock = type(model).save_pretrained
+    if getattr(model, "_hf_peft_config_loaded", False):
+        stock(model, save_directory, *args, push_to_hub=push_to_hub, **kwargs)
+        return
+    target = Path(save_directory)
+    if target.is_file():
+        raise ValueError(f"save_directory={str(target)!r} is a file; name a folder")
+    hub = {
+        name: kwargs.pop(name)
+        for name in ("repo_id", "commit_message", "private", "create_pr", "revision", "tags")
+        if name in kwargs
+    }
+    main = kwargs.get("is_main_process", True)
+    if not main:
+        stock(model, save_directory, *args, **kwargs)
+        return
+    save_checkpoint(model, target, *args, **kwargs)
+    if push_to_hub:
+        repo_id = hub.pop("repo_id", target.name)
+        model.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
+
+
+def save_checkpoint(
+    model: PreTrainedModel, target: Path, *args: Any, tokenizer: Any = None, **kwargs: Any
+) -> None:
+    """Write a whole checkpoint, the tokenizer with it where one is given, or nothing."""
+    with written_whole(target) as staging:
+        type(model).save_pretrained(model, staging, *args, **kwargs)
+        write_json(staging / "quantize_config.json", model.config.quantization_config.to_dict())
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+        if not (target / "README.md").exists():
+            (staging / "README.md").write_text(model_card(model, target.name), encoding="utf-8")
+
+
+def push_to_hub(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "50GB",
+    tags: list[str] | None = None,
+) -> str:
+    """As `PreTrainedModel.push_to_hub`, with a card that says how the model was quantized and how to load it.
+
+    A card that the repository already has keeps its text; only its metadata are completed.
+
+    Returns:
+        The commit's address.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return type(model).push_to_hub(
+            model, repo_id, commit_message=commit_message, commit_description=commit_description, private=private,
+            token=token, revision=revision, create_pr=create_pr, max_shard_size=max_shard_size, tags=tags,
+        )  # fmt: skip
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        staging = Path(folder) / "model"
+        model.save_pretrained(staging, max_shard_size=max_shard_size)
+        card = merged_card(api, repo_id, model_card(model, repo_id), revision, tags)
+        (staging / "README.md").write_text(card, encoding="utf-8")
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=staging,
+            commit_message=commit_message or "Upload model",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return str(commit)

@@ -1,0 +1,147 @@
+"""Find, load and describe the native library. It is torch-free and has a C ABI (`kernels/include/hf_gptq.h`).
+
+Absent or unloadable, everything still works through PyTorch; `status()` and `hf-gptq doctor` say so. Two
+environment variables: `HF_GPTQ_LIBRARY` names another library file ("none" switches it off), `HF_GPTQ_ISA` forces
+one of its instruction sets.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from ctypes import POINTER, Structure, c_char_p, c_int, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ABI_VERSION = 1
+PACKAGED = Path(__file__).parent / "_native" / "libhf_gptq.so"
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+class NativeError(RuntimeError):
+    """The native library refused a call; the message is the library's own."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What became of the native library.
+
+    Args:
+        state: "loaded", "absent" or "unloadable".
+        path: the file that was looked for.
+        detail: why, or what it was built with.
+        isa: the instruction set in use, "" when not loaded.
+        threads: "torch" when loops run on torch's own pool, "serial" otherwise.
+    """
+
+    state: str
+    path: str
+    detail: str
+    isa: str = ""
+    threads: str = "serial"
+
+
+class Weight(Structure):
+    """`struct hf_gptq_weight` of the C header: one quantized weight as the kernels see it."""
+
+    _fields_ = (
+        ("qweight", c_void_p),
+        ("block_stride", c_int64),
+        ("row_stride", c_int64),
+        ("scales", c_void_p),
+        ("qzeros", c_void_p),
+        ("g_idx", c_void_p),
+        ("perm", c_void_p),
+        ("K", c_int64),
+        ("N", c_int64),
+        ("G", c_int64),
+        ("group_size", c_int64),
+        ("bits", c_int32),
+        ("scale_dtype", c_int32),
+        ("zero_offset", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+_SIGNATURES = {
+    "hf_gptq_linear": (POINTER(Weight), c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p),
+    "hf_gptq_dequantize": (POINTER(Weight), c_void_p, c_int32, c_int64),
+    "hf_gptq_repack": (c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int64),
+    "hf_gptq_solve": (
+        *(c_void_p,) * 7, c_int64, c_int64, c_int64, c_int32, c_int64,
+    ),
+    "hf_gptq_scale_search": (
+        *(c_void_p,) * 3, c_int64, c_int64, c_int64, c_int32, c_int32, c_void_p, c_int64, c_int32,
+        c_void_p, c_void_p, c_int32,
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, Status]:
+    name = os.environ.get("HF_GPTQ_LIBRARY", "")
+    if name == "none":
+        return None, Status("absent", "", "switched off by HF_GPTQ_LIBRARY=none")
+    path = Path(name) if name else PACKAGED
+    if not path.exists():
+        why = "no such file" if name else "the package was built without a C++ compiler"
+        return None, Status("absent", str(path), why)
+    try:
+        library = ctypes.CDLL(str(path))
+        library.hf_gptq_abi_version.restype = c_int32
+        version = library.hf_gptq_abi_version()
+        if version != ABI_VERSION:
+            return None, Status("unloadable", str(path), f"it has ABI {version}, this package needs {ABI_VERSION}")
+        for function, arguments in _SIGNATURES.items():
+            getattr(library, function).argtypes = arguments
+            getattr(library, function).restype = c_int
+        for function in ("hf_gptq_build_info", "hf_gptq_cpu_isa", "hf_gptq_cpu_isa_error", "hf_gptq_error_string"):
+            getattr(library, function).restype = c_char_p
+    except (OSError, AttributeError) as error:
+        return None, Status("unloadable", str(path), str(error))
+    threads = _share_thread_pool(library)
+    detail = library.hf_gptq_build_info().decode()
+    problem = library.hf_gptq_cpu_isa_error()
+    if problem:
+        detail += f"; {problem.decode()}"
+    return library, Status("loaded", str(path), detail, library.hf_gptq_cpu_isa().decode(), threads)
+
+
+def _share_thread_pool(library: ctypes.CDLL) -> str:
+    """Let the library's loops run on torch's own threads, through a C function that libtorch exports."""
+    core = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        parallel_for = ctypes.CDLL(str(core)).torch_parallel_for
+    except (OSError, AttributeError):
+        return "serial"
+    library.hf_gptq_set_parallel_for.argtypes = (c_void_p,)
+    library.hf_gptq_set_parallel_for.restype = None
+    library.hf_gptq_set_parallel_for(ctypes.cast(parallel_for, c_void_p))
+    return "torch"
+
+
+def library() -> ctypes.CDLL | None:
+    """The loaded library, or None."""
+    return _load()[0]
+
+
+def status() -> Status:
+    """Whether the library is loaded, and why not."""
+    return _load()[1]
+
+
+def check(code: int) -> None:
+    """Raise `NativeError` for a nonzero return code."""
+    if code:
+        loaded = library()
+        text = loaded.hf_gptq_error_string(code).decode() if loaded is not None else "no library"
+        raise NativeError(f"native kernel: {text} (code {code})")
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of a tensor's data for a C call; the caller keeps the tensor alive."""
+    return None if tensor is None else tensor.data_ptr()

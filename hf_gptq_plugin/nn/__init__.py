@@ -1,0 +1,1 @@
+"""What runs a quantized model: the ops, and the modules that call them."""

@@ -1,0 +1,286 @@
+"""The two ops that every stack calls, `hf_gptq::linear` and `hf_gptq::dequantize`.
+
+Each has a short PyTorch reference, which is also what runs on devices without a kernel of ours; on the CPU the
+native library takes over. Neither mutates nor aliases its arguments. The choice of a kernel lies inside the op, so
+that a traced graph never branches on the number of tokens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..format import packing
+from ..format.grid import dequantize as dequantize_codes
+from ..format.grid import natural_groups
+from ..format.spec import QuantSpec, words
+
+_WEIGHT = (
+    "Tensor qweight, Tensor scales, Tensor? qzeros, Tensor? g_idx, Tensor? perm, "
+    "int bits, int group_size, int zero_offset"
+)
+_LIBRARY = torch.library.Library("hf_gptq", "DEF")
+_LIBRARY.define(f"linear(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")
+_LIBRARY.define(f"dequantize(int in_features, ScalarType dtype, {_WEIGHT}) -> Tensor")
+
+
+@dataclass(frozen=True)
+class KernelWeight:
+    """A quantized weight `[N, K]` as the ops take it.
+
+    Args:
+        qweight: int32, canonical `[R, N]` or blocked `[ceil(N / 16), R, 16]`.
+        scales: fp16, bf16 or fp32 `[G, N]`.
+        qzeros: canonical int32 `[G, words(N)]`, or None where every zero is `2**(bits - 1)`.
+        g_idx: int32 `[K]`, or None where it is `k // group_size`.
+        perm: int32 `[K]`, or None: row `i` of the codes belongs to input feature `perm[i]`. Rows sorted by
+            group let the kernels walk whole groups.
+        bits: width of a code.
+        group_size: input features per group where g_idx is None, never -1.
+        zero_offset: what is added to a field of qzeros.
+    """
+
+    qweight: Tensor
+    scales: Tensor
+    qzeros: Tensor | None
+    g_idx: Tensor | None
+    perm: Tensor | None
+    bits: int
+    group_size: int
+    zero_offset: int
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """The ops' trailing arguments, in their order."""
+        return (
+            self.qweight, self.scales, self.qzeros, self.g_idx, self.perm,
+            self.bits, self.group_size, self.zero_offset,
+        )  # fmt: skip
+
+    @classmethod
+    def from_canonical(
+        cls, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, spec: QuantSpec, in_features: int
+    ) -> KernelWeight:
+        """Read a checkpoint's tensors as they lie, leaving out what says nothing."""
+        trivial = g_idx is None or bool(
+            torch.equal(g_idx, natural_groups(in_features, spec.group_size, g_idx.device))
+        )
+        zeros = packing.unpack_zeros(qzeros, spec.bits, spec.zero_offset, scales.shape[1])
+        return cls(
+            qweight=qweight,
+            scales=scales,
+            qzeros=None if bool((zeros == 2 ** (spec.bits - 1)).all()) else qzeros,
+            g_idx=None if trivial else g_idx,
+            perm=None,
+            bits=spec.bits,
+            group_size=spec.width(in_features),
+            zero_offset=spec.zero_offset,
+        )
+
+    def packed(self) -> KernelWeight:
+        """In the layout that the kernels of its device like best; bits of the result do not depend on it."""
+        qweight, perm = self.qweight, self.perm
+        if self.g_idx is not None and perm is None:
+            perm = torch.argsort(self.g_idx, stable=True).to(torch.int32)
+            qweight = packing.permute_rows(qweight, self.bits, perm.long())
+        if qweight.device.type == "cpu" and native.library() is not None and qweight.dim() == 2:
+            qweight = _repack(qweight)
+        return replace(self, qweight=qweight, perm=perm)
+
+    def canonical_qweight(self) -> Tensor:
+        """qweight as a checkpoint stores it, `[R, N]`."""
+        qweight = packing.to_canonical(self.qweight, self.scales.shape[1])
+        if self.perm is not None:
+            qweight = packing.permute_rows(qweight, self.bits, torch.argsort(self.perm.long()))
+        return qweight
+
+
+def linear(x: Tensor, weight: KernelWeight, bias: Tensor | None = None) -> Tensor:
+    """`x @ W.T + bias` on a quantized weight.
+
+    Args:
+        x: fp32, bf16 or fp16 `[..., K]`.
+        weight: the weight `[N, K]`.
+        bias: `[N]` in x's dtype, or None.
+
+    Returns:
+        `[..., N]` in x's dtype. On the CPU kernel a row's bits depend on that row alone.
+    """
+    return torch.ops.hf_gptq.linear(x, bias, *weight.arguments)
+
+
+def dequantize(weight: KernelWeight, in_features: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The dense weight `[N, K]` that the codes stand for, computed in fp32 and rounded once to `dtype`."""
+    return torch.ops.hf_gptq.dequantize(in_features, dtype, *weight.arguments)
+
+
+def _dequantize_reference(
+    in_features: int, dtype: torch.dtype, qweight: Tensor, scales: Tensor, qzeros: Tensor | None,
+    g_idx: Tensor | None, perm: Tensor | None, bits: int, group_size: int, zero_offset: int,
+) -> Tensor:  # fmt: skip
+    out_features = scales.shape[1]
+    codes = packing.unpack_codes(packing.to_canonical(qweight, out_features), bits, in_features)
+    if perm is not None:
+        codes = codes[:, torch.argsort(perm.long())]
+    if qzeros is None:
+        zeros = torch.full_like(scales, 2 ** (bits - 1), dtype=torch.int32)
+    else:
+        zeros = packing.unpack_zeros(qzeros, bits, zero_offset, out_features)
+    group = natural_groups(in_features, group_size, scales.device) if g_idx is None else g_idx
+    return dequantize_codes(codes, scales, zeros, group, dtype)
+
+
+def _linear_reference(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
+    return torch.nn.functional.linear(x, _dequantize_reference(x.shape[-1], x.dtype, *weight), bias)
+
+
+def _dequantize_cpu(in_features: int, dtype: torch.dtype, *weight: Any) -> Tensor:
+    library = native.library()
+    if library is None or dtype not in native.DTYPES:
+        return _dequantize_reference(in_features, dtype, *weight)
+    described, keep = _describe(in_features, *weight)
+    out = torch.empty(described.N, in_features, dtype=dtype)
+    native.check(
+        library.hf_gptq_dequantize(ctypes.byref(described), out.data_ptr(), native.DTYPES[dtype], in_features)
+    )
+    del keep
+    return out
+
+
+def _linear_cpu(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
+    library = native.library()
+    if library is None or x.dtype not in native.DTYPES:
+        return _linear_reference(x, bias, *weight)
+    in_features = x.shape[-1]
+    described, keep = _describe(in_features, *weight)
+    rows = x.reshape(-1, in_features)
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    if bias is not None:
+        if bias.shape != (described.N,):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; the weight has out_features={described.N}")
+        bias = bias.to(x.dtype).contiguous()
+    out = x.new_empty((*x.shape[:-1], described.N))
+    native.check(
+        library.hf_gptq_linear(
+            ctypes.byref(described), rows.data_ptr(), native.DTYPES[x.dtype], rows.shape[0], rows.stride(0),
+            native.pointer(bias), out.data_ptr(),
+        )
+    )  # fmt: skip
+    del keep
+    return out
+
+
+def _describe(
+    in_features: int, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, g_idx: Tensor | None,
+    perm: Tensor | None, bits: int, group_size: int, zero_offset: int,
+) -> tuple[native.Weight, tuple[Tensor | None, ...]]:  # fmt: skip
+    """The C description of a weight, and the tensors that must live while it is used.
+
+    Raises:
+        ValueError: shapes or dtypes that do not belong together; native code never sees them.
+    """
+    groups, out_features = scales.shape
+    rows = words(in_features, bits)
+    blocks = -(-out_features // packing.BLOCK)
+    if qweight.dtype != torch.int32 or tuple(qweight.shape) not in (
+        (rows, out_features),
+        (blocks, rows, packing.BLOCK),
+    ):
+        raise ValueError(
+            f"qweight is {qweight.dtype} {tuple(qweight.shape)}; bits={bits}, in_features={in_features} and "
+            f"out_features={out_features} need int32 {(rows, out_features)} or {(blocks, rows, packing.BLOCK)}"
+        )
+    if g_idx is None and (group_size < 1 or groups != -(-in_features // group_size)):
+        raise ValueError(
+            f"scales has {groups} groups; in_features={in_features} and group_size={group_size} need another number"
+        )
+    if scales.dtype not in native.DTYPES:
+        raise ValueError(f"scales has dtype {scales.dtype}; accepted: float32, float16, bfloat16")
+    for name, tensor, shape in (
+        ("qzeros", qzeros, (groups, words(out_features, bits))),
+        ("g_idx", g_idx, (in_features,)),
+        ("perm", perm, (in_features,)),
+    ):
+        if tensor is not None and (tensor.dtype != torch.int32 or tuple(tensor.shape) != shape):
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; it must be int32 {shape}")
+    keep = tuple(t if t is None else t.contiguous() for t in (qweight, scales, qzeros, g_idx, perm))
+    blocked = qweight.dim() == 3
+    described = native.Weight(
+        qweight=native.pointer(keep[0]),
+        block_stride=rows * packing.BLOCK if blocked else packing.BLOCK,
+        row_stride=packing.BLOCK if blocked else out_features,
+        scales=native.pointer(keep[1]),
+        qzeros=native.pointer(keep[2]),
+        g_idx=native.pointer(keep[3]),
+        perm=native.pointer(keep[4]),
+        K=in_features,
+        N=out_features,
+        G=groups,
+        group_size=group_size,
+        bits=bits,
+        scale_dtype=native.DTYPES[scales.dtype],
+        zero_offset=zero_offset,
+    )
+    return described, keep
+
+
+def _repack(qweight: Tensor) -> Tensor:
+    """Canonical to blocked by the native library."""
+    library = native.library()
+    if library is None:
+        return packing.to_blocked(qweight)
+    rows, columns = qweight.shape
+    source = qweight.contiguous()
+    out = torch.empty(-(-columns // packing.BLOCK), rows, packing.BLOCK, dtype=torch.int32)
+    native.check(
+        library.hf_gptq_repack(
+            source.data_ptr(), packing.BLOCK, columns,
+            out.data_ptr(), rows * packing.BLOCK, packing.BLOCK, rows, columns,
+        )
+    )  # fmt: skip
+    return out
+
+
+def _linear_fake(x: Tensor, bias: Tensor | None, qweight: Tensor, scales: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], scales.shape[1]))
+
+
+def _dequantize_fake(
+    in_features: int, dtype: torch.dtype, qweight: Tensor, scales: Tensor, *rest: Any
+) -> Tensor:
+    return scales.new_empty((scales.shape[1], in_features), dtype=dtype)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bias, *weight = inputs
+    ctx.save_for_backward(*weight[:5])
+    ctx.numbers = weight[5:]
+    ctx.in_features, ctx.dtype = x.shape[-1], x.dtype
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """dx = g·Ŵ and db = Σ g; codes, scales and zeros get none."""
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        dense = torch.ops.hf_gptq.dequantize(ctx.in_features, ctx.dtype, *ctx.saved_tensors, *ctx.numbers)
+        grad_x = grad @ dense
+    if ctx.needs_input_grad[1]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return (grad_x, grad_bias, *(None,) * 8)
+
+
+_LIBRARY.impl("linear", _linear_reference, "CompositeExplicitAutograd")
+_LIBRARY.impl("dequantize", _dequantize_reference, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear", _linear_cpu, "CPU")
+_LIBRARY.impl("dequantize", _dequantize_cpu, "CPU")
+torch.library.register_fake("hf_gptq::linear", _linear_fake, lib=_LIBRARY)
+torch.library.register_fake("hf_gptq::dequantize", _dequantize_fake, lib=_LIBRARY)
+torch.library.register_autograd(
+    "hf_gptq::linear", _linear_backward, setup_context=_save_for_backward, lib=_LIBRARY
+)

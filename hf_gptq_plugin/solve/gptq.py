@@ -1,0 +1,208 @@
+"""GPTQ: quantize a weight column by column, letting the columns still free absorb each rounding error."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..format.grid import QuantizedWeight, natural_groups
+from ..format.spec import QuantSpec
+from .hessian import Factor, SolveError, factorize
+from .scales import METHODS, choose_scales
+
+ORDERS = ("hessian", "natural")
+
+
+@dataclass(frozen=True)
+class SolveSettings:
+    """How a layer is solved.
+
+    Args:
+        damp_percent: damping of the Hessian, as a fraction of its diagonal's mean; raised where it must be.
+        order: "hessian" solves columns in order of falling Hessian diagonal, "natural" from left to right.
+            Groups lie in natural order either way, unless the spec has desc_act.
+        scale_search: "mse" or "minmax", see `choose_scales`.
+        blocksize: columns per lazy batch; a matter of cache only, codes do not depend on it.
+        scales_dtype: what scales are stored in.
+    """
+
+    damp_percent: float = 0.01
+    order: str = "hessian"
+    scale_search: str = "mse"
+    blocksize: int = 128
+    scales_dtype: torch.dtype = torch.float16
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damp_percent < 1:
+            raise ValueError(f"damp_percent={self.damp_percent!r} must lie between 0 and 1")
+        if self.order not in ORDERS:
+            raise ValueError(f"order={self.order!r} is not supported; use one of {', '.join(ORDERS)}")
+        if self.scale_search not in METHODS:
+            raise ValueError(
+                f"scale_search={self.scale_search!r} is not supported; use one of {', '.join(METHODS)}"
+            )
+        if self.blocksize < 1:
+            raise ValueError(f"blocksize={self.blocksize!r} must be at least 1")
+
+
+@dataclass(frozen=True)
+class SolveReport:
+    """What a solve did.
+
+    Args:
+        relative_error: `tr(ΔHΔᵀ) / tr(WHWᵀ)` with the damped Hessian; 0 is exact, 1 is as bad as zeros.
+        damp_percent: the damping used.
+        dead_columns: inputs that were never active; their weights are set to 0.
+        seconds: wall time.
+    """
+
+    relative_error: float
+    damp_percent: float
+    dead_columns: int
+    seconds: float
+
+
+def solve(
+    weight: Tensor, hessian: Tensor, spec: QuantSpec, settings: SolveSettings | None = None
+) -> tuple[QuantizedWeight, SolveReport]:
+    """Quantize one weight.
+
+    The maths, with `W` [N, K] the weight, `H` [K, K] the mean of `x xᵀ`, `Hinv` the inverse of the damped `H`: OBQ
+    (Frantar & Alistarh 2022) quantizes one weight at a time and adds `-e / Hinv[i,i] · Hinv[i, :]` to the rest of its
+    row, which is the exact minimiser of `Δ H Δᵀ` over the free weights. GPTQ (Frantar et al. 2022) takes the columns
+    in one order for all rows; then row `i` of the upper Cholesky factor `U` of `Hinv` holds all that the step needs:
+
+        q_i = quantize(w_i);  e = (w_i - ŵ_i) / U[i,i];  w_j -= e · U[i,j]  for j > i
+
+    and `Σ e²` is the error `Δ H Δᵀ` of the whole row. Deviation from the paper: scales and zeros of every group are
+    fixed beforehand ("static groups"), so that the solve order is free while groups stay in natural order.
+
+    Args:
+        weight: `[N, K]`, any float dtype.
+        hessian: fp32 `[K, K]` on weight's device.
+        spec: bits, group_size, sym, desc_act, format.
+        settings: see `SolveSettings`.
+
+    Returns:
+        The codes, and a report.
+
+    Raises:
+        SolveError: weights that are not finite, or a Hessian that cannot be factorized.
+    """
+    settings = settings or SolveSettings()
+    start = time.perf_counter()
+    original = weight.detach().float()
+    if not bool(torch.isfinite(original).all()):
+        raise SolveError("the weight is not finite (NaN or infinity); the model's file is damaged")
+    columns = original.shape[1]
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    if bool(dead.any()):
+        original = original.masked_fill(dead, 0.0)
+    order = _solve_order(diagonal, spec, settings.order)
+    factor = factorize(hessian, order, settings.damp_percent)
+
+    groups_by_place = natural_groups(columns, spec.group_size, weight.device)
+    if spec.desc_act:
+        # Groups are cut along the solve order: neighbours in a group are alike in importance.
+        scales, zeros = _grids(original[:, order], diagonal[order], spec, settings)
+        group_in_order = groups_by_place
+        group = torch.empty_like(groups_by_place)
+        group[order] = groups_by_place
+    else:
+        scales, zeros = _grids(original, diagonal, spec, settings)
+        group_in_order = groups_by_place[order].contiguous()
+        group = groups_by_place
+
+    codes_in_order, error = solve_columns(
+        original[:, order], factor.upper, scales, zeros, group_in_order, spec.bits, settings.blocksize
+    )
+    codes = torch.empty_like(codes_in_order)
+    codes[:, order] = codes_in_order
+    quantized = QuantizedWeight(
+        codes=codes,
+        scales=scales.T.to(settings.scales_dtype).contiguous(),
+        zeros=zeros.T.to(torch.int32).contiguous(),
+        group=group,
+        spec=spec,
+    )
+    report = SolveReport(
+        relative_error=error / max(_energy(original[:, order], factor), torch.finfo(torch.float32).tiny),
+        damp_percent=factor.damp_percent,
+        dead_columns=int(dead.sum()),
+        seconds=time.perf_counter() - start,
+    )
+    return quantized, report
+
+
+def _solve_order(diagonal: Tensor, spec: QuantSpec, order: str) -> Tensor:
+    if order == "natural" and not spec.desc_act:
+        return torch.arange(diagonal.numel(), device=diagonal.device)
+    return torch.argsort(diagonal, descending=True, stable=True)
+
+
+def _grids(weight: Tensor, diagonal: Tensor, spec: QuantSpec, settings: SolveSettings) -> tuple[Tensor, Tensor]:
+    # A dead column's weights are zero, so its importance does not matter.
+    return choose_scales(weight, diagonal, spec, settings.scale_search, settings.scales_dtype)
+
+
+def _energy(weight: Tensor, factor: Factor) -> float:
+    return float(((weight @ factor.damped) * weight).sum(dtype=torch.float64))
+
+
+def solve_columns(
+    weight: Tensor, upper: Tensor, scales: Tensor, zeros: Tensor, group: Tensor, bits: int, blocksize: int
+) -> tuple[Tensor, float]:
+    """The column loop.
+
+    Args:
+        weight: fp32 `[N, K]` in solve order; not modified.
+        upper: fp32 `[K, K]`, upper Cholesky factor of the inverse Hessian in solve order.
+        scales, zeros: fp32 `[N, G]`.
+        group: int32 `[K]`, group of every column in solve order.
+        bits: width of a code.
+        blocksize: columns per lazy batch (native library only).
+
+    Returns:
+        uint8 codes `[N, K]` in solve order, and `Σ e²`. Every weight receives its updates one by one in solve order
+        with a rounding after the product and after the difference, whatever the blocksize, the number of threads or
+        the implementation, so the codes are the same bits.
+    """
+    work = weight.float().contiguous()
+    if work.data_ptr() == weight.data_ptr():
+        work = work.clone()
+    rows, columns = work.shape
+    library = native.library()
+    if library is not None and work.device.type == "cpu":
+        upper, scales, zeros = upper.contiguous(), scales.contiguous(), zeros.contiguous()
+        group = group.to(torch.int32).contiguous()
+        codes = torch.empty(rows, columns, dtype=torch.uint8)
+        errors = torch.empty(rows, dtype=torch.float64)
+        native.check(
+            library.hf_gptq_solve(
+                work.data_ptr(), upper.data_ptr(), scales.data_ptr(), zeros.data_ptr(), group.data_ptr(),
+                codes.data_ptr(), errors.data_ptr(), rows, columns, scales.shape[1], bits, blocksize,
+            )
+        )  # fmt: skip
+        return codes, float(errors.sum())
+    return _solve_columns_reference(work, upper, scales, zeros, group, bits)
+
+
+def _solve_columns_reference(
+    work: Tensor, upper: Tensor, scales: Tensor, zeros: Tensor, group: Tensor, bits: int
+) -> tuple[Tensor, float]:
+    codes = torch.empty_like(work, dtype=torch.uint8)
+    maxq = 2**bits - 1
+    total = torch.zeros((), dtype=torch.float64, device=work.device)
+    for i, g in enumerate(group.tolist()):
+        s, z, w = scales[:, g], zeros[:, g], work[:, i]
+        q = (torch.round(w / s) + z).clamp_(0, maxq)
+        codes[:, i] = q.to(torch.uint8)
+        e = (w - (q - z) * s) / upper[i, i]
+        work[:, i + 1 :] -= e[:, None] * upper[i, i + 1 :]
+        total += (e.double() ** 2).sum()
+    return codes, float(total)

@@ -1,0 +1,114 @@
+"""The Hessian of a layer's squared output error, and the factor of its inverse that the solver walks along."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DAMP_LIMIT = 10.0  # times the mean of the diagonal; beyond it the damping would drown the data
+
+
+class SolveError(RuntimeError):
+    """A layer that cannot be solved with the calibration data at hand."""
+
+
+class Hessian:
+    """Running `H = (1/T) Σ x xᵀ` over `T` tokens.
+
+    Args:
+        in_features: `K`.
+        device: where the fp32 matrix `[K, K]` is kept.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor, keep: Tensor | None = None) -> None:
+        """Add inputs.
+
+        Args:
+            x: `[..., K]`.
+            keep: bool `[...]`, False for padding.
+        """
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if keep is not None:
+            rows = rows[keep.reshape(-1).to(rows.device)]
+        rows = rows.to(self._sum.device, torch.float32)
+        self._sum.addmm_(rows.T, rows)
+        self.tokens += rows.shape[0]
+
+    def mean(self) -> Tensor:
+        """fp32 `[K, K]`.
+
+        Raises:
+            SolveError: no token was seen, or the inputs were not finite.
+        """
+        if self.tokens == 0:
+            raise SolveError("no calibration token reached this layer; use more or other calibration text")
+        if not bool(torch.isfinite(self._sum).all()):
+            raise SolveError(
+                "the layer's inputs are not finite on the calibration text (NaN or infinity); load the model in "
+                "float32 or bfloat16, and check its weights"
+            )
+        return self._sum / self.tokens
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The upper Cholesky factor of the inverse of a damped Hessian.
+
+    Args:
+        upper: fp32 `[K, K]`, `inverse(H + damping) = upperᵀ · upper`, in solve order.
+        damped: fp32 `[K, K]`, the damped Hessian itself, in solve order.
+        damp_percent: the damping used, as a fraction of the diagonal's mean.
+    """
+
+    upper: Tensor
+    damped: Tensor
+    damp_percent: float
+
+
+def factorize(hessian: Tensor, order: Tensor, damp_percent: float) -> Factor:
+    """Damp, reorder and factorize.
+
+    With the rows and columns reversed, an ordinary Cholesky factor is the reverse one, `H = R Rᵀ` with `R` upper
+    triangular. Then `H⁻¹ = R⁻ᵀ R⁻¹`, so `R⁻¹` is the factor that is wanted: one factorization and one triangular
+    inverse where the usual way takes a Cholesky, an inverse and a Cholesky. Where the matrix is not positive
+    definite in fp32, the damping is raised tenfold until it is.
+
+    Args:
+        hessian: fp32 `[K, K]`, zero on the diagonal only for dead columns, which stay out of the mean and
+            are given it.
+        order: `[K]`, the column solved first comes first.
+        damp_percent: what is added to the diagonal, as a fraction of its mean.
+
+    Raises:
+        SolveError: not positive definite under any reasonable damping.
+    """
+    damped = hessian[order][:, order]
+    diagonal = damped.diagonal()
+    dead = diagonal == 0
+    live = diagonal[~dead]
+    mean = live.mean() if live.numel() else diagonal.new_ones(())
+    damped = damped.clone()
+    damped.diagonal()[dead] = mean
+    size = damped.shape[0]
+    used = damp_percent
+    while used <= DAMP_LIMIT:
+        trial = damped.clone()
+        trial.diagonal().add_(used * mean)
+        lower, info = torch.linalg.cholesky_ex(trial.flip(0, 1))
+        if int(info) == 0:
+            reverse = lower.flip(0, 1)
+            eye = torch.eye(size, dtype=trial.dtype, device=trial.device)
+            upper = torch.linalg.solve_triangular(reverse, eye, upper=True)
+            if bool(torch.isfinite(upper).all()):
+                return Factor(upper.contiguous(), trial, used)
+        used *= 10
+    raise SolveError(
+        f"the Hessian is not positive definite even with damping {DAMP_LIMIT:g} × its mean; "
+        "use more calibration text, or load the model in float32"
+    )
