@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,6 +73,9 @@ class GPTQConfig(StockGPTQConfig):
         modules_in_block_to_quantize: list[Any] | None = None,
         **stock: Any,
     ) -> None:
+        unknown = sorted(set(stock) - _stock_names())
+        if unknown:
+            raise TypeError(f"GPTQConfig got an unexpected argument {unknown[0]!r}; it takes {', '.join(_names())}")
         self.dynamic = dict(dynamic or {})
         self.lm_head = lm_head
         self.samples = samples
@@ -106,8 +110,7 @@ class GPTQConfig(StockGPTQConfig):
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """From a checkpoint's JSON. Fields that are not ours (other writers leave many) are ignored."""
         CheckpointConfig.from_dict(config_dict)
-        known = _signature_names()
-        fields = {k: v for k, v in config_dict.items() if k in known}
+        fields = {k: v for k, v in config_dict.items() if k in _names()}
         damp = fields.get("damp_percent")
         if not (isinstance(damp, float) and 0 < damp < 1):
             fields.pop("damp_percent", None)  # only ever a record in a finished checkpoint
@@ -116,6 +119,7 @@ class GPTQConfig(StockGPTQConfig):
             fields.pop(name, None)
         fmt = config_dict.get("checkpoint_format") or config_dict.get("format") or "gptq"
         fields["format"] = fmt.lower()
+        fields.pop("checkpoint_format", None)
         return super().from_dict(fields, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def post_init(self) -> None:
@@ -179,13 +183,14 @@ class GPTQConfig(StockGPTQConfig):
         }
 
 
-def _signature_names() -> set[str]:
-    import inspect
+def _stock_names() -> set[str]:
+    names = set(inspect.signature(StockGPTQConfig.__init__).parameters) - {"self", "kwargs"}
+    return names | {"checkpoint_format"}  # read from the stock config's **kwargs
 
-    names = set(inspect.signature(GPTQConfig.__init__).parameters) | set(
-        inspect.signature(StockGPTQConfig.__init__).parameters
-    )
-    return names - {"self", "stock", "kwargs"}
+
+def _names() -> list[str]:
+    own = set(inspect.signature(GPTQConfig.__init__).parameters) - {"self", "stock"}
+    return sorted(own | _stock_names())
 
 
 # Transformers compares the class names of a checkpoint's config and the caller's.

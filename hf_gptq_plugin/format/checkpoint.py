@@ -110,8 +110,9 @@ def check_shapes(
         CheckpointError: naming the tensor, both shapes, and the bits or group size that would fit.
     """
     expected = spec.shapes(in_features, out_features)
-    for leaf, shape in shapes.items():
-        if leaf not in expected or tuple(shape) == expected[leaf]:
+    for leaf in ("qweight", "scales", "qzeros", "g_idx"):  # those first whose shape tells most
+        shape = shapes.get(leaf, expected[leaf])
+        if tuple(shape) == expected[leaf]:
             continue
         message = (
             f"{module}.{leaf} has shape {tuple(shape)}, but bits={spec.bits} and group_size={spec.group_size} "
@@ -177,8 +178,11 @@ def zero_format(qweight: Tensor, qzeros: Tensor, spec: QuantSpec, out_features: 
             return FORMATS[low - middle + 1]
     columns = min(256, out_features)
     in_features = qweight.shape[0] * WORD // spec.bits
-    codes = packing.unpack_codes(qweight[:, :columns], spec.bits, in_features).float().mean()
-    offset = float(codes - fields[:, :columns].float().mean())  # about 1 in v1, about 0 in v2
+    codes = packing.unpack_codes(qweight[:, :columns], spec.bits, in_features).float()
+    # An 8-bit step is so small that a mean says nothing about one step; nor does a mean over few codes.
+    if spec.bits == 8 or codes.numel() < 2 or float(codes.std()) * 4 > 0.25 * codes.numel() ** 0.5:
+        return None
+    offset = float(codes.mean() - fields[:, :columns].float().mean())  # about 1 in v1, about 0 in v2
     if abs(offset - 1) < 0.25 and abs(offset) > 0.75:
         return "gptq"
     if abs(offset) < 0.25 and abs(offset - 1) > 0.75:

@@ -66,6 +66,7 @@ class SolveReport:
     seconds: float
 
 
+@torch.no_grad()
 def solve(
     weight: Tensor, hessian: Tensor, spec: QuantSpec, settings: SolveSettings | None = None
 ) -> tuple[QuantizedWeight, SolveReport]:

@@ -1,0 +1,69 @@
+"""Configuration: what is accepted, what is refused and in which words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hf_gptq_plugin.format.spec import CheckpointConfig, CheckpointError, QuantSpec
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("bits", 5), ("bits", "4"), ("bits", True), ("group_size", 0), ("group_size", -2), ("group_size", 1.5),
+        ("sym", "yes"), ("desc_act", 1), ("checkpoint_format", "marlin"),
+    ],
+)  # fmt: skip
+def test_impossible_specs_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{field}={value!r} is not supported; use"):
+        QuantSpec(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ([], "must be a JSON object"),
+        ({"quant_method": "awq", "bits": 4}, "quant_method='awq' is not GPTQ"),
+        ({"quant_method": "gptq"}, "has no field 'bits'"),
+        ({"bits": 5}, "bits=5 is not supported"),
+        ({"bits": 4, "group_size": "all"}, "group_size='all' is not supported"),
+        ({"bits": 4, "checkpoint_format": 2}, "checkpoint_format=2 is not supported"),
+        ({"bits": 4, "lm_head": "no"}, "lm_head='no'"),
+        ({"bits": 4, "dynamic": ["x"]}, "dynamic must map regexes"),
+        ({"bits": 4, "dynamic": {"(": {}}}, r"dynamic\['\('\]"),
+        ({"bits": 4, "dynamic": {"x": {"bits": 7}}}, r"dynamic\['x'\]: bits=7"),
+        ({"bits": 4, "dynamic": {"x": 3}}, r"dynamic\['x'\] must be a JSON object"),
+    ],
+)
+def test_bad_json_names_the_field(config: Any, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        CheckpointConfig.from_dict(config)
+
+
+def test_defaults_and_spellings() -> None:
+    read = CheckpointConfig.from_dict({"bits": 3, "format": "GPTQ_V2", "unknown": 1})
+    assert read.spec == QuantSpec(3, 128, True, False, "gptq_v2")
+    assert CheckpointConfig.from_dict({"bits": 4, "checkpoint_format": "gptq", "format": "gptq_v2"}).spec.zero_offset
+
+
+def test_dynamic_rules_first_match_wins() -> None:
+    dynamic = {
+        r"-:model\.layers\.0\.": {},
+        r"+:.*\.down_proj": {"bits": 8, "group_size": 32},
+        r".*\.layers\.1\.": {"sym": False},
+    }
+    config = CheckpointConfig.from_dict({"bits": 4, "group_size": 128, "dynamic": dynamic})
+    assert config.for_module("model.layers.0.mlp.down_proj") is None
+    assert config.for_module("model.layers.1.mlp.down_proj") == QuantSpec(8, 32)
+    assert config.for_module("model.layers.1.self_attn.q_proj") == QuantSpec(4, 128, sym=False)
+    assert config.for_module("model.layers.2.self_attn.q_proj") == QuantSpec(4, 128)
+
+
+def test_shapes_of_the_ragged_case() -> None:
+    # 576 input features in groups of 128: four whole groups and one of 64.
+    assert QuantSpec(4, 128).shapes(576, 100) == {
+        "qweight": (72, 100), "qzeros": (5, 13), "scales": (5, 100), "g_idx": (576,),
+    }  # fmt: skip
+    assert QuantSpec(3, -1).shapes(100, 32)["qweight"] == (10, 32)

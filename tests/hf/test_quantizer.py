@@ -1,0 +1,408 @@
+"""from_pretrained quantizes, saves, reloads, offloads and dequantizes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers import GPTQConfig as StockConfig
+
+import hf_gptq_plugin
+from hf_gptq_plugin import CheckpointError, GPTQConfig, QuantLinear
+from hf_gptq_plugin.calibrate.data import CalibrationError
+from hf_gptq_plugin.calibrate.walk import WalkError
+from hf_gptq_plugin.format.spec import QuantSpec
+from hf_gptq_plugin.solve.gptq import SolveSettings, solve
+from hf_gptq_plugin.solve.hessian import SolveError
+
+Tiny = Callable[..., Path]
+IDS = torch.arange(3, 35)[None]
+
+
+def quantize(path: Path, windows: list[list[int]], **fields: Any) -> Any:
+    config = GPTQConfig(**{"bits": 4, "group_size": 32, "dataset": windows, "samples": 8, "seqlen": 32, **fields})
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny: Tiny, windows: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 4-bit asymmetric llama on disk."""
+    out = tmp_path_factory.mktemp("gptq") / "model"
+    quantize(tiny("llama"), windows, sym=False).save_pretrained(out)
+    return out
+
+
+@pytest.fixture
+def damaged(checkpoint: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the checkpoint with its tensors or its config changed."""
+
+    def make(tensors: Callable[[dict[str, torch.Tensor]], object] | None = None, **config: Any) -> Path:
+        folder = tmp_path / "damaged"
+        shutil.copytree(checkpoint, folder)
+        if tensors is not None:
+            state = load_file(folder / "model.safetensors")
+            tensors(state)
+            save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        data = json.loads((folder / "config.json").read_text())
+        data["quantization_config"].update(config)
+        (folder / "config.json").write_text(json.dumps(data))
+        return folder
+
+    return make
+
+
+def load(path: Path, **kwargs: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, **{"dtype": torch.float32, **kwargs})
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "gemma3_text", "gpt2", "opt", "gpt_neox", "phi3", "qwen3", "falcon", "bloom"]
+)
+def test_quantize_save_reload(kind: str, tiny: Tiny, windows: list[list[int]], tmp_path: Path) -> None:
+    dense = load(tiny(kind)).eval()
+    model = quantize(tiny(kind), windows, bits=8)
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    assert len(layers) == len(model.hf_quantizer.reports) > 0
+    assert not any(type(m) is nn.Linear for n, m in model.named_modules() if m is not model.get_output_embeddings())
+    logits, exact = model(input_ids=IDS).logits, dense(input_ids=IDS).logits
+    assert 0 < (logits - exact).norm() / exact.norm() < 0.05
+    model.save_pretrained(tmp_path / "out")
+    assert torch.equal(load(tmp_path / "out")(input_ids=IDS).logits, logits)
+
+
+@pytest.mark.parametrize("fields", [
+    {"bits": 2}, {"bits": 3, "sym": False}, {"bits": 8, "group_size": -1}, {"group_size": 40},
+    {"desc_act": True}, {"desc_act": True, "sym": False, "format": "gptq_v2"}, {"format": "gptq_v2"},
+    {"true_sequential": False}, {"scale_search": "minmax", "order": "natural"}, {"group_size": 1000},
+])  # fmt: skip
+def test_every_variant_of_the_format(
+    fields: dict[str, Any], tiny: Tiny, windows: list[list[int]], tmp_path: Path
+) -> None:
+    model = quantize(tiny("llama"), windows, **fields)
+    logits = model(input_ids=IDS).logits
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj"
+    layer = model.get_submodule(name)
+    spec = QuantSpec(**{
+        "group_size": 32, **{k: v for k, v in fields.items() if k in ("bits", "sym", "group_size", "desc_act")},
+        "checkpoint_format": fields.get("format", "gptq"),
+    })  # fmt: skip
+    assert layer.spec == spec
+    for leaf, shape in spec.shapes(160, 96).items():
+        assert state[f"{name}.{leaf}"].shape == shape
+    natural = torch.arange(160) // spec.width(160)
+    assert torch.equal(state[f"{name}.g_idx"].long(), natural) != spec.desc_act
+    again = load(tmp_path)
+    assert torch.equal(again(input_ids=IDS).logits, logits)
+    again.save_pretrained(tmp_path / "again")
+    for key, tensor in load_file(tmp_path / "again" / "model.safetensors").items():
+        assert torch.equal(tensor, state[key]), key
+
+
+def test_stock_config_works_unchanged(tiny: Tiny, windows: list[list[int]], tmp_path: Path) -> None:
+    config = StockConfig(bits=4, group_size=32, dataset=windows, tokenizer=None)
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config=config)
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert written == json.loads((tmp_path / "quantize_config.json").read_text())
+    assert (written["quant_method"], written["checkpoint_format"], written["backend"]) == ("gptq", "gptq", "auto")
+    assert not {"dataset", "tokenizer", "samples"} & set(written)
+    assert written["meta"]["calibration"]["tokens"] == 256
+    # A stock config for loading attributes is accepted beside the checkpoint's own.
+    with pytest.warns(UserWarning, match="already has a `quantization_config` attribute"):
+        load(tmp_path, quantization_config=StockConfig(bits=4, backend="auto"))
+
+
+def test_registering_twice_and_giving_back() -> None:
+    from transformers.quantizers import auto
+
+    ours = auto.AUTO_QUANTIZER_MAPPING["gptq"]
+    hf_gptq_plugin.register()
+    assert auto.AUTO_QUANTIZER_MAPPING["gptq"] is ours
+    hf_gptq_plugin.unregister()
+    assert auto.AUTO_QUANTIZER_MAPPING["gptq"].__module__.startswith("transformers.")
+    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] is StockConfig
+    hf_gptq_plugin.register()
+    assert auto.AUTO_QUANTIZER_MAPPING["gptq"] is ours
+
+
+def test_scales_keep_their_dtype_and_never_train(checkpoint: Path) -> None:
+    model = load(checkpoint, dtype=torch.bfloat16)
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.scales.dtype == torch.float16
+    assert layer.weight.dtype == torch.bfloat16
+    assert not any(p.requires_grad for m in model.modules() if isinstance(m, QuantLinear) for p in m.parameters())
+    assert model(input_ids=IDS).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+def test_offload_and_save_again(kind: str, checkpoint: Path, tmp_path: Path) -> None:
+    expected = load(checkpoint)(input_ids=IDS).logits
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {"model.layers.0": "cpu", "model.layers.1": kind}
+    model = load(checkpoint, device_map=device_map, offload_folder=tmp_path / "offload")
+    on_meta = model.model.layers[1].mlp.up_proj.qweight.device.type == "meta"
+    assert on_meta == (kind == "disk")
+    torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-5)
+    state = load_file(checkpoint / "model.safetensors")
+    if kind == "disk":
+        with pytest.warns(UserWarning, match="save a model with offloaded modules"):
+            model.save_pretrained(tmp_path / "again")
+    else:
+        model.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert set(again) == set(state)
+    assert all(torch.equal(again[k], state[k]) for k in state)
+
+
+def test_quantize_an_offloaded_model(tiny: Tiny, windows: list[list[int]], tmp_path: Path) -> None:
+    config = dict(bits=4, group_size=32, dataset=windows, samples=8, seqlen=32)
+    plain = load(tiny("llama"), quantization_config=GPTQConfig(**config))
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = load(
+        tiny("llama"), quantization_config=GPTQConfig(**config), device_map=device_map, offload_folder=tmp_path
+    )
+    torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_dequantize(checkpoint: Path, tmp_path: Path) -> None:
+    model = load(checkpoint)
+    logits = model(input_ids=IDS).logits
+    dense = model.dequantize()
+    assert dense is model
+    assert not any(isinstance(m, QuantLinear) for m in model.modules())
+    assert not hasattr(model, "hf_quantizer") and not hasattr(model.config, "quantization_config")
+    torch.testing.assert_close(model(input_ids=IDS).logits, logits, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert type(again.model.layers[0].mlp.up_proj) is nn.Linear
+    assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_deep_copies_and_state_dicts_are_whole(checkpoint: Path) -> None:
+    model = load(checkpoint)
+    logits = model(input_ids=IDS).logits
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(input_ids=IDS).logits, logits)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin(input_ids=IDS).logits, logits)
+    state = load_file(checkpoint / "model.safetensors")
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+def test_shards_of_a_chosen_size(checkpoint: Path, tmp_path: Path) -> None:
+    model = load(checkpoint)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert torch.equal(load(tmp_path)(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    model.save_pretrained(tmp_path)  # over the shards
+    assert [p.name for p in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+
+
+def test_per_module_rules(tiny: Tiny, windows: list[list[int]], tmp_path: Path) -> None:
+    dynamic = {r"-:.*layers\.0\.mlp": {}, r"+:.*v_proj": {"bits": 8, "group_size": 16}}
+    model = quantize(tiny("llama"), windows, dynamic=dynamic)
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+    assert model.model.layers[1].self_attn.v_proj.spec == QuantSpec(8, 16)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path)
+    assert again.model.layers[1].self_attn.v_proj.spec == QuantSpec(8, 16)
+    assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    chosen = quantize(tiny("llama"), windows, modules_in_block_to_quantize=[["self_attn.o_proj"], ["mlp.up_proj"]])
+    names = {n.split(".", 3)[3] for n, m in chosen.named_modules() if isinstance(m, QuantLinear)}
+    assert names == {"self_attn.o_proj", "mlp.up_proj"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_lm_head(tied: bool, tiny: Tiny, windows: list[list[int]], tmp_path: Path) -> None:
+    model = quantize(tiny("llama", tie_word_embeddings=tied), windows, lm_head=True)
+    assert isinstance(model.lm_head, QuantLinear)
+    assert type(model.model.embed_tokens) is nn.Embedding
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load(tmp_path)(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_layers_see_their_quantized_predecessors(tiny: Tiny, windows: list[list[int]]) -> None:
+    model = quantize(tiny("llama"), windows, bits=2)
+    seen: list[torch.Tensor] = []
+    layer = model.model.layers[1].mlp.down_proj
+    handle = layer.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    for window in windows:
+        model(input_ids=torch.tensor([window]), use_cache=False)
+    handle.remove()
+    rows = torch.cat(seen, 1)[0].double()
+    hessian = rows.T @ rows / len(rows)
+    # Solving the layer again on what it meets in the finished model gives the codes that it has.
+    dense = load(tiny("llama")).model.layers[1].mlp.down_proj.weight.detach()
+    solved, _ = solve(dense, hessian.float(), layer.spec, SolveSettings())
+    same = (solved.codes == layer.quantized_weight().codes).float().mean()
+    assert same > 0.99
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("model.layers.0.mlp.up_proj.scales"), r"layers\.0\.mlp\.up_proj\.scales is missing"),
+        (lambda s: s.pop("model.norm.weight"), r"model\.norm\.weight is missing"),
+        (lambda s: s.pop("lm_head.weight"), r"lm_head\.weight is missing"),
+        (
+            lambda s: [s.pop(f"model.layers.0.mlp.up_proj.{t}") for t in ("qweight", "qzeros", "scales", "g_idx")],
+            r"model\.layers\.0\.mlp\.up_proj\.weight is missing",
+        ),
+        (
+            lambda s: s.update({"model.layers.0.mlp.up_proj.qweight": torch.zeros(3, 3, dtype=torch.int32)}),
+            r"up_proj\.qweight has shape \(3, 3\).*need \(12, 160\)",
+        ),
+        (
+            lambda s: s["model.layers.0.mlp.up_proj.g_idx"].fill_(9),
+            r"model\.layers\.0\.mlp\.up_proj\.g_idx holds group 9",
+        ),
+        (
+            lambda s: s["model.layers.0.mlp.up_proj.scales"].fill_(float("nan")),
+            r"model\.layers\.0\.mlp\.up_proj\.scales\[0, 0\] is nan",
+        ),
+        (
+            lambda s: s.update({
+                f"model.layers.0.mlp.moved.up_proj.{t}": s.pop(f"model.layers.0.mlp.up_proj.{t}")
+                for t in ("qweight", "qzeros", "scales", "g_idx")
+            }),
+            r"codes for model\.layers\.0\.mlp\.moved\.up_proj, but LlamaForCausalLM has no module",
+        ),
+    ],
+)  # fmt: skip
+def test_damaged_tensors(damaged: Callable[..., Path], change: Any, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load(damaged(change))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bits": 8}, r"bits=8.*bits=4 would fit"),
+        ({"group_size": 16}, r"group_size=16.*group_size=32 would fit"),
+        ({"bits": 5}, "bits=5 is not supported"),
+        ({"bits": "four"}, "bits='four'"),
+        ({"group_size": None}, "group_size=None"),
+        ({"dynamic": {"[": {}}}, r"dynamic\['\['\]"),
+    ],
+)
+def test_wrong_config(damaged: Callable[..., Path], fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load(damaged(**fields))
+
+
+def test_truncated_file(damaged: Callable[..., Path]) -> None:
+    folder = damaged()
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(Exception, match=r"model\.safetensors|incomplete|not fully covered"):
+        load(folder)
+
+
+def test_unquantized_weights_under_a_gptq_config(tiny: Tiny, tmp_path: Path) -> None:
+    shutil.copytree(tiny("llama"), tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"no tensor of the checkpoint ends in \.qweight"):
+        load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize(("written", "label"), [("gptq", "gptq_v2"), ("gptq_v2", "gptq")])
+def test_mislabelled_zeros(
+    sym: bool, written: str, label: str, tiny: Tiny, windows: list[list[int]], tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    model = quantize(tiny("llama"), windows, sym=sym, format=written)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"].update(checkpoint_format=label, format=label)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = load(tmp_path)
+    assert f"labelled checkpoint_format={label} but its zero points are stored as {written}" in caplog.text
+    assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    assert again.config.quantization_config.format == written  # a resave carries the true label
+
+
+def test_fields_of_other_writers_are_ignored(damaged: Callable[..., Path]) -> None:
+    folder = damaged(
+        damp_percent=None, static_groups=False, model_name_or_path="x", dataset=["a" * 100], tokenizer="missing/model",
+        quantizer={"a": 1}, modules_in_block_to_quantize=None, use_cuda_fp16=True, format=None,
+    )  # fmt: skip
+    model = load(folder)
+    assert model.config.quantization_config.dataset is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"dataset": None}, CalibrationError, "needs calibration text"),
+        ({"dataset": [[1, 999]]}, CalibrationError, "token id 999; this model takes 0 to 255"),
+        ({"dataset": ["text"]}, CalibrationError, "no tokenizer could be loaded"),
+        ({"block_name_to_quantize": "model.blocks"}, WalkError, "'model.blocks' is not a list of modules"),
+        ({"modules_in_block_to_quantize": ["q"]}, WalkError, "names 'q'; the blocks of model.layers have"),
+        ({"dynamic": {"-:.*": {}}}, WalkError, "no linear layer of model.layers is left"),
+    ],
+)
+def test_calibration_that_cannot_be(
+    fields: dict[str, Any], error: type[Exception], message: str, tiny: Tiny, windows: list[list[int]]
+) -> None:
+    with pytest.raises(error, match=message):
+        quantize(tiny("llama"), windows, **fields)
+
+
+def test_activations_that_are_not_finite_name_the_layer(
+    tiny: Tiny, windows: list[list[int]], tmp_path: Path
+) -> None:
+    shutil.copytree(tiny("llama"), tmp_path / "m")
+    state = load_file(tmp_path / "m" / "model.safetensors")
+    state["model.layers.1.input_layernorm.weight"][3] = float("inf")
+    save_file(state, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SolveError, match=r"model\.layers\.1\.self_attn\.q_proj: the layer's inputs are not finite"):
+        quantize(tmp_path / "m", windows)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"bits": 5}, {"group_size": 0}, {"damp_percent": 1.5}, {"samples": 0}, {"seqlen": 1}, {"order": "x"}]
+)
+def test_impossible_configs(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        GPTQConfig(**fields)
+    with pytest.raises(TypeError, match="unexpected"):
+        GPTQConfig(unknown_field=1)
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    model = load(checkpoint)
+    out = tmp_path / "out"
+    model.save_pretrained(out)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+
+    def disk_full(*args: Any, **kwargs: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("hf_gptq_plugin.hf.saving.write_json", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(out)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_saving_onto_a_file(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="is a file; name a folder"):
+        load(checkpoint).save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"

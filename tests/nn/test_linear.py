@@ -1,0 +1,143 @@
+"""QuantLinear: an nn.Linear to everyone else, canonical on every save."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save as save_bytes
+from torch import nn
+
+from hf_gptq_plugin.format.grid import QuantizedWeight, natural_groups
+from hf_gptq_plugin.format.spec import BITS, CheckpointError, QuantSpec
+from hf_gptq_plugin.nn.linear import QuantLinear
+
+
+def quantized(spec: QuantSpec, rows: int = 40, columns: int = 100, shuffled: bool = False) -> QuantizedWeight:
+    groups = spec.groups(columns)
+    group = natural_groups(columns, spec.group_size)
+    low, high = spec.zero_range
+    zeros = torch.full((groups, rows), 2 ** (spec.bits - 1), dtype=torch.int32)
+    return QuantizedWeight(
+        codes=torch.randint(0, spec.maxq + 1, (rows, columns), dtype=torch.uint8),
+        scales=(torch.rand(groups, rows) * 0.02 + 0.001).half(),
+        zeros=zeros if spec.sym else torch.randint(low, high + 1, (groups, rows), dtype=torch.int32),
+        group=group[torch.randperm(columns)].contiguous() if shuffled else group,
+        spec=spec,
+    )
+
+
+SPECS = [QuantSpec(b, 32, sym) for b in BITS for sym in (True, False)]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_state_dict_is_canonical_and_comes_back(spec: QuantSpec, shuffled: bool) -> None:
+    weight = quantized(spec, shuffled=shuffled)
+    layer = QuantLinear.from_quantized(weight, torch.randn(40))
+    state = layer.state_dict()
+    for name, tensor in weight.pack().items():
+        assert torch.equal(state[name], tensor), name
+    assert list(state) == ["qweight", "qzeros", "scales", "g_idx", "bias"]
+    x = torch.randn(3, 100)
+    before = layer(x)
+    # Into a fresh layer, into a finalized one that held other codes, and through safetensors.
+    fresh = QuantLinear(100, 40, spec, bias=True, device="cpu")
+    fresh.load_state_dict(load_bytes(save_bytes(state)))
+    fresh.finalize()
+    other = QuantLinear.from_quantized(quantized(spec, shuffled=not shuffled), torch.randn(40))
+    other.load_state_dict(state)
+    assert torch.equal(fresh(x), before)
+    assert torch.equal(other(x), before)
+    assert torch.equal(layer(x), before)
+
+
+def test_g_idx_is_saved_even_where_the_checkpoint_had_none() -> None:
+    weight = quantized(QuantSpec(4, 32))
+    layer = QuantLinear(100, 40, weight.spec, has_g_idx=False, device="cpu")
+    packed = weight.pack()
+    g_idx = packed.pop("g_idx")
+    layer.load_state_dict(packed)
+    layer.finalize()
+    assert torch.equal(layer.state_dict()["g_idx"], g_idx)
+    layer.load_state_dict(layer.state_dict())
+    assert torch.equal(layer.state_dict()["qweight"], packed["qweight"])
+
+
+def test_is_an_nn_linear() -> None:
+    weight = quantized(QuantSpec(4, 32))
+    bias = nn.Parameter(torch.randn(40))
+    layer = QuantLinear.from_quantized(weight, bias)
+    assert isinstance(layer, nn.Linear)
+    assert (layer.in_features, layer.out_features) == (100, 40)
+    assert torch.equal(layer.weight, weight.dequantize())
+    assert "bits=4, group_size=32, sym=True" in repr(layer)
+    assert {n for n, p in layer.named_parameters() if p.requires_grad} == {"bias"}
+    x = torch.randn(2, 3, 100)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, bias), rtol=1e-5, atol=1e-5)
+    dense = layer.to_linear(torch.bfloat16)
+    assert type(dense) is nn.Linear
+    assert torch.equal(dense.weight, weight.dequantize(torch.bfloat16)) and dense.weight.requires_grad
+    assert torch.equal(layer.quantized_weight().codes, weight.codes)
+
+
+def test_copies_and_pickles() -> None:
+    layer = QuantLinear.from_quantized(quantized(QuantSpec(3, 32, sym=False), shuffled=True))
+    x = torch.randn(2, 100)
+    twin = copy.deepcopy(layer)
+    twin.scales.data.mul_(2)
+    assert torch.equal(layer(x), QuantLinear.from_quantized(layer.quantized_weight())(x))
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    again = torch.load(buffer, weights_only=False)
+    assert torch.equal(again(x), layer(x))
+
+
+def test_autocast_gives_the_autocast_dtype() -> None:
+    layer = QuantLinear.from_quantized(quantized(QuantSpec(4, 32)), torch.randn(40))
+    x = torch.randn(2, 100)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, layer(x.bfloat16()))
+
+
+def test_gradient_reaches_the_input_and_no_integer() -> None:
+    layer = QuantLinear.from_quantized(quantized(QuantSpec(4, 32, sym=False), shuffled=True), torch.randn(40))
+    x = torch.randn(5, 100, requires_grad=True)
+    layer(x).square().sum().backward()
+    dense = layer.weight.double()
+    x64 = x.detach().double().requires_grad_()
+    nn.functional.linear(x64, dense, layer.bias.double()).square().sum().backward()
+    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=1e-4, atol=1e-4)
+    assert all(p.grad is None for n, p in layer.named_parameters() if n != "bias")
+
+
+def test_finite_differences_of_the_input() -> None:
+    layer = QuantLinear.from_quantized(quantized(QuantSpec(8, 32)))
+    x, direction = torch.randn(1, 100, requires_grad=True), torch.randn(1, 100)
+    layer(x).sum().backward()
+    step = 1e-2
+    with torch.no_grad():
+        difference = (layer(x + step * direction).sum() - layer(x - step * direction).sum()) / (2 * step)
+    assert float((x.grad * direction).sum()) == pytest.approx(float(difference), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value", "message"),
+    [
+        ("scales", float("nan"), r"a\.b\.scales\[0, 0\] is nan"),
+        ("g_idx", 7, r"a\.b\.g_idx holds group 7; with 4 groups the accepted values are 0 to 3"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(leaf: str, value: float, message: str) -> None:
+    weight = quantized(QuantSpec(4, 32))
+    layer = QuantLinear(100, 40, weight.spec, device="cpu")
+    layer.load_state_dict(weight.pack())
+    getattr(layer, leaf).data.flatten()[0] = value
+    with pytest.raises(CheckpointError, match=message):
+        layer.finalize(name="a.b")

@@ -1,0 +1,232 @@
+"""The ops against dense float64, for every bits, grid, order and dtype, with and without the native library."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import pytest
+import references
+import torch
+
+from hf_gptq_plugin import native
+from hf_gptq_plugin.format.grid import QuantizedWeight, natural_groups
+from hf_gptq_plugin.format.spec import BITS, QuantSpec
+from hf_gptq_plugin.nn import ops
+from hf_gptq_plugin.nn.ops import KernelWeight
+
+SHAPES = [(1, 1, 1), (3, 40, 100), (2, 33, 576), (17, 16, 64)]  # M, N, K
+ROUNDING = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@contextlib.contextmanager
+def without_library() -> Iterator[None]:
+    """The state of a machine where the package was built without a compiler."""
+    original = native._load
+    absent = functools.cache(lambda: (None, native.Status("absent", "", "switched off by the test")))
+    native._load = absent
+    try:
+        yield
+    finally:
+        native._load = original
+
+
+@pytest.fixture(params=["native", "pytorch"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "native":
+        if native.library() is None:
+            pytest.skip(f"no native library: {native.status().detail}")
+        yield "native"
+    else:
+        with without_library():
+            yield "pytorch"
+
+
+def random_weight(
+    spec: QuantSpec, rows: int, columns: int, order: str = "natural", dtype: torch.dtype = torch.float16
+) -> tuple[QuantizedWeight, torch.Tensor]:
+    """A random quantized weight, and the float64 matrix it stands for."""
+    groups = spec.groups(columns)
+    group = natural_groups(columns, spec.group_size)
+    if order == "shuffled":
+        group = group[torch.randperm(columns)].contiguous()
+    low, high = spec.zero_range
+    zeros = torch.randint(low, high + 1, (groups, rows), dtype=torch.int32)
+    if spec.sym:
+        zeros.fill_(2 ** (spec.bits - 1))
+    weight = QuantizedWeight(
+        codes=torch.randint(0, spec.maxq + 1, (rows, columns), dtype=torch.uint8),
+        scales=(torch.randn(groups, rows) * 0.02).to(dtype),
+        zeros=zeros,
+        group=group,
+        spec=spec,
+    )
+    truth = references.dequantize(
+        weight.codes.numpy(), weight.scales.double().numpy(), zeros.numpy(), group.numpy()
+    )
+    return weight, torch.from_numpy(truth)
+
+
+def layouts(weight: QuantizedWeight) -> dict[str, KernelWeight]:
+    columns = weight.codes.shape[1]
+    canonical = KernelWeight.from_canonical(
+        **{("g_idx" if k == "g_idx" else k): v for k, v in weight.pack().items()}, spec=weight.spec,
+        in_features=columns,
+    )  # fmt: skip
+    return {"canonical": canonical, "packed": canonical.packed()}
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("order", ["natural", "shuffled"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_and_dequantize_against_float64(
+    implementation: str, bits: int, sym: bool, order: str, shape: tuple[int, int, int]
+) -> None:
+    rows, out_features, in_features = shape
+    for group_size in (32, 128, -1):
+        for fmt in ("gptq", "gptq_v2"):
+            spec = QuantSpec(bits, group_size, sym, checkpoint_format=fmt)
+            weight, dense = random_weight(spec, out_features, in_features, order)
+            bias = torch.randn(out_features)
+            x = torch.randn(rows, in_features)
+            for name, kernel_weight in layouts(weight).items():
+                got = ops.dequantize(kernel_weight, in_features)
+                torch.testing.assert_close(got.double(), dense, rtol=2**-24, atol=0)
+                y = ops.linear(x, kernel_weight, bias).double()
+                truth = x.double() @ dense.T + bias.double()
+                # K products in fp32, each rounded: the error grows with the sum of magnitudes.
+                bound = (x.double().abs() @ dense.abs().T + bias.abs()) * 2**-23 * (in_features**0.5 + 4) + 1e-30
+                assert ((y - truth).abs() <= bound).all(), (name, group_size, fmt)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scales_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_precision_activations(
+    implementation: str, dtype: torch.dtype, scales_dtype: torch.dtype
+) -> None:
+    weight, dense = random_weight(QuantSpec(4, 32), 48, 96, dtype=scales_dtype)
+    x = torch.randn(5, 96).to(dtype)
+    y = ops.linear(x, layouts(weight)["packed"])
+    assert y.dtype == dtype
+    truth = x.double() @ dense.T
+    unit = ROUNDING[dtype]
+    if implementation == "pytorch":  # rounds the weight too, as any dense layer of that dtype has
+        bound = (x.double().abs() @ dense.abs().T) * unit * 2 + truth.abs() * unit * 2
+    else:
+        bound = truth.abs() * unit * 1.01 + (x.double().abs() @ dense.abs().T) * 2**-22
+    assert ((y.double() - truth).abs() <= bound + 1e-8).all()
+
+
+def test_one_hot_activations_read_out_the_weight(implementation: str) -> None:
+    for bits in BITS:
+        weight, dense = random_weight(QuantSpec(bits, 32, sym=False), 24, 64, "shuffled")
+        y = ops.linear(torch.eye(64), layouts(weight)["packed"])
+        torch.testing.assert_close(y.T.double(), dense, rtol=2**-24, atol=0)
+
+
+@pytest.mark.skipif(native.library() is None, reason="a property of the native kernel, which is absent")
+@pytest.mark.parametrize("bits", BITS)
+def test_a_rows_bits_do_not_depend_on_the_batch_or_threads(bits: int) -> None:
+    weight, _ = random_weight(QuantSpec(bits, 48, sym=False), 70, 200, "shuffled")
+    kernel_weight = layouts(weight)["packed"]
+    x = torch.randn(65, 200)
+    whole = ops.linear(x, kernel_weight)
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            for count in (1, 2, 3, 5, 8, 16, 31):
+                assert torch.equal(ops.linear(x[:count], kernel_weight), whole[:count]), (n, count)
+            assert torch.equal(ops.linear(x[7:8], kernel_weight), whole[7:8])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(native.library() is None, reason="a property of the native kernel, which is absent")
+def test_layouts_give_the_same_bits() -> None:
+    weight, _ = random_weight(QuantSpec(4, 32), 50, 128)
+    both = layouts(weight)
+    x = torch.randn(9, 128)
+    assert torch.equal(ops.linear(x, both["canonical"]), ops.linear(x, both["packed"]))
+
+
+def test_packing_is_undone(implementation: str) -> None:
+    for bits in BITS:
+        for order in ("natural", "shuffled"):
+            weight, _ = random_weight(QuantSpec(bits, 32), 40, 100, order)
+            packed = layouts(weight)["packed"]
+            assert (packed.perm is not None) == (order == "shuffled")
+            assert torch.equal(packed.canonical_qweight(), weight.pack()["qweight"])
+
+
+def test_shapes_of_activations(implementation: str) -> None:
+    weight, dense = random_weight(QuantSpec(4, 32), 24, 64)
+    kernel_weight = layouts(weight)["packed"]
+    for shape in ((64,), (0, 64), (2, 3, 64), (2, 0, 64)):
+        x = torch.randn(*shape)
+        y = ops.linear(x, kernel_weight)
+        assert y.shape == (*shape[:-1], 24) and y.is_contiguous()
+        torch.testing.assert_close(y.double(), x.double() @ dense.T, rtol=1e-4, atol=1e-5)
+    strided = torch.randn(64, 6).T
+    before = strided.clone()
+    torch.testing.assert_close(
+        ops.linear(strided, kernel_weight).double(), before.double() @ dense.T, rtol=1e-4, atol=1e-5
+    )
+    assert torch.equal(strided, before)
+
+
+@pytest.mark.skipif(native.library() is None, reason="guards native code, which is absent")
+def test_shapes_that_do_not_belong_together_never_reach_native_code() -> None:
+    weight, _ = random_weight(QuantSpec(4, 32, sym=False), 24, 64, "shuffled")
+    good = layouts(weight)["canonical"]
+    x = torch.randn(2, 64)
+    for field, value, message in (
+        ("qweight", good.qweight[:-1], "qweight is torch.int32"),
+        ("qweight", good.qweight.long(), "qweight is torch.int64"),
+        ("qzeros", good.qzeros[:, :-1], "qzeros is"),
+        ("g_idx", good.g_idx[:-1], "g_idx is"),
+        ("perm", torch.zeros(64), "perm is torch.float32"),
+        ("scales", good.scales.double(), "scales has dtype torch.float64"),
+    ):
+        arguments = {**vars(good), field: value}
+        with pytest.raises(ValueError, match=message):
+            ops.linear(x, KernelWeight(**arguments))
+    with pytest.raises(ValueError, match="scales has 2 groups"):
+        ops.linear(x, KernelWeight(**{**vars(good), "g_idx": None, "group_size": 8}))
+    with pytest.raises(ValueError, match="bias has shape"):
+        ops.linear(x, good, torch.zeros(3))
+    bad = good.g_idx.clone()
+    bad[5] = 99
+    with pytest.raises(native.NativeError, match="g"):
+        ops.linear(x, KernelWeight(**{**vars(good), "g_idx": bad}))
+
+
+@pytest.mark.parametrize("order", ["natural", "shuffled"])
+def test_gradient_of_the_input(implementation: str, order: str) -> None:
+    weight, dense = random_weight(QuantSpec(4, 32, sym=False), 24, 64, order)
+    x = torch.randn(3, 5, 64, requires_grad=True)
+    bias = torch.randn(24, requires_grad=True)
+    ours = ops.linear(x, layouts(weight)["packed"], bias)
+    grad = torch.randn_like(ours)
+    got = torch.autograd.grad(ours, (x, bias), grad)
+    x64 = x.detach().double().requires_grad_()
+    b64 = bias.detach().double().requires_grad_()
+    expected = torch.autograd.grad(torch.nn.functional.linear(x64, dense, b64), (x64, b64), grad.double())
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_ops_trace_without_running() -> None:
+    weight, _ = random_weight(QuantSpec(4, 32), 24, 64)
+    arguments = layouts(weight)["packed"].arguments
+    x = torch.randn(3, 64)
+    torch.library.opcheck(
+        torch.ops.hf_gptq.linear.default, (x, None, *arguments),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )  # fmt: skip
+    torch.library.opcheck(
+        torch.ops.hf_gptq.dequantize.default, (64, torch.bfloat16, *arguments),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip

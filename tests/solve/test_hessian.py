@@ -1,0 +1,67 @@
+"""Hessian and factor against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_gptq_plugin.solve.hessian import Hessian, SolveError, factorize
+
+
+def test_mean_over_tokens_without_padding() -> None:
+    x = torch.randn(3, 5, 8)
+    keep = torch.rand(3, 5) > 0.4
+    hessian = Hessian(8)
+    hessian.add(x[:1], keep[:1])
+    hessian.add(x[1:], keep[1:])
+    rows = x[keep].double()
+    assert hessian.tokens == len(rows)
+    torch.testing.assert_close(hessian.mean().double(), rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+
+
+def test_bf16_inputs_are_summed_in_fp32() -> None:
+    x = torch.randn(4096, 4).bfloat16()
+    hessian = Hessian(4)
+    hessian.add(x)
+    truth = x.double().T @ x.double() / 4096
+    torch.testing.assert_close(hessian.mean().double(), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_seen_and_nothing_finite() -> None:
+    hessian = Hessian(2)
+    with pytest.raises(SolveError, match="no calibration token reached"):
+        hessian.mean()
+    hessian.add(torch.tensor([[1.0, float("inf")]]))
+    with pytest.raises(SolveError, match="inputs are not finite"):
+        hessian.mean()
+
+
+def test_factor_of_the_inverse() -> None:
+    x = torch.randn(200, 24)
+    hessian, order = x.T @ x / 200, torch.randperm(24)
+    factor = factorize(hessian, order, 0.05)
+    damped = hessian.double() + 0.05 * hessian.diagonal().double().mean() * torch.eye(24)
+    inverse = torch.linalg.inv(damped[order][:, order])
+    upper = factor.upper.double()
+    assert factor.damp_percent == 0.05
+    assert torch.equal(factor.upper, factor.upper.triu())
+    torch.testing.assert_close(upper.T @ upper, inverse, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(upper, torch.linalg.cholesky(inverse, upper=True), rtol=1e-4, atol=1e-5)
+
+
+def test_damping_raises_itself_and_says_so() -> None:
+    x = torch.randn(3, 16)
+    hessian = x.T @ x - 0.05 * torch.eye(16)  # indefinite
+    factor = factorize(hessian, torch.arange(16), 0.001)
+    assert factor.damp_percent > 0.001
+    assert torch.isfinite(factor.upper).all()
+
+
+def test_no_damping_helps() -> None:
+    with pytest.raises(SolveError, match="not positive definite even with damping"):
+        factorize(-torch.eye(4) + 2 * torch.ones(4, 4).fill_diagonal_(0), torch.arange(4), 0.01)
+
+
+def test_all_columns_dead() -> None:
+    factor = factorize(torch.zeros(4, 4), torch.arange(4), 0.01)
+    assert torch.isfinite(factor.upper).all()
