@@ -182,3 +182,7 @@ def _dtype(name: str) -> Any:
         raise ValueError(f"--dtype={name!r} is not supported; use one of {', '.join(names)}")
     return names[name]
 
+
+
+if __name__ == "__main__":
+    main()

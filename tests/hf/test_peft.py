@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from hf_gptq_plugin import GPTQConfig, QuantLinear
 
 IDS = torch.arange(3, 35)[None]
-# PEFT 0.21 reads an attribute that Transformers 5.23 renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+# PEFT 0.21 uses names that Transformers 5.23 replaced.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 
 
 @pytest.fixture

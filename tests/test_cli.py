@@ -1,0 +1,135 @@
+"""The command line: what it writes, what it prints, how it fails."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from hf_gptq_plugin.cli import main
+from hf_gptq_plugin.demo import texts
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Callable[..., Path]) -> Path:
+    """A tiny llama with a tokenizer of single bytes beside it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tiny("llama", initializer_range=0.05)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(texts()[0][:20_000], encoding="utf-8")
+    return path
+
+
+Run = Callable[..., "Result"]
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def hf_gptq(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Run the command's entry point in this process."""
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["hf-gptq", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        captured = capsys.readouterr()
+        return Result(int(exit_.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+def test_quantize_then_eval(hf_gptq: Run, model: Path, text: Path, tmp_path: Path) -> None:
+    done = hf_gptq(
+        "quantize", model, tmp_path / "out", "--bits", 3, "--group-size", 32, "--asym", "--desc-act",
+        "--calibration", text, "--samples", 4, "--seqlen", 64, "--seed", 1,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "Quantized 14 layers to 3 bit" in done.out
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (written["bits"], written["sym"], written["desc_act"]) == (3, False, True)
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    done = hf_gptq("eval", tmp_path / "out", "--text", text, "--windows", 3, "--seqlen", 64, "--json")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    # The same, by hand.
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    ids = torch.tensor(tokenizer(text.read_text())["input_ids"][: 3 * 64]).view(3, 64)
+    with torch.no_grad():
+        logprobs = loaded(input_ids=ids).logits[:, :-1].double().log_softmax(-1)
+    nll = -logprobs.gather(2, ids[:, 1:, None]).mean()
+    assert report["tokens"] == 192
+    assert report["perplexity"] == pytest.approx(math.exp(nll), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--bits", 5), "bits=5 is not supported"),
+        (("--group-size", 0), "group_size=0 is not supported"),
+        (("--calibration", "missing.txt"), "missing.txt is neither a file nor the name of a data set"),
+        (("--samples", 0), "samples=0 must be an integer of at least 1"),
+        (("--dtype", "int8"), "--dtype='int8' is not supported"),
+        (("--format", "marlin"), "checkpoint_format='marlin' is not supported"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: tuple[object, ...], message: str, hf_gptq: Run, model: Path, text: Path, tmp_path: Path
+) -> None:
+    base = () if "--calibration" in arguments else ("--calibration", text)
+    done = hf_gptq("quantize", model, tmp_path / "out", *base, *arguments)
+    assert done.code == 1
+    assert message in done.err and "Traceback" not in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_is_not_there(hf_gptq: Run, text: Path, tmp_path: Path) -> None:
+    done = hf_gptq("quantize", tmp_path / "nowhere", tmp_path / "out", "--calibration", text)
+    assert done.code == 1 and "nowhere" in done.err and "Traceback" not in done.err
+
+
+def test_text_that_is_not_text(hf_gptq: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"ab\xff\xfe")
+    done = hf_gptq("eval", model, "--text", tmp_path / "bad.txt")
+    assert done.code == 1 and "is not UTF-8 text" in done.err
+
+
+def test_doctor(hf_gptq: Run) -> None:
+    parts = {row["part"]: row for row in json.loads(hf_gptq("doctor", "--json").out)["checks"]}
+    assert parts["transformers"]["state"] == "ok"
+    assert {"native library", "threads", "torch", "vllm", "peft"} <= set(parts)
+    assert "native library" in hf_gptq("doctor").out
+
+
+def test_help_as_a_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_gptq_plugin.cli", "quantize", "--help"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and "--group-size" in done.stdout

@@ -1,0 +1,106 @@
+"""The native library present, absent and unloadable: what works, and what is reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_gptq_plugin import native
+
+PROBE = """
+import json, torch, hf_gptq_plugin
+from hf_gptq_plugin import native
+from hf_gptq_plugin.format.grid import QuantizedWeight, natural_groups
+from hf_gptq_plugin.format.spec import QuantSpec
+from hf_gptq_plugin.nn.linear import QuantLinear
+torch.manual_seed(0)
+spec = QuantSpec(4, 32)
+weight = QuantizedWeight(torch.randint(0, 16, (16, 64), dtype=torch.uint8), torch.rand(2, 16).half(),
+                         torch.full((2, 16), 8, dtype=torch.int32), natural_groups(64, 32), spec)
+x = torch.randn(3, 64)
+y = QuantLinear.from_quantized(weight)(x)
+error = float((y.double() - x.double() @ weight.dequantize().double().T).abs().max())
+print(json.dumps({**vars(native.status()), "error": error}))
+"""
+
+
+def probe(**environment: str) -> dict[str, object]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["error"] < 1e-5
+    return result
+
+
+def doctor(**environment: str) -> tuple[int, dict[str, str]]:
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_gptq_plugin.cli", "doctor", "--json"],
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    report = json.loads(done.stdout)
+    return done.returncode, next(row for row in report["checks"] if row["part"] == "native library")
+
+
+needs_library = pytest.mark.skipif(
+    native.library() is None, reason="the package was built without a C++ compiler: nothing to load"
+)
+
+
+@needs_library
+def test_present() -> None:
+    found = probe()
+    assert (found["state"], found["threads"]) == ("loaded", "torch")
+    assert found["isa"] in ("avx512f", "avx2", "portable")
+    code, row = doctor()
+    assert code == 0 and row["state"] == "ok" and str(found["isa"]) in row["detail"]
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ["avx2", "portable"])
+def test_forced_instruction_set(isa: str) -> None:
+    found = probe(HF_GPTQ_ISA=isa)
+    if isa == "avx2" and found["isa"] == "portable":
+        pytest.skip("this processor has no AVX2")
+    assert found["isa"] == isa
+
+
+@needs_library
+def test_unknown_instruction_set_is_reported() -> None:
+    found = probe(HF_GPTQ_ISA="quantum")
+    assert found["state"] == "loaded" and "quantum" in str(found["detail"])
+
+
+def test_absent(tmp_path: Path) -> None:
+    assert probe(HF_GPTQ_LIBRARY="none")["state"] == "absent"
+    missing = str(tmp_path / "nothing.so")
+    found = probe(HF_GPTQ_LIBRARY=missing)
+    assert (found["state"], found["path"], found["detail"]) == ("absent", missing, "no such file")
+    code, row = doctor(HF_GPTQ_LIBRARY=missing)
+    assert code == 0 and row["state"] == "note" and "everything runs through PyTorch" in row["detail"]
+
+
+def test_unloadable(tmp_path: Path) -> None:
+    broken = tmp_path / "libhf_gptq.so"
+    broken.write_bytes(b"\x7fELF not really")
+    assert probe(HF_GPTQ_LIBRARY=str(broken))["state"] == "unloadable"
+    code, row = doctor(HF_GPTQ_LIBRARY=str(broken))
+    assert code == 1 and row["state"] == "broken" and str(broken) in row["detail"]
+
+
+def test_another_library(tmp_path: Path) -> None:
+    source = tmp_path / "other.c"
+    source.write_text("int hf_gptq_abi_version(void) { return 99; }\n")
+    other = tmp_path / "other.so"
+    try:
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", other, source], check=True)
+    except FileNotFoundError:
+        pytest.skip("no C compiler to build a library of another version with")
+    found = probe(HF_GPTQ_LIBRARY=str(other))
+    assert found["state"] == "unloadable" and "ABI 99, this package needs 1" in str(found["detail"])

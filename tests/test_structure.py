@@ -1,0 +1,125 @@
+"""Imports flow one way, and the wheel ships what it must and nothing else."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "hf_gptq_plugin"
+
+# Who may import whom, inside the package. Everything else is an error.
+ALLOWED: dict[str, set[str]] = {
+    "version": set(),
+    "native": set(),
+    "format": set(),
+    "solve": {"format", "native"},
+    "nn": {"format", "native"},
+    "config": {"format", "solve", "version"},
+    "calibrate": {"format", "solve", "nn"},
+    "hf": {"format", "solve", "nn", "calibrate", "config"},
+    "diagnose": {"native", "hf", "version"},
+    "demo": {"format", "hf", ""},
+    "cli": {"format", "solve", "calibrate", "config", "hf", "native", "diagnose", "demo", ""},
+    "": {"config", "format", "hf", "nn", "version"},  # the package's own __init__
+}
+WITHOUT_TRANSFORMERS = {"format", "solve", "nn", "native", "version"}
+
+
+def room(module: str) -> str:
+    """"hf_gptq_plugin.solve.gptq" -> "solve"; the package itself is ""."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def imports(path: Path, package: str) -> list[str]:
+    """Absolute names of the modules that a file imports, those inside functions too."""
+    module = [package, *path.relative_to(ROOT / package).with_suffix("").parts]
+    if module[-1] == "__init__":
+        module.pop()
+        base = module
+    else:
+        base = module[:-1]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            prefix = base[: len(base) - node.level + 1] if node.level else []
+            source = ".".join([*prefix, *([node.module] if node.module else [])])
+            # `from .. import native` names a module, `from ..native import x` names what is in one.
+            found += [f"{source}.{alias.name}" for alias in node.names] if node.module is None else [source]
+    return found
+
+
+def files(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def own_room(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return "" if parts == ("__init__",) else parts[0]
+
+
+@pytest.mark.parametrize("path", files("hf_gptq_plugin"), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_flow_one_way(path: Path) -> None:
+    here = own_room(path)
+    for name in imports(path, "hf_gptq_plugin"):
+        if name.split(".")[0] == "hf_gptq_plugin":
+            target = room(name)
+            assert target == here or target in ALLOWED[here], f"{here or 'the package'} imports {name}"
+        if here in WITHOUT_TRANSFORMERS:
+            assert name.split(".")[0] not in ("transformers", "vllm", "peft"), f"{here} imports {name}"
+        if here != "demo":
+            assert name.split(".")[0] not in ("vllm", "vllm_plugin"), f"{here} imports {name}"
+
+
+def test_the_rules_allow_no_cycle() -> None:
+    done: set[str] = set()
+    waiting = {name: set(targets) for name, targets in ALLOWED.items()}
+    while waiting:
+        ready = {name for name, targets in waiting.items() if targets <= done}
+        assert ready, f"a cycle among {sorted(waiting)}"
+        done |= ready
+        for name in ready:
+            del waiting[name]
+
+
+@pytest.mark.parametrize("path", files("vllm_plugin"), ids=lambda p: p.name)
+def test_the_vllm_plugin_uses_the_core_only(path: Path) -> None:
+    for name in imports(path, "vllm_plugin"):
+        if name.split(".")[0] == "hf_gptq_plugin":
+            assert room(name) in ("format", "nn"), f"{path.name} imports {name}"
+
+
+def test_kernels_is_no_python_package() -> None:
+    assert list((ROOT / "kernels").rglob("*.py")) == []
+
+
+def test_nothing_in_the_package_unpickles() -> None:
+    for package in ("hf_gptq_plugin", "vllm_plugin"):
+        for path in files(package):
+            text = path.read_text()
+            assert "torch.load(" not in text and "pickle" not in text.replace("pickled files can run code", ""), path
+
+
+def test_what_the_wheel_ships(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", tmp_path, ROOT], check=True, timeout=600
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-py3-none-" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        entry_points = next(archive.read(n).decode() for n in names if n.endswith("entry_points.txt"))
+    top = {n.split("/")[0] for n in names}
+    assert {n for n in top if not n.endswith(".dist-info")} == {"hf_gptq_plugin", "vllm_plugin"}
+    assert "hf_gptq_plugin/_native/libhf_gptq.so" in names
+    assert not any(n.endswith((".cpp", ".h", ".cu")) for n in names)
+    assert "hf_gptq = vllm_plugin:register" in entry_points
+    assert "hf-gptq = hf_gptq_plugin.cli:main" in entry_points
