@@ -303,6 +303,20 @@ def test_wrong_config(damaged: Callable[..., Path], fields: dict[str, Any], mess
         load(damaged(**fields))
 
 
+def test_act_order_needs_its_group_index(damaged: Callable[..., Path]) -> None:
+    drop = lambda s: s.pop("model.layers.1.mlp.up_proj.g_idx")  # noqa: E731
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.g_idx is missing.*desc_act=True needs it"):
+        load(damaged(drop, desc_act=True))
+
+
+def test_no_group_index_means_natural_order(damaged: Callable[..., Path], checkpoint: Path) -> None:
+    def drop(state: dict[str, torch.Tensor]) -> None:
+        for name in [n for n in state if n.endswith(".g_idx")]:
+            del state[name]
+
+    assert torch.equal(load(damaged(drop))(input_ids=IDS).logits, load(checkpoint)(input_ids=IDS).logits)
+
+
 def test_truncated_file(damaged: Callable[..., Path]) -> None:
     folder = damaged()
     file = folder / "model.safetensors"

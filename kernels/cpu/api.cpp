@@ -1,0 +1,278 @@
+// The exported functions: they validate, plan, and call the kernels of the selected instruction
+// set.
+#include <math.h>
+#include <string.h>
+
+#include "dispatch.h"
+#include "hf_gptq.h"
+#include "layout.h"
+#include "parallel.h"
+#include "scratch.h"
+
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the packed formats are read as little-endian memory"
+#endif
+
+#define HF_GPTQ_STRINGIFY_(x) #x
+#define HF_GPTQ_STRINGIFY(x) HF_GPTQ_STRINGIFY_(x)
+#ifdef __clang__
+#define HF_GPTQ_COMPILER "clang"
+#else
+#define HF_GPTQ_COMPILER "gcc"
+#endif
+
+namespace hf_gptq {
+namespace {
+
+bool is_bits(int bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 8; }
+
+bool is_dtype(int dtype) { return dtype >= HF_GPTQ_FP32 && dtype <= HF_GPTQ_BF16; }
+
+bool is_layout(int64_t block_stride, int64_t row_stride, int64_t R, int64_t N) {
+  const bool canonical = block_stride == kBlockColumns && row_stride == N;
+  const bool blocked = block_stride == kBlockColumns * R && row_stride == kBlockColumns;
+  return canonical || blocked;
+}
+
+int validate(const hf_gptq_weight* w) {
+  if (!w || !w->qweight || !w->scales) return HF_GPTQ_ERROR_NULL_POINTER;
+  if (!is_bits(w->bits)) return HF_GPTQ_ERROR_BITS;
+  if (!is_dtype(w->scale_dtype)) return HF_GPTQ_ERROR_DTYPE;
+  if (w->K < 1 || w->N < 1 || w->G < 1) return HF_GPTQ_ERROR_SHAPE;
+  if (!is_layout(w->block_stride, w->row_stride, packed_words(w->K, w->bits), w->N)) {
+    return HF_GPTQ_ERROR_LAYOUT;
+  }
+  if (w->qzeros && w->zero_offset != 0 && w->zero_offset != 1) return HF_GPTQ_ERROR_ZERO_OFFSET;
+  if (!w->g_idx) {
+    if (w->group_size < 1) return HF_GPTQ_ERROR_SHAPE;
+    if (ceil_div(w->K, w->group_size) > w->G) return HF_GPTQ_ERROR_GROUP;
+  }
+  return HF_GPTQ_OK;
+}
+
+// Writes the runs of a validated weight to `runs`, or only counts them if `runs` is null.
+int find_runs(const hf_gptq_weight& w, Run* runs, int64_t* count) {
+  int64_t found = 0;
+  if (!w.perm && !w.g_idx) {
+    // group_size may exceed K by so much that begin + group_size would overflow.
+    const int64_t size = w.group_size < w.K ? w.group_size : w.K;
+    for (int64_t begin = 0; begin < w.K; begin += size, ++found) {
+      const int64_t end = begin + size < w.K ? begin + size : w.K;
+      if (runs) runs[found] = {begin, end, found};
+    }
+    *count = found;
+    return HF_GPTQ_OK;
+  }
+  int64_t previous = -1;
+  for (int64_t i = 0; i < w.K; ++i) {
+    const int64_t feature = w.perm ? w.perm[i] : i;
+    if (feature < 0 || feature >= w.K) return HF_GPTQ_ERROR_PERM;
+    const int64_t group = w.g_idx ? w.g_idx[feature] : feature / w.group_size;
+    if (group < 0 || group >= w.G) return HF_GPTQ_ERROR_GROUP;
+    if (group != previous) {
+      if (runs) runs[found] = {i, i + 1, group};
+      ++found;
+      previous = group;
+    } else if (runs) {
+      runs[found - 1].end = i + 1;
+    }
+  }
+  *count = found;
+  return HF_GPTQ_OK;
+}
+
+// The runs of a weight, for the length of one call.
+class RunList {
+ public:
+  explicit RunList(const hf_gptq_weight& w)
+      : error_(find_runs(w, nullptr, &count_)), buffer_(count_ * sizeof(Run)) {
+    if (error_ != HF_GPTQ_OK) return;
+    if (!buffer_.data()) {
+      error_ = HF_GPTQ_ERROR_OUT_OF_MEMORY;
+    } else {
+      error_ = find_runs(w, static_cast<Run*>(buffer_.data()), &count_);
+    }
+  }
+  int error() const { return error_; }
+  Runs runs() const { return {static_cast<const Run*>(buffer_.data()), count_}; }
+
+ private:
+  int64_t count_ = 0;
+  int error_;
+  Buffer buffer_;
+};
+
+struct RepackArguments {
+  const int32_t* src;
+  int64_t src_block_stride, src_row_stride;
+  int32_t* dst;
+  int64_t dst_block_stride, dst_row_stride;
+  int64_t R, N;
+};
+
+int repack_blocks(int64_t begin, int64_t end, const void* context) {
+  const RepackArguments& a = *static_cast<const RepackArguments*>(context);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t left = a.N - block * kBlockColumns;
+    const int64_t columns = left < kBlockColumns ? left : kBlockColumns;
+    // A row stride of 16 is blocked, or canonical with N = 16 where there is no padding.
+    const int64_t padding = a.dst_row_stride == kBlockColumns ? kBlockColumns - columns : 0;
+    const int32_t* src =
+        a.src + word_index(0, block * kBlockColumns, a.src_block_stride, a.src_row_stride);
+    int32_t* dst =
+        a.dst + word_index(0, block * kBlockColumns, a.dst_block_stride, a.dst_row_stride);
+    for (int64_t r = 0; r < a.R; ++r) {
+      memcpy(dst, src, columns * sizeof(int32_t));
+      memset(dst + columns, 0, padding * sizeof(int32_t));
+      src += a.src_row_stride;
+      dst += a.dst_row_stride;
+    }
+  }
+  return HF_GPTQ_OK;
+}
+
+}  // namespace
+}  // namespace hf_gptq
+
+using namespace hf_gptq;
+
+extern "C" {
+
+int32_t hf_gptq_abi_version(void) { return HF_GPTQ_ABI_VERSION; }
+
+const char* hf_gptq_error_string(int error) {
+  switch (error) {
+    case HF_GPTQ_OK:
+      return "ok";
+    case HF_GPTQ_ERROR_NULL_POINTER:
+      return "a required pointer is NULL";
+    case HF_GPTQ_ERROR_BITS:
+      return "bits must be 2, 3, 4 or 8";
+    case HF_GPTQ_ERROR_DTYPE:
+      return "dtype must be 0 (fp32), 1 (fp16) or 2 (bf16)";
+    case HF_GPTQ_ERROR_SHAPE:
+      return "a dimension, stride, group_size, blocksize or zero_min is out of range";
+    case HF_GPTQ_ERROR_LAYOUT:
+      return "block_stride and row_stride must be (16, N) for the canonical layout or (16 * R, 16) "
+             "for the blocked one";
+    case HF_GPTQ_ERROR_ZERO_OFFSET:
+      return "zero_offset must be 1 (format v1) or 0 (format v2)";
+    case HF_GPTQ_ERROR_GROUP:
+      return "a group index is outside [0, G), or the groups do not cover [0, K)";
+    case HF_GPTQ_ERROR_PERM:
+      return "an entry of perm is outside [0, K)";
+    case HF_GPTQ_ERROR_OUT_OF_MEMORY:
+      return "scratch memory could not be allocated";
+    case HF_GPTQ_ERROR_PARALLEL_FOR:
+      return "the registered parallel_for failed";
+    case HF_GPTQ_ERROR_SCALE_ZERO:
+      return "a scale is zero";
+    case HF_GPTQ_ERROR_SCALE_FINITE:
+      return "a scale is infinite or NaN";
+    case HF_GPTQ_ERROR_PIVOT:
+      return "a diagonal element of U is zero, infinite or NaN";
+    default:
+      return "unknown error code";
+  }
+}
+
+const char* hf_gptq_build_info(void) {
+  // clang-format off
+  return "abi=" HF_GPTQ_STRINGIFY(HF_GPTQ_ABI_VERSION)
+         ",compiler=" HF_GPTQ_COMPILER
+#ifdef __clang__
+         ",version=" HF_GPTQ_STRINGIFY(__clang_major__) "." HF_GPTQ_STRINGIFY(__clang_minor__)
+         "." HF_GPTQ_STRINGIFY(__clang_patchlevel__)
+#else
+         ",version=" HF_GPTQ_STRINGIFY(__GNUC__) "." HF_GPTQ_STRINGIFY(__GNUC_MINOR__)
+         "." HF_GPTQ_STRINGIFY(__GNUC_PATCHLEVEL__)
+#endif
+         ",isa=" HF_GPTQ_ISA_LIST
+         ",sanitize=" HF_GPTQ_STRINGIFY(HF_GPTQ_SANITIZED);
+  // clang-format on
+}
+
+const char* hf_gptq_cpu_isa(void) { return dispatch().kernels->isa; }
+
+const char* hf_gptq_cpu_isa_error(void) { return dispatch().error; }
+
+void hf_gptq_set_parallel_for(hf_gptq_parallel_for_t parallel_for) {
+  set_parallel_for(parallel_for);
+}
+
+int hf_gptq_linear(const hf_gptq_weight* weight, const void* x, int32_t x_dtype, int64_t M,
+                   int64_t x_row_stride, const void* bias, void* y) {
+  if (const int error = validate(weight)) return error;
+  if (!is_dtype(x_dtype)) return HF_GPTQ_ERROR_DTYPE;
+  if (M < 0) return HF_GPTQ_ERROR_SHAPE;
+  if (M == 0) return HF_GPTQ_OK;
+  if (!x || !y) return HF_GPTQ_ERROR_NULL_POINTER;
+  const RunList list(*weight);
+  if (list.error()) return list.error();
+  return dispatch().kernels->linear({*weight, list.runs(), x, x_dtype, M, x_row_stride, bias, y});
+}
+
+int hf_gptq_dequantize(const hf_gptq_weight* weight, void* out, int32_t out_dtype,
+                       int64_t out_row_stride) {
+  if (const int error = validate(weight)) return error;
+  if (!is_dtype(out_dtype)) return HF_GPTQ_ERROR_DTYPE;
+  if (!out) return HF_GPTQ_ERROR_NULL_POINTER;
+  if (out_row_stride < weight->K) return HF_GPTQ_ERROR_SHAPE;
+  const RunList list(*weight);
+  if (list.error()) return list.error();
+  return dispatch().kernels->dequantize({*weight, list.runs(), out, out_dtype, out_row_stride});
+}
+
+int hf_gptq_repack(const int32_t* src, int64_t src_block_stride, int64_t src_row_stride,
+                   int32_t* dst, int64_t dst_block_stride, int64_t dst_row_stride, int64_t R,
+                   int64_t N) {
+  if (!src || !dst) return HF_GPTQ_ERROR_NULL_POINTER;
+  if (R < 1 || N < 1) return HF_GPTQ_ERROR_SHAPE;
+  if (!is_layout(src_block_stride, src_row_stride, R, N) ||
+      !is_layout(dst_block_stride, dst_row_stride, R, N)) {
+    return HF_GPTQ_ERROR_LAYOUT;
+  }
+  const RepackArguments arguments{
+      src, src_block_stride, src_row_stride, dst, dst_block_stride, dst_row_stride, R, N};
+  // About 64 KiB of words per range: below that a thread costs more than the copy.
+  return parallel_for(column_blocks(N), ceil_div(1024, R), repack_blocks, &arguments);
+}
+
+int hf_gptq_solve(float* W, const float* U, const float* scales, const float* zeros,
+                  const int32_t* group, uint8_t* codes, double* loss, int64_t N, int64_t K,
+                  int64_t G, int32_t bits, int64_t blocksize) {
+  if (!W || !U || !scales || !zeros || !group || !codes) return HF_GPTQ_ERROR_NULL_POINTER;
+  if (!is_bits(bits)) return HF_GPTQ_ERROR_BITS;
+  if (N < 1 || K < 1 || G < 1 || blocksize < 1) return HF_GPTQ_ERROR_SHAPE;
+  for (int64_t i = 0; i < K; ++i) {
+    if (group[i] < 0 || group[i] >= G) return HF_GPTQ_ERROR_GROUP;
+    const float pivot = U[i * K + i];
+    if (!isfinite(pivot) || pivot == 0.0f) return HF_GPTQ_ERROR_PIVOT;
+  }
+  for (int64_t i = 0; i < N * G; ++i) {
+    if (!isfinite(scales[i])) return HF_GPTQ_ERROR_SCALE_FINITE;
+    if (scales[i] == 0.0f) return HF_GPTQ_ERROR_SCALE_ZERO;
+  }
+  return dispatch().kernels->solve(
+      {W, U, scales, zeros, group, codes, loss, N, K, G, bits, blocksize});
+}
+
+int hf_gptq_scale_search(const float* W, const float* h, const int32_t* group_start, int64_t N,
+                         int64_t K, int64_t G, int32_t bits, int32_t sym, const float* shrink,
+                         int64_t T, int32_t scale_dtype, float* scales, float* zeros,
+                         int32_t zero_min) {
+  if (!W || !h || !group_start || !shrink || !scales || !zeros) return HF_GPTQ_ERROR_NULL_POINTER;
+  if (!is_bits(bits)) return HF_GPTQ_ERROR_BITS;
+  if (!is_dtype(scale_dtype)) return HF_GPTQ_ERROR_DTYPE;
+  if (N < 1 || K < 1 || G < 1 || T < 1 || (!sym && zero_min != 0 && zero_min != 1)) {
+    return HF_GPTQ_ERROR_SHAPE;
+  }
+  if (group_start[0] != 0 || group_start[G] != K) return HF_GPTQ_ERROR_GROUP;
+  for (int64_t g = 0; g < G; ++g) {
+    if (group_start[g] > group_start[g + 1]) return HF_GPTQ_ERROR_GROUP;
+  }
+  return dispatch().kernels->scale_search({W, h, group_start, N, K, G, bits, sym != 0, shrink, T,
+                                           scale_dtype, scales, zeros, zero_min});
+}
+
+}  // extern "C"

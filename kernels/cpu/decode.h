@@ -1,0 +1,170 @@
+// From packed words to code - zero in fp32, one block of 16 columns at a time. Internal linkage,
+// see isa.h.
+#ifndef HF_GPTQ_CPU_DECODE_H_
+#define HF_GPTQ_CPU_DECODE_H_
+
+#include "convert.h"
+#include "kernels.h"
+#include "simd.h"
+
+namespace hf_gptq {
+namespace {
+
+// A code c is put into the low mantissa bits of 2^23: as a float that is 2^23 + c, and subtracting
+// 2^23 + zero leaves c - zero exactly.
+constexpr uint32_t kMagicBits = 0x4b000000u;
+constexpr float kMagic = 8388608.0f;
+
+// The words of one block: word (r, n % 16) at words[r * row_stride + n % 16].
+struct BlockWords {
+  const uint32_t* words;
+  int64_t row_stride;
+};
+
+// The last block of a canonical weight with N % 16 != 0 has no 16 columns to load.
+HF_GPTQ_INLINE bool is_ragged(const hf_gptq_weight& w, int64_t block) {
+  return (block + 1) * kBlockColumns > w.N && w.row_stride != kBlockColumns;
+}
+
+// Bytes of the copy that block_words makes of a ragged block.
+HF_GPTQ_INLINE int64_t ragged_bytes(const hf_gptq_weight& w) {
+  return packed_words(w.K, w.bits) * kBlockColumns * sizeof(uint32_t);
+}
+
+// The words of a block; a ragged one is copied to `copy` (ragged_bytes) and padded with zeros.
+inline BlockWords block_words(const hf_gptq_weight& w, int64_t block, uint32_t* copy) {
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(w.qweight) +
+                          word_index(0, block * kBlockColumns, w.block_stride, w.row_stride);
+  if (!is_ragged(w, block)) return {words, w.row_stride};
+  const int64_t columns = w.N - block * kBlockColumns;
+  for (int64_t r = 0; r < packed_words(w.K, w.bits); ++r) {
+    for (int64_t c = 0; c < kBlockColumns; ++c) {
+      copy[r * kBlockColumns + c] = c < columns ? words[r * w.row_stride + c] : 0;
+    }
+  }
+  return {copy, kBlockColumns};
+}
+
+// scale[c] and magic_zero[c] = 2^23 + zero of the 16 columns of a block in group g; columns beyond
+// N get finite values.
+template <int kBits>
+void load_group(const hf_gptq_weight& w, int64_t g, int64_t block, float* scale,
+                float* magic_zero) {
+  const int64_t column = block * kBlockColumns;
+  const int64_t left = w.N - column;
+  if (left < kBlockColumns) memset(scale, 0, kBlockColumns * sizeof(float));
+  to_float(w.scales, w.scale_dtype, g * w.N + column, left < kBlockColumns ? left : kBlockColumns,
+           scale);
+  if (!w.qzeros) {
+    for (int c = 0; c < kBlockColumns; ++c) magic_zero[c] = kMagic + (1 << (kBits - 1));
+    return;
+  }
+  // Eight codes are kBits whole bytes. The row is read no further than its last word.
+  const int64_t row_bytes = packed_words(w.N, kBits) * sizeof(uint32_t);
+  const uint8_t* row = reinterpret_cast<const uint8_t*>(w.qzeros) + g * row_bytes;
+  uint64_t eight[2] = {0, 0};
+  for (int i = 0; i < 2; ++i) {
+    const int64_t offset = (column / 8 + i) * kBits;
+    const int64_t available = row_bytes - offset;
+    if (available >= kBits) {
+      memcpy(&eight[i], row + offset, kBits);
+    } else if (available > 0) {
+      memcpy(&eight[i], row + offset, available);
+    }
+  }
+  // Vectors shift 32-bit elements best; with 8 bits the eight codes are in two of them.
+  constexpr int kPerPiece = kBits == 8 ? 4 : 8;
+  uint32_t pieces[kBlockColumns];
+  for (int c = 0; c < kBlockColumns; ++c) {
+    pieces[c] = static_cast<uint32_t>(eight[c / 8] >> (c % 8 / kPerPiece * 32));
+  }
+  for (int c = 0; c < kBlockColumns; ++c) {
+    const uint32_t field = pieces[c] >> (c % kPerPiece * kBits) & ((1u << kBits) - 1);
+    magic_zero[c] = kMagic + static_cast<float>(static_cast<int32_t>(field) + w.zero_offset);
+  }
+}
+
+// Fetches what load_group will read for `blocks` blocks. The rows of scales are too far apart for
+// the hardware to foresee.
+HF_GPTQ_INLINE void prefetch_group(const hf_gptq_weight& w, int64_t g, int64_t block, int blocks) {
+  const char* scales = static_cast<const char*>(w.scales);
+  for (int b = 0; b < blocks; ++b) {
+    __builtin_prefetch(scales +
+                       (g * w.N + (block + b) * kBlockColumns) * dtype_size(w.scale_dtype));
+  }
+  if (w.qzeros) {
+    __builtin_prefetch(w.qzeros + g * packed_words(w.N, w.bits) +
+                       code_word(block * kBlockColumns, w.bits));
+  }
+}
+
+// Calls sink(k, values) for k = begin .. end-1 in turn, where values[b * kBlockVectors + v] is
+// code - zero of row k in vector v of block b. words[b] are kBlocks blocks with one row stride;
+// magic_zero is laid out as values.
+template <int kBits, int kBlocks, class Sink>
+HF_GPTQ_INLINE void decode(const uint32_t* const (&words)[kBlocks], int64_t row_stride,
+                           int64_t begin, int64_t end,
+                           const VecF (&magic_zero)[kBlocks * kBlockVectors], Sink&& sink) {
+  constexpr int kUnit = codes_per_unit(kBits);
+  constexpr int kUnitWords = words_per_unit(kBits);
+  // Rows ahead of the one in use to prefetch: 2 KiB per block in the blocked layout.
+  constexpr int64_t kPrefetchRows = 32;
+  const VecU mask = splat((uint32_t{1} << kBits) - 1);
+  const VecU magic = splat(kMagicBits);
+
+  auto one = [&](int64_t k) __attribute__((always_inline)) {
+    const int64_t row = code_word(k, kBits) * row_stride;
+    const int shift = code_shift(k, kBits);
+    VecF values[kBlocks * kBlockVectors];
+    HF_GPTQ_UNROLL
+    for (int b = 0; b < kBlocks; ++b) {
+      HF_GPTQ_UNROLL
+      for (int v = 0; v < kBlockVectors; ++v) {
+        const uint32_t* word = words[b] + row + v * kLanes;
+        VecU code = load(word) >> shift;
+        if (kBits == 3 && shift + kBits > 32) code |= load(word + row_stride) << (32 - shift);
+        const int i = b * kBlockVectors + v;
+        values[i] = (VecF)((code & mask) | magic) - magic_zero[i];
+      }
+    }
+    sink(k, values);
+  };
+
+  int64_t k = begin;
+  for (; k < end && k % kUnit != 0; ++k) one(k);
+  for (; k + kUnit <= end; k += kUnit) {
+    const int64_t row = code_word(k, kBits) * row_stride;
+    VecU unit[kUnitWords][kBlocks * kBlockVectors];
+    HF_GPTQ_UNROLL
+    for (int b = 0; b < kBlocks; ++b) {
+      HF_GPTQ_UNROLL
+      for (int r = 0; r < kUnitWords; ++r) {
+        const uint32_t* word = words[b] + row + r * row_stride;
+        __builtin_prefetch(word + kPrefetchRows * row_stride);
+        HF_GPTQ_UNROLL
+        for (int v = 0; v < kBlockVectors; ++v) {
+          unit[r][b * kBlockVectors + v] = load(word + v * kLanes);
+        }
+      }
+    }
+    HF_GPTQ_UNROLL
+    for (int j = 0; j < kUnit; ++j) {
+      const int r = j * kBits / 32;
+      const int shift = j * kBits % 32;
+      VecF values[kBlocks * kBlockVectors];
+      HF_GPTQ_UNROLL
+      for (int i = 0; i < kBlocks * kBlockVectors; ++i) {
+        VecU code = unit[r][i] >> shift;
+        if (shift + kBits > 32) code |= unit[(r + 1) % kUnitWords][i] << (32 - shift);
+        values[i] = (VecF)((code & mask) | magic) - magic_zero[i];
+      }
+      sink(k + j, values);
+    }
+  }
+  for (; k < end; ++k) one(k);
+}
+
+}  // namespace
+}  // namespace hf_gptq
+
+#endif  // HF_GPTQ_CPU_DECODE_H_

@@ -1,0 +1,72 @@
+#include "dispatch.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef HF_GPTQ_X86_64
+#include <cpuid.h>
+#endif
+
+namespace hf_gptq {
+namespace {
+
+struct Candidate {
+  const Kernels* kernels;
+  bool supported;
+};
+
+#ifdef HF_GPTQ_X86_64
+// __builtin_cpu_supports also asks whether the operating system saves the registers. F16C, which
+// not every compiler knows by name there, uses the same registers as AVX2.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
+Dispatch choose() {
+#ifdef HF_GPTQ_X86_64
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+  const bool avx512f = avx2 && __builtin_cpu_supports("avx512f");
+  const Candidate candidates[] = {
+      {&kernels_avx512f, avx512f}, {&kernels_avx2, avx2}, {&kernels_portable, true}};
+#else
+  const Candidate candidates[] = {{&kernels_portable, true}};
+#endif
+
+  const Kernels* best = nullptr;
+  for (const Candidate& candidate : candidates) {
+    if (candidate.supported && !best) best = candidate.kernels;
+  }
+  const char* wanted = getenv("HF_GPTQ_ISA");
+  if (!wanted || !*wanted) return {best, nullptr};
+
+  const char* reason = "is not an instruction set of this build";
+  for (const Candidate& candidate : candidates) {
+    if (strcmp(wanted, candidate.kernels->isa) != 0) continue;
+    if (candidate.supported) return {candidate.kernels, nullptr};
+    reason = "is not supported by this CPU";
+  }
+  static char message[160];
+  snprintf(message, sizeof message, "HF_GPTQ_ISA=%.40s %s; using %s (accepted:", wanted, reason,
+           best->isa);
+  for (const Candidate& candidate : candidates) {
+    if (!candidate.supported) continue;
+    const size_t used = strlen(message);
+    snprintf(message + used, sizeof message - used, " %s", candidate.kernels->isa);
+  }
+  const size_t used = strlen(message);
+  snprintf(message + used, sizeof message - used, ")");
+  return {best, message};
+}
+
+}  // namespace
+
+const Dispatch& dispatch() {
+  static const Dispatch chosen = choose();
+  return chosen;
+}
+
+}  // namespace hf_gptq

@@ -1,0 +1,16 @@
+// The kernels of one instruction set. isa_*.cpp defines HF_GPTQ_ISA (the name), HF_GPTQ_KERNELS
+// (the table) and which vectors to use, and includes this file once. The headers below hold code in
+// an anonymous namespace and use no library templates: compiled with other flags in the next
+// translation unit, none of it may be merged by the linker.
+#include "dequantize.h"
+#include "kernels.h"
+#include "linear.h"
+#include "scale_search.h"
+#include "solve.h"
+
+namespace hf_gptq {
+
+extern const Kernels HF_GPTQ_KERNELS;
+const Kernels HF_GPTQ_KERNELS = {HF_GPTQ_ISA, linear, dequantize, solve, scale_search};
+
+}  // namespace hf_gptq

@@ -1,0 +1,3 @@
+#define HF_GPTQ_ISA "portable"
+#define HF_GPTQ_KERNELS kernels_portable
+#include "isa.h"

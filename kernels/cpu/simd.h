@@ -1,0 +1,110 @@
+// Vectors of the instruction set at hand, on the vector extensions of GCC and Clang; intrinsics
+// only for what the extensions cannot say. Internal linkage, see isa.h.
+#ifndef HF_GPTQ_CPU_SIMD_H_
+#define HF_GPTQ_CPU_SIMD_H_
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(HF_GPTQ_SIMD_AVX512F) || defined(HF_GPTQ_SIMD_AVX2)
+#include <immintrin.h>
+#endif
+
+#include "layout.h"
+
+#define HF_GPTQ_INLINE inline __attribute__((always_inline))
+// Short loops over registers must be gone before register allocation.
+#ifdef __clang__
+#define HF_GPTQ_UNROLL _Pragma("unroll")
+#else
+#define HF_GPTQ_UNROLL _Pragma("GCC unroll 32")
+#endif
+
+namespace hf_gptq {
+namespace {
+
+#if defined(HF_GPTQ_SIMD_AVX512F)
+constexpr int kLanes = 16;
+#elif defined(HF_GPTQ_SIMD_AVX2)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;  // SSE2, NEON
+#endif
+// Vectors across one block of columns.
+constexpr int kBlockVectors = kBlockColumns / kLanes;
+
+typedef float VecF __attribute__((vector_size(4 * kLanes)));
+typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
+
+HF_GPTQ_INLINE VecF load(const float* p) {
+  VecF v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+HF_GPTQ_INLINE VecU load(const uint32_t* p) {
+  VecU v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+HF_GPTQ_INLINE void store(float* p, VecF v) { memcpy(p, &v, sizeof v); }
+
+HF_GPTQ_INLINE VecU splat(uint32_t x) { return VecU{} + x; }
+
+#if defined(HF_GPTQ_SIMD_AVX512F)
+
+HF_GPTQ_INLINE VecF splat(float x) { return _mm512_set1_ps(x); }
+HF_GPTQ_INLINE VecF fmadd(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a, b, c); }
+HF_GPTQ_INLINE VecF round_even(VecF a) {
+  return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+// a > b ? a : b and a < b ? a : b: b if either is NaN.
+HF_GPTQ_INLINE VecF maximum(VecF a, VecF b) { return _mm512_max_ps(a, b); }
+HF_GPTQ_INLINE VecF minimum(VecF a, VecF b) { return _mm512_min_ps(a, b); }
+
+#elif defined(HF_GPTQ_SIMD_AVX2)
+
+HF_GPTQ_INLINE VecF splat(float x) { return _mm256_set1_ps(x); }
+HF_GPTQ_INLINE VecF fmadd(VecF a, VecF b, VecF c) { return _mm256_fmadd_ps(a, b, c); }
+HF_GPTQ_INLINE VecF round_even(VecF a) {
+  return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+HF_GPTQ_INLINE VecF maximum(VecF a, VecF b) { return _mm256_max_ps(a, b); }
+HF_GPTQ_INLINE VecF minimum(VecF a, VecF b) { return _mm256_min_ps(a, b); }
+
+#else
+
+HF_GPTQ_INLINE VecF splat(float x) { return VecF{x, x, x, x}; }
+// Without fma hardware a fused operation is a library call per element; two roundings instead.
+HF_GPTQ_INLINE VecF fmadd(VecF a, VecF b, VecF c) { return a * b + c; }
+// 2^23 + |a| has no fraction bits left, so the addition rounds |a| to an integer.
+HF_GPTQ_INLINE VecF round_even(VecF a) {
+  const VecU sign = (VecU)a & 0x80000000u;
+  const VecF magnitude = (VecF)((VecU)a ^ sign);
+  const VecF limit = splat(8388608.0f);
+  const VecF rounded = (VecF)((VecU)((magnitude + limit) - limit) | sign);
+  return magnitude < limit ? rounded : a;
+}
+HF_GPTQ_INLINE VecF maximum(VecF a, VecF b) { return a > b ? a : b; }
+HF_GPTQ_INLINE VecF minimum(VecF a, VecF b) { return a < b ? a : b; }
+
+#endif
+
+// For short copies of unknown length, where GCC may choose a string instruction over vectors.
+HF_GPTQ_INLINE void copy_floats(const float* src, int64_t count, float* dst) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(dst + i, load(src + i));
+  for (; i < count; ++i) dst[i] = src[i];
+}
+
+// clamp(rint(w / s) + z, 0, top) for quotient = w / s; 0 for NaN.
+HF_GPTQ_INLINE VecF quantize(VecF quotient, VecF zero, VecF top) {
+  return minimum(maximum(round_even(quotient) + zero, VecF{}), top);
+}
+
+}  // namespace
+}  // namespace hf_gptq
+
+#endif  // HF_GPTQ_CPU_SIMD_H_

@@ -1,0 +1,199 @@
+// C ABI of libhf_gptq: GPTQ-quantized linear layers and the GPTQ solver on the CPU.
+//
+// Conventions
+//   * Every function that can fail returns 0 or a positive hf_gptq_error; nothing throws.
+//   * Arrays are row-major and contiguous unless a stride is an argument. Pointers need only the
+//     alignment of their element. Outputs must not overlap inputs.
+//   * Functions are thread-safe. Work runs on the calling thread, or on the loop given to
+//     hf_gptq_set_parallel_for; results never depend on the number of threads.
+//   * Floating point is IEEE 754 in the default rounding mode. The library never changes the
+//     rounding mode or the flush-to-zero flags of a thread.
+#ifndef HF_GPTQ_H_
+#define HF_GPTQ_H_
+
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define HF_GPTQ_API __attribute__((visibility("default")))
+#else
+#define HF_GPTQ_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define HF_GPTQ_ABI_VERSION 1
+
+enum hf_gptq_dtype {
+  HF_GPTQ_FP32 = 0,
+  HF_GPTQ_FP16 = 1,
+  HF_GPTQ_BF16 = 2,
+};
+
+enum hf_gptq_error {
+  HF_GPTQ_OK = 0,
+  HF_GPTQ_ERROR_NULL_POINTER = 1,   // a required pointer is NULL
+  HF_GPTQ_ERROR_BITS = 2,           // bits is not 2, 3, 4 or 8
+  HF_GPTQ_ERROR_DTYPE = 3,          // a dtype is not an hf_gptq_dtype
+  HF_GPTQ_ERROR_SHAPE = 4,          // a dimension, stride, group_size, blocksize or zero_min
+                                    // is out of range
+  HF_GPTQ_ERROR_LAYOUT = 5,         // the strides are neither canonical nor blocked
+  HF_GPTQ_ERROR_ZERO_OFFSET = 6,    // zero_offset is not 0 or 1
+  HF_GPTQ_ERROR_GROUP = 7,          // a group index is outside [0, G), or group_start is not a
+                                    // non-decreasing sequence from 0 to K
+  HF_GPTQ_ERROR_PERM = 8,           // an entry of perm is outside [0, K)
+  HF_GPTQ_ERROR_OUT_OF_MEMORY = 9,  // scratch memory could not be allocated
+  HF_GPTQ_ERROR_PARALLEL_FOR = 10,  // the registered parallel_for returned non-zero
+  HF_GPTQ_ERROR_SCALE_ZERO = 11,    // solve: a scale is zero
+  HF_GPTQ_ERROR_SCALE_FINITE = 12,  // solve: a scale is infinite or NaN
+  HF_GPTQ_ERROR_PIVOT = 13,         // solve: a diagonal element of U is zero, infinite or NaN
+};
+
+// A quantized weight matrix of N outputs and K inputs:
+//
+//   weight[n, feature(i)] = (code[i, n] - zero[g, n]) * scale[g, n],  i = 0 .. K-1
+//   feature(i) = perm ? perm[i] : i
+//   g          = g_idx ? g_idx[feature(i)] : feature(i) / group_size
+//
+// The kernels walk i upwards in runs of equal g. With rows sorted by group a run is a whole group;
+// in any other order the result is right and the speed is lost.
+typedef struct hf_gptq_weight {
+  const int32_t* qweight;  // codes, R = ceil(K * bits / 32) words per column; see layout.h
+  int64_t block_stride;    // words: 16 (canonical) or 16 * R (blocked)
+  int64_t row_stride;      // words: N (canonical) or 16 (blocked)
+  const void* scales;      // [G, N], scale_dtype
+  const int32_t* qzeros;   // [G, ceil(N * bits / 32)], codes along n packed as in layout.h:
+                           // zero = field + zero_offset, not masked (15 + 1 = 16).
+                           // NULL: every zero is 2^(bits-1)
+  const int32_t* g_idx;    // [K] group of each input feature, or NULL: feature / group_size
+  const int32_t* perm;     // [K] input feature held by each row of codes, a permutation, or NULL
+  int64_t K;               // input features, >= 1
+  int64_t N;               // output features, >= 1
+  int64_t G;               // groups, >= 1; without g_idx at least ceil(K / group_size)
+  int64_t group_size;      // >= 1; read only if g_idx is NULL. The last group may be ragged
+  int32_t bits;            // 2, 3, 4 or 8
+  int32_t scale_dtype;     // hf_gptq_dtype
+  int32_t zero_offset;     // 1 for checkpoint format v1, 0 for v2; read only with qzeros
+  int32_t reserved;        // 0
+} hf_gptq_weight;
+
+// The version of this header. A caller refuses a library whose version differs from its own.
+HF_GPTQ_API int32_t hf_gptq_abi_version(void);
+
+// Static text for an error code; never NULL.
+HF_GPTQ_API const char* hf_gptq_error_string(int error);
+
+// "abi=1,compiler=gcc,version=12.2.0,isa=avx512f+avx2+portable,sanitize=0".
+HF_GPTQ_API const char* hf_gptq_build_info(void);
+
+// The instruction set in use: "avx512f", "avx2" (with FMA and F16C) or "portable". It is the best
+// one that was compiled in and that this CPU has, or the one named by the environment variable
+// HF_GPTQ_ISA; the choice is made once, at the first call that needs it.
+HF_GPTQ_API const char* hf_gptq_cpu_isa(void);
+
+// NULL, or why the value of HF_GPTQ_ISA could not be honoured and the best one is used instead.
+HF_GPTQ_API const char* hf_gptq_cpu_isa_error(void);
+
+// The loop that runs fn(b, e, ctx) over disjoint ranges that cover [begin, end), on any threads,
+// and returns 0 when all are done. It has the signature of libtorch's torch_parallel_for.
+typedef int (*hf_gptq_parallel_for_t)(int64_t begin, int64_t end, int64_t grain,
+                                      void (*fn)(int64_t, int64_t, void*), void* ctx);
+
+// Sets the loop for the whole process; NULL (the initial state) runs on the calling thread.
+HF_GPTQ_API void hf_gptq_set_parallel_for(hf_gptq_parallel_for_t parallel_for);
+
+// y = x @ weight^T + bias.
+//
+// x converts exactly to fp32; in fp32, for each (m, n):
+//   total = 0
+//   for each run:  sum = 0;  for each i of the run, upwards:  sum = fma(x, code - zero, sum)
+//                  total = fma(sum, scale, total)
+//   y = round_to_nearest_even(total + bias)
+// avx512f and avx2 give the same bits; "portable" rounds product and sum of each fma separately.
+// A row of y has the same bits whatever M is and whatever the other rows are (payloads of NaN
+// excepted).
+HF_GPTQ_API int hf_gptq_linear(const hf_gptq_weight* weight,
+                               const void* x,         // [M, K], x_dtype, rows x_row_stride apart
+                               int32_t x_dtype,       // hf_gptq_dtype of x, bias and y
+                               int64_t M,             // >= 0
+                               int64_t x_row_stride,  // elements
+                               const void* bias,      // [N], x_dtype, or NULL
+                               void* y);              // out [M, N], x_dtype
+
+// out[n, feature(i)] = round_to_nearest_even(fp32(code - zero) * fp32(scale)).
+HF_GPTQ_API int hf_gptq_dequantize(const hf_gptq_weight* weight,
+                                   void* out,                // out [N, K], out_dtype
+                                   int32_t out_dtype,        // hf_gptq_dtype
+                                   int64_t out_row_stride);  // elements, >= K
+
+// Copies R x N words between the canonical and the blocked layout, either way; the padding columns
+// of a blocked dst become 0.
+HF_GPTQ_API int hf_gptq_repack(const int32_t* src,        // words, see layout.h
+                               int64_t src_block_stride,  // 16 or 16 * R
+                               int64_t src_row_stride,    // N or 16
+                               int32_t* dst,              // out, words
+                               int64_t dst_block_stride,  // 16 or 16 * R
+                               int64_t dst_row_stride,    // N or 16
+                               int64_t R, int64_t N);     // >= 1
+
+// The GPTQ column loop (Frantar et al., 2022). Independently for each row r, in fp32, every
+// operation rounded by itself (no fma):
+//
+//   for i = 0 .. K-1:
+//     s = scales[r, group[i]];  z = zeros[r, group[i]]
+//     q = clamp(rint(W[r, i] / s) + z, 0, 2^bits - 1)
+//     e = (W[r, i] - (q - z) * s) / U[i, i]
+//     W[r, j] -= e * U[i, j]   for j = i+1 .. K-1
+//     codes[r, i] = q;  loss[r] += e * e
+//
+// Columns are updated in blocks, but each W[r, j] receives its updates in ascending i: codes and
+// loss have the same bits for every blocksize, thread count and instruction set.
+HF_GPTQ_API int hf_gptq_solve(float* W,              // [N, K], columns in solve order; destroyed
+                              const float* U,        // [K, K], upper Cholesky factor of the inverse
+                                                     // Hessian; below the diagonal never read
+                              const float* scales,   // [N, G], finite and non-zero, any sign
+                              const float* zeros,    // [N, G], integers in [0, 2^bits]
+                              const int32_t* group,  // [K], group of each column
+                              uint8_t* codes,        // out [N, K], in solve order
+                              double* loss,          // out [N], summed in fp64, or NULL
+                              int64_t N, int64_t K, int64_t G,  // >= 1
+                              int32_t bits,                     // 2, 3, 4 or 8
+                              int64_t blocksize);  // >= 1; columns per lazy update, a matter of
+                                                   // speed (128 is good; more than 256 acts as 256)
+
+// Grid search for the scale and zero of each row and group, in fp32, each operation rounded by
+// itself:
+//
+//   error(s, z) = sum_k h[k] * (w - (clamp(rint(w / s) + z, 0, maxq) - z) * s)^2
+//
+// with maxq = 2^bits - 1 and w the group's weights. Candidates, for t in shrink in turn:
+//   sym:   base = 2 * max|w| / maxq;  s = round(base * t), then s = round(-base * t);
+//          z = 2^(bits-1)
+//   asym:  lo = min(w, 0), hi = max(w, 0);  s = round((hi - lo) * t / maxq);
+//          z = clamp(rint(-lo * t / s), zero_min, maxq)
+// where round() is to scale_dtype. A candidate whose |s| is zero, subnormal or not finite in
+// scale_dtype is skipped; if none is left, s is the smallest normal number of scale_dtype. The
+// smallest error wins, the first among equals. A group of zeros has s = 1 and z = 2^(bits-1) (sym)
+// or zero_min (asym). Term k is added to partial sum k % 16 (k counted from the group's first
+// column), and the 16 sums are added pairwise: the result is the same for every thread count and
+// instruction set.
+HF_GPTQ_API int hf_gptq_scale_search(const float* W,  // [N, K], finite
+                                     const float* h,  // [K], weight of each squared error, >= 0
+                                     const int32_t* group_start,  // [G + 1], columns of group g are
+                                                                  // group_start[g] .. [g + 1] - 1
+                                     int64_t N, int64_t K, int64_t G,  // >= 1
+                                     int32_t bits,                     // 2, 3, 4 or 8
+                                     int32_t sym,          // 0: asymmetric, else symmetric
+                                     const float* shrink,  // [T], fractions of the full range, > 0
+                                     int64_t T,            // >= 1
+                                     int32_t scale_dtype,  // hf_gptq_dtype
+                                     float* scales,        // out [N, G], values of scale_dtype
+                                     float* zeros,         // out [N, G], integers
+                                     int32_t zero_min);    // 0 or 1; read only if asymmetric
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif  // HF_GPTQ_H_

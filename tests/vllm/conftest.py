@@ -1,0 +1,202 @@
+"""Checkpoints, adapters, and the two stacks that run them.
+
+Engines are slow to start, so one at a time is kept and shared between tests.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# Head sizes that vLLM's attention takes on a CPU begin at 32.
+SHAPE = dict(
+    hidden_size=128, intermediate_size=224, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=32, max_position_embeddings=128, initializer_range=0.1,
+)  # fmt: skip
+VOCABULARY = 264  # no multiple of 64: vLLM pads it
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="session")
+def quantized(
+    tiny: Callable[..., Path], windows: list[list[int]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """A random Llama quantized by this package: `quantized(bits=3, sym=False)` gives its folder."""
+    from transformers import AutoModelForCausalLM
+
+    from hf_gptq_plugin import GPTQConfig
+
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(**fields: Any) -> Path:
+        key = tuple(sorted((k, str(v)) for k, v in fields.items()))
+        if key not in made:
+            config = GPTQConfig(dataset=windows[:2], **fields)
+            model = AutoModelForCausalLM.from_pretrained(
+                tiny("llama", **SHAPE, vocab_size=VOCABULARY), quantization_config=config, dtype=torch.float32
+            )
+            made[key] = tmp_path_factory.mktemp("checkpoint") / "quantized"
+            model.save_pretrained(made[key])
+            _tokenizer(VOCABULARY).save_pretrained(made[key])
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    """Token ids of three prompts of different lengths."""
+    return [
+        [(7 * i + 3 * p) % (VOCABULARY - 3) + 3 for i in range(length)]
+        for p, length in enumerate((40, 17, 29))
+    ]
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A random LoRA adapter that PEFT made on the quantized model: `adapter(checkpoint, seed=1)`."""
+    peft = pytest.importorskip("peft", reason="LoRA tests need the peft extra")
+    made: dict[tuple[Path, int], Path] = {}
+
+    def make(checkpoint: Path, seed: int) -> Path:
+        if (checkpoint, seed) not in made:
+            torch.manual_seed(seed)
+            config = peft.LoraConfig(r=8, target_modules=PROJECTIONS, init_lora_weights=False)
+            folder = tmp_path_factory.mktemp("adapter")
+            peft.get_peft_model(Reference(checkpoint).model, config).save_pretrained(folder)
+            made[checkpoint, seed] = folder
+        return made[checkpoint, seed]
+
+    return make
+
+
+@dataclass
+class Continuation:
+    """What vLLM said after a prompt: tokens, and per token the log-probabilities of the 20 likeliest."""
+
+    tokens: list[int]
+    logprobs: list[dict[int, float]]
+
+
+class Reference:
+    """A checkpoint in Transformers, float32, with an adapter if one is named."""
+
+    def __init__(
+        self, checkpoint: Path, adapter: Path | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        import transformers
+
+        import hf_gptq_plugin  # noqa: F401  (registers the quantizer)
+
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).eval()
+        if adapter is not None:
+            import peft
+
+            self.model = peft.PeftModel.from_pretrained(self.model, adapter).eval()
+
+    def logprobs(self, prompt: list[int], continuation: list[int]) -> torch.Tensor:
+        """Log-probabilities, float64 `[tokens, vocabulary]`, at each place of `continuation`."""
+        with torch.no_grad():
+            return (
+                self.model(torch.tensor([prompt + continuation]))
+                .logits[0, len(prompt) - 1 : -1]
+                .double()
+                .log_softmax(-1)
+            )
+
+
+@pytest.fixture(scope="session")
+def reference() -> type[Reference]:
+    """`reference(checkpoint, adapter)` runs in Transformers."""
+    return Reference
+
+
+class Engine:
+    """A checkpoint in vLLM, by default float32."""
+
+    def __init__(self, checkpoint: Path, **arguments: Any) -> None:
+        import vllm
+
+        defaults = dict(
+            quantization="hf_gptq", dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=8
+        )
+        self.llm: Any = vllm.LLM(str(checkpoint), **{**defaults, **arguments})
+
+    @property
+    def method(self) -> str:
+        """The quantization method in use."""
+        return self.llm.llm_engine.model_config.quantization
+
+    def greedy(self, prompts: Sequence[list[int]], loras: Sequence[Any] | None = None) -> list[Continuation]:
+        """Eight tokens after each prompt, all prompts in one batch, `loras[i]` (or None) on prompt `i`."""
+        import vllm
+
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": tokens} for tokens in prompts],
+            vllm.SamplingParams(temperature=0, ignore_eos=True, max_tokens=8, logprobs=20),
+            lora_request=None if loras is None else list(loras),
+            use_tqdm=False,
+        )
+        return [
+            Continuation(
+                list(output.outputs[0].token_ids),
+                [{token: p.logprob for token, p in place.items()} for place in output.outputs[0].logprobs],
+            )
+            for output in outputs
+        ]
+
+    def end(self) -> None:
+        """Give everything back, so that another engine can start in this process."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        self.llm = None
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+class Engines:
+    """`engines(checkpoint, **arguments)` gives a running engine; asking for another ends the one before."""
+
+    def __init__(self) -> None:
+        self._running: dict[tuple[object, ...], Engine] = {}
+
+    def __call__(self, checkpoint: Path, **arguments: Any) -> Engine:
+        key = (checkpoint, *sorted((k, str(v)) for k, v in arguments.items()))
+        if key not in self._running:
+            self.end()
+            self._running[key] = Engine(checkpoint, **arguments)
+        return self._running[key]
+
+    def end(self) -> None:
+        """End the engine that runs, if one does."""
+        while self._running:
+            self._running.popitem()[1].end()
+
+
+@pytest.fixture(scope="session")
+def engines() -> Iterator[Engines]:
+    """Engines in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # other tests of this process want all cores
+        engines = Engines()
+        yield engines
+        engines.end()
+
+
+def _tokenizer(vocab_size: int) -> Any:
+    """One word per token id; vLLM wants a tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2")

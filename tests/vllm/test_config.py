@@ -1,0 +1,186 @@
+"""Which checkpoints the plugin takes, and what it makes of each layer."""
+
+from __future__ import annotations
+
+import pickle
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hf_gptq_plugin.format.spec import CheckpointError, QuantSpec
+
+pytest.importorskip("vllm.version", reason="these tests need vLLM")
+
+# vLLM, and what it imports, warn about themselves.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+JSON = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
+ATTENTION = [f"model.layers.0.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+def write(folder: Path, quantized: list[str], dense: tuple[str, ...] = (), leave_out: str = "") -> Path:
+    """A checkpoint of those modules, 64 × 64, without the tensor `leave_out`."""
+    tensors = {f"{name}.weight": torch.zeros(64, 64) for name in dense}
+    for name in quantized:
+        for leaf, shape in QuantSpec(4, 32).shapes(64, 64).items():
+            dtype = torch.float16 if leaf == "scales" else torch.int32
+            tensors[f"{name}.{leaf}"] = torch.zeros(shape, dtype=dtype)
+    tensors.pop(leave_out, None)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def config(folder: Path | None = None, **fields: Any) -> Any:
+    from vllm_plugin.config import HfGptqConfig
+
+    made = HfGptqConfig.from_config({**JSON, **fields})
+    made.packed_modules_mapping = FUSED
+    if folder is not None:
+        made.maybe_update_config(str(folder))
+    return made
+
+
+def test_vllm_finds_the_plugin() -> None:
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+
+    (entry,) = [e for e in entry_points(group="vllm.general_plugins") if e.name == "hf_gptq"]
+    register = entry.load()
+    register()
+    register()
+    assert QUANTIZATION_METHODS.count("hf_gptq") == 1
+    assert get_quantization_config("hf_gptq").__module__ == "vllm_plugin.config"
+
+
+@pytest.mark.parametrize(
+    ("fields", "user", "ours"),
+    [
+        ({}, "hf_gptq", True),
+        ({}, None, False),
+        ({}, "gptq", False),
+        ({"bits": 3}, "gptq", False),
+        ({"bits": 2}, None, True),
+        ({"bits": 3}, None, True),
+        ({"sym": False}, None, True),
+        ({"desc_act": True}, None, True),
+        ({"desc_act": True, "group_size": -1}, None, False),
+        ({"checkpoint_format": "gptq_v2"}, None, True),
+        ({"group_size": 48}, None, True),
+        ({"group_size": -1}, None, False),
+        ({"dynamic": {"+:.*down_proj": {"bits": 3}}}, None, True),
+        ({"dynamic": {"-:.*down_proj": {"bits": 3}}}, None, False),
+        ({"quant_method": "awq", "bits": 3}, "hf_gptq", False),
+        ({"bits": 5}, None, False),
+        ({"bits": 5}, "hf_gptq", True),
+    ],
+)
+def test_checkpoints_that_the_plugin_takes(fields: dict[str, Any], user: str | None, ours: bool) -> None:
+    from vllm_plugin.config import HfGptqConfig
+
+    chosen = HfGptqConfig.override_quantization_method({**JSON, **fields}, user)
+    assert chosen == ("hf_gptq" if ours else None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bits": 5}, "bits=5 is not supported; use one of 2, 3, 4, 8"),
+        ({"group_size": 0}, "group_size=0"),
+        ({"dynamic": {"+:(": {}}}, r"dynamic\['\+:\('\]"),
+        ({"lm_head": "yes"}, "lm_head='yes'"),
+    ],
+)
+def test_bad_fields_are_named(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        config(**fields)
+
+
+def test_no_tensor_of_the_checkpoint_is_dropped() -> None:
+    assert config().get_checkpoint_weight_mapper().map_name("a.g_idx") == "a.g_idx"
+
+
+def test_it_survives_the_way_to_a_worker(tmp_path: Path) -> None:
+    made = pickle.loads(pickle.dumps(config(write(tmp_path, ATTENTION))))
+    assert made.scheme("model.layers.0.self_attn.o_proj").spec == QuantSpec(4, 32)
+
+
+def test_a_layer_is_quantized_where_the_checkpoint_has_codes(tmp_path: Path) -> None:
+    made = config(write(tmp_path, ATTENTION, dense=("model.layers.0.mlp.down_proj", "lm_head")))
+    fused = made.scheme("model.layers.0.self_attn.qkv_proj")
+    assert fused.names == tuple(ATTENTION[:3])
+    assert fused.spec == QuantSpec(4, 32) and fused.scales_dtype == torch.float16
+    assert not fused.has_bias
+    assert made.scheme("model.layers.0.mlp.down_proj") is None
+    assert made.scheme("lm_head") is None
+
+
+def test_rules_are_matched_with_the_parts_of_a_fused_layer(tmp_path: Path) -> None:
+    made = config(write(tmp_path, ATTENTION), dynamic={r"+:.*\.[qkv]_proj": {"bits": 8}})
+    assert made.scheme("model.layers.0.self_attn.qkv_proj").spec.bits == 8
+    assert made.scheme("model.layers.0.self_attn.o_proj").spec.bits == 4
+
+
+def test_parts_that_differ_are_named(tmp_path: Path) -> None:
+    made = config(write(tmp_path, ATTENTION), dynamic={r"+:.*\.v_proj": {"bits": 8}})
+    with pytest.raises(CheckpointError, match=r"self_attn\.v_proj: bits=8.*quantize them with one setting"):
+        made.scheme("model.layers.0.self_attn.qkv_proj")
+
+
+def test_a_part_that_is_dense_is_named(tmp_path: Path) -> None:
+    made = config(write(tmp_path, ATTENTION[:2], dense=(ATTENTION[2],)))
+    with pytest.raises(CheckpointError, match=r"self_attn\.v_proj: not quantized"):
+        made.scheme("model.layers.0.self_attn.qkv_proj")
+
+
+def test_a_module_that_is_not_in_the_checkpoint_is_named(tmp_path: Path) -> None:
+    made = config(write(tmp_path, ATTENTION[:3]))
+    with pytest.raises(CheckpointError, match=r"neither model\.layers\.0\.self_attn\.o_proj\.qweight nor"):
+        made.scheme("model.layers.0.self_attn.o_proj")
+
+
+@pytest.mark.parametrize("leaf", ["qweight", "qzeros", "scales"])
+def test_an_incomplete_checkpoint_is_refused_before_it_is_loaded(tmp_path: Path, leaf: str) -> None:
+    folder = write(tmp_path, ATTENTION, leave_out=f"{ATTENTION[3]}.{leaf}")
+    with pytest.raises(CheckpointError, match=rf"self_attn\.o_proj\.{leaf} is missing from the checkpoint"):
+        config(folder)
+
+
+def test_a_dense_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no tensor of the checkpoint ends in \.qweight"):
+        config(write(tmp_path, [], dense=("lm_head",)))
+
+
+def test_renamed_modules_keep_the_rules_of_their_own_names(tmp_path: Path) -> None:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    made = config(write(tmp_path, ATTENTION), dynamic={r"+:model\.layers\.0\..*": {"bits": 8}})
+    made.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
+    scheme = made.scheme("language_model.model.layers.0.self_attn.qkv_proj")
+    assert scheme.names == tuple(ATTENTION[:3]) and scheme.spec.bits == 8
+
+
+def test_a_layer_that_is_fused_on_disk(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.qkv_proj"
+    assert config(write(tmp_path, [name])).scheme(name).names == (name,)
+
+
+def test_without_headers_the_rules_decide() -> None:
+    made = config(dynamic={r"-:.*\.o_proj": {}})
+    assert made.scheme("model.layers.0.self_attn.qkv_proj").scales_dtype == torch.float32
+    assert made.scheme("model.layers.0.self_attn.o_proj") is None
+
+
+def test_experts(tmp_path: Path) -> None:
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    layer = RoutedExperts.__new__(RoutedExperts)
+    prefix = "model.layers.0.mlp.experts"
+    quantized = config(write(tmp_path, [f"{prefix}.0.up_proj"]))
+    with pytest.raises(
+        CheckpointError, match=rf"{prefix}: quantized mixture-of-experts layers are not supported"
+    ):
+        quantized.get_quant_method(layer, prefix)

@@ -1,0 +1,445 @@
+"""Layers of vLLM loaded tensor by tensor, as its model loader does, on one rank or a simulated one of two.
+
+A layer is compared with the weight that slow loops decode in float64. Fed with the identity, its output is
+the weight itself: code minus zero, times a scale of 11 bits, fits a float32, so the comparison is exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import references
+import torch
+
+from hf_gptq_plugin.format.grid import QuantizedWeight, natural_groups
+from hf_gptq_plugin.format.spec import CheckpointError, QuantSpec
+
+pytest.importorskip("vllm.version", reason="these tests need vLLM")
+
+pytestmark = [
+    # vLLM, and what it imports, warn about themselves.
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("vllm_config"),
+]
+
+K = 80  # with groups of 32 the last one is ragged
+TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+SPECS = [
+    QuantSpec(bits, 32, sym, desc_act, fmt)
+    for bits, sym, desc_act, fmt in product((2, 3, 4, 8), (True, False), (False, True), ("gptq", "gptq_v2"))
+]
+
+
+@pytest.fixture(scope="module")
+def vllm_config() -> Iterator[None]:
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
+@contextmanager
+def tensor_parallel(rank: int = 0, size: int = 1) -> Iterator[None]:
+    """Layers made inside believe to be rank `rank` of `size`."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("layers.linear", "layers.vocab_parallel_embedding", "parameter"):
+            path = f"vllm.model_executor.{module}.get_tensor_model_parallel"
+            patch.setattr(f"{path}_rank", lambda: rank)
+            patch.setattr(f"{path}_world_size", lambda: size)
+        yield
+
+
+def random_weight(
+    out_features: int, spec: QuantSpec, in_features: int = K, group: torch.Tensor | None = None, seed: int = 0
+) -> QuantizedWeight:
+    """Codes that lie evenly around the zeros, as those of real weights do, so that the format shows."""
+    rng = torch.Generator().manual_seed(seed)
+    groups, middle = spec.groups(in_features), 2 ** (spec.bits - 1)
+    if group is None:
+        group = natural_groups(in_features, spec.group_size)
+        if spec.desc_act:
+            group = group[torch.randperm(in_features, generator=rng)]
+    lowest = middle if spec.sym else middle - 1 - spec.maxq // 8
+    zeros = torch.randint(lowest, middle + 1, (groups, out_features), generator=rng, dtype=torch.int32)
+    reach = max(1, spec.maxq // 4)
+    steps = torch.randint(-reach, reach + 1, (out_features // 2, in_features), generator=rng)
+    codes = torch.cat((steps, -steps)) + zeros.T[:, group.long()]
+    scales = torch.rand(groups, out_features, generator=rng).add(0.5).mul(0.02).half()
+    return QuantizedWeight(codes.to(torch.uint8), scales, zeros, group, spec)
+
+
+def dense(weights: list[QuantizedWeight]) -> torch.Tensor:
+    """float64 `[N, K]` of all weights below each other."""
+    parts = [
+        references.dequantize(*(t.numpy() for t in (w.codes, w.scales, w.zeros, w.group))) for w in weights
+    ]
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def make(kind: Callable[..., Any], spec: QuantSpec, *sizes: Any, **arguments: Any) -> Any:
+    """A layer of vLLM named "layer", quantized by the plugin."""
+    from vllm_plugin.config import HfGptqConfig
+
+    config = HfGptqConfig.from_config(
+        {
+            "quant_method": "gptq", "bits": spec.bits, "group_size": spec.group_size, "sym": spec.sym,
+            "desc_act": spec.desc_act, "checkpoint_format": spec.checkpoint_format, "lm_head": True,
+        }
+    )  # fmt: skip
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    return kind(*sizes, bias=False, params_dtype=torch.float32, quant_config=config, **arguments)
+
+
+def make_qkv(spec: QuantSpec, kv_heads: int = 1) -> Any:
+    """A fused layer of 2 query heads and `kv_heads` key-value heads of 32."""
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+
+    return make(QKVParallelLinear, spec, K, 32, 2, kv_heads, prefix="attn.qkv_proj")
+
+
+def load(layer: Any, weight: QuantizedWeight, *shard: Any, leave_out: tuple[str, ...] = ()) -> None:
+    for leaf, tensor in weight.pack().items():
+        if leaf not in leave_out:
+            parameter = getattr(layer, leaf)
+            parameter.weight_loader(parameter, tensor, *shard)
+
+
+def finish(layer: Any) -> Any:
+    layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+def decoded(layer: Any) -> torch.Tensor:
+    """The layer's weight `[N, K]`, seen through its output."""
+    return layer.quant_method.apply(layer, torch.eye(layer.g_idx.numel())).T.double()
+
+
+def qkv_weights(spec: QuantSpec, kv_heads: int = 1) -> dict[str, QuantizedWeight]:
+    q = random_weight(64, spec)
+    return {
+        "q": q,
+        "k": random_weight(32 * kv_heads, spec, group=q.group, seed=1),
+        "v": random_weight(32 * kv_heads, spec, group=q.group, seed=2),
+    }
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_fused_layer_decodes_exactly(spec: QuantSpec) -> None:
+    weights = qkv_weights(spec)
+    with tensor_parallel():
+        layer = make_qkv(spec)
+        for shard, weight in weights.items():
+            load(layer, weight, shard)
+        finish(layer)
+    expected = dense(list(weights.values()))
+    assert torch.equal(decoded(layer), expected)
+    x = torch.randn(2, 3, K)
+    out = layer.quant_method.apply(layer, x, torch.ones(128))
+    # A sum of K products, each rounded once, in any order.
+    bound = (x.abs().double() @ expected.abs().T) * K * torch.finfo(torch.float32).eps + 1e-6
+    assert ((out.double() - (x.double() @ expected.T + 1)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("group_size", [-1, 16, 24, 128])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_group_sizes_and_widths_that_vllm_lacks(bits: int, group_size: int) -> None:
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    spec = QuantSpec(bits, group_size, sym=False)
+    weight = random_weight(38, spec)
+    with tensor_parallel():
+        layer = make(ReplicatedLinear, spec, K, 38, prefix="layer")
+        load(layer, weight)
+        finish(layer)
+    assert torch.equal(decoded(layer), dense([weight]))
+
+
+def test_layer_that_is_fused_on_disk() -> None:
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+
+    spec = QuantSpec(4, 32, sym=False)
+    weight = random_weight(96, spec)
+    with tensor_parallel():
+        layer = make(MergedColumnParallelLinear, spec, K, [64, 32], prefix="mlp.gate_up_proj")
+        load(layer, weight)
+        finish(layer)
+    assert torch.equal(decoded(layer), dense([weight]))
+
+
+@pytest.mark.parametrize("vocabulary", [50, 64])
+def test_output_embedding_with_and_without_padding(vocabulary: int) -> None:
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    spec = QuantSpec(3, 32)
+    weight = random_weight(vocabulary, spec)
+    with tensor_parallel():
+        layer = make(ParallelLMHead, spec, vocabulary, K, prefix="lm_head")
+        load(layer, weight)
+        finish(layer)
+    logits = decoded(layer)
+    assert logits.shape == (64, K)
+    assert torch.equal(logits[:vocabulary], dense([weight]))
+    assert not logits[vocabulary:].any()
+    assert layer.weight.dtype == torch.float32
+
+
+def test_tied_output_embedding_is_refused() -> None:
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    with tensor_parallel():
+        layer = make(ParallelLMHead, QuantSpec(), 64, K, prefix="lm_head")
+        with pytest.raises(ValueError, match="set tie_word_embeddings to false"):
+            layer.tie_weights(VocabParallelEmbedding(64, K))
+
+
+def test_checkpoint_without_g_idx() -> None:
+    spec = QuantSpec(4, 32)
+    weights = qkv_weights(spec)
+    with tensor_parallel():
+        layer = make_qkv(spec)
+        for shard, weight in weights.items():
+            load(layer, weight, shard, leave_out=("g_idx",))
+        finish(layer)
+    assert torch.equal(decoded(layer), dense(list(weights.values())))
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_column_parallel_ranks_make_up_the_layer(kv_heads: int) -> None:
+    spec = QuantSpec(3, 32, sym=False, desc_act=True)
+    weights = qkv_weights(spec, kv_heads)
+    ranks = []
+    for rank in range(2):
+        with tensor_parallel(rank, 2):
+            layer = make_qkv(spec, kv_heads)
+            for shard, weight in weights.items():
+                load(layer, weight, shard)
+            ranks.append(decoded(finish(layer)).split(32))
+    for part, weight in enumerate(weights.values()):
+        heads = [rank[part] for rank in ranks]
+        assert torch.equal(torch.cat(heads[: len(weight.codes) // 32]), dense([weight]))
+        assert torch.equal(heads[-1], dense([weight])[-32:])  # a single head lies on both ranks
+
+
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_row_parallel_ranks_make_up_the_layer(group_size: int) -> None:
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    spec = QuantSpec(3, group_size, sym=False)
+    weight = random_weight(38, spec, in_features=128)
+    parts = []
+    for rank in range(2):
+        with tensor_parallel(rank, 2):
+            layer = make(RowParallelLinear, spec, 128, 38, prefix="layer")
+            load(layer, weight)
+            parts.append(decoded(finish(layer)))
+    assert torch.equal(torch.cat(parts, dim=1), dense([weight]))
+
+
+@pytest.mark.parametrize(
+    ("in_features", "spec", "multiples"),
+    [
+        (256, QuantSpec(4, 96), "8 and 96"),
+        (80, QuantSpec(3, 8), "32 and 8"),
+        (80, QuantSpec(3, -1), "32 and 1"),
+    ],
+)
+def test_row_slice_that_cuts_a_word_or_group(in_features: int, spec: QuantSpec, multiples: str) -> None:
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    message = (
+        rf"layer: {in_features // 2} input features on each rank.*multiples of {multiples}.*smaller --tensor"
+    )
+    with tensor_parallel(0, 2), pytest.raises(CheckpointError, match=message):
+        make(RowParallelLinear, spec, in_features, 64, prefix="layer")
+
+
+@pytest.mark.parametrize(("size", "remedy"), [(1, "Transformers"), (2, "smaller --tensor-parallel-size")])
+def test_fused_zeros_that_fill_no_whole_words(size: int, remedy: str) -> None:
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+
+    message = rf"mlp\.gate_up_proj: shard 1 has {80 // size} output features.*multiples of 32.*{remedy}"
+    with tensor_parallel(0, size), pytest.raises(CheckpointError, match=message):
+        make(MergedColumnParallelLinear, QuantSpec(3, 32), K, [64, 80], prefix="mlp.gate_up_proj")
+
+
+def test_row_parallel_act_order_is_refused() -> None:
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    spec = QuantSpec(4, 32, desc_act=True)
+    with tensor_parallel(0, 2):
+        layer = make(RowParallelLinear, spec, 128, 64, prefix="layer")
+        with pytest.raises(CheckpointError, match=r"layer\.g_idx is in act-order.*--tensor-parallel-size 1"):
+            load(layer, random_weight(64, spec, in_features=128))
+
+
+def test_shards_of_different_act_order_are_refused() -> None:
+    spec = QuantSpec(4, 32, desc_act=True)
+    with tensor_parallel():
+        layer = make_qkv(spec)
+        load(layer, random_weight(64, spec, seed=0), "q")
+        with pytest.raises(CheckpointError, match=r"attn\.k_proj\.g_idx differs from attn\.q_proj\.g_idx"):
+            load(layer, random_weight(32, spec, seed=1), "k")
+
+
+@pytest.mark.parametrize("leaf", TENSORS)
+@pytest.mark.parametrize("shard", ["q", "k", "v"])
+def test_missing_tensor_is_named(leaf: str, shard: str) -> None:
+    spec = QuantSpec(4, 32, desc_act=True)
+    with tensor_parallel():
+        layer = make_qkv(spec)
+        for other, weight in qkv_weights(spec).items():
+            load(layer, weight, other, leave_out=(leaf,) if other == shard else ())
+        with pytest.raises(
+            CheckpointError, match=rf"no attn\.{shard}_proj\.{leaf}, so attn\.qkv_proj cannot"
+        ):
+            finish(layer)
+
+
+def test_module_that_is_missing_whole_is_named() -> None:
+    spec = QuantSpec(4, 32)
+    with tensor_parallel():
+        layer = make_qkv(spec)
+        for shard, weight in list(qkv_weights(spec).items())[:2]:
+            load(layer, weight, shard)
+        with pytest.raises(
+            CheckpointError, match=r"no attn\.v_proj\.qweight, attn\.v_proj\.qzeros, attn\.v_proj"
+        ):
+            finish(layer)
+
+
+def test_g_idx_of_some_shards_only_is_refused() -> None:
+    spec = QuantSpec(4, 32)
+    with tensor_parallel():
+        layer = make_qkv(spec)
+        for shard, weight in qkv_weights(spec).items():
+            load(layer, weight, shard, leave_out=("g_idx",) if shard == "k" else ())
+        with pytest.raises(CheckpointError, match=r"no attn\.k_proj\.g_idx, so"):
+            finish(layer)
+
+
+def test_missing_bias_is_named() -> None:
+    from vllm_plugin.loading import Scheme, ShardLoader
+
+    with tensor_parallel():
+        scheme = Scheme(("attn.qkv_proj",), QuantSpec(4, 32), torch.float16, has_bias=False)
+        loader = ShardLoader(make_qkv(scheme.spec), scheme, K, load=lambda *_: None)
+        with pytest.raises(
+            CheckpointError, match=r"no .*attn\.qkv_proj\.bias, so attn\.qkv_proj cannot be served"
+        ):
+            loader.require_all(torch.empty(128))
+
+
+@pytest.mark.parametrize(
+    ("stored", "message"),
+    [
+        (QuantSpec(8, 32), r"attn\.v_proj\.qweight has shape \(20, 32\).*bits=8 would fit"),
+        (QuantSpec(4, 40), r"attn\.v_proj\.scales has shape \(2, 32\).*group_size=40 would fit"),
+    ],
+)
+def test_mismatched_shapes_are_named(stored: QuantSpec, message: str) -> None:
+    spec = QuantSpec(4, 32)
+    with tensor_parallel():
+        layer = make_qkv(spec)
+        with pytest.raises(CheckpointError, match=message):
+            load(layer, random_weight(32, stored), "v", leave_out=("qzeros",))
+
+
+def test_wider_tensor_is_refused_and_not_cut() -> None:
+    spec = QuantSpec(4, 32)
+    with tensor_parallel():
+        layer = make_qkv(spec)
+        with pytest.raises(CheckpointError, match=r"attn\.v_proj\.qweight has shape \(10, 64\)"):
+            load(layer, random_weight(64, spec), "v")
+
+
+def test_values_that_cannot_be_are_refused() -> None:
+    spec = QuantSpec(4, 32)
+    weights = qkv_weights(spec)
+    weights["k"].scales[1, 2] = float("nan")
+    with tensor_parallel():
+        layer = make_qkv(spec)
+        for shard, weight in weights.items():
+            load(layer, weight, shard)
+        with pytest.raises(CheckpointError, match=r"attn\.qkv_proj\.scales\[1, 66\] is nan"):
+            finish(layer)
+
+
+def test_mislabelled_zeros_are_read_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
+    """A layer that shows no evidence follows one that does, also when it was loaded first."""
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    label = QuantSpec(4, 32, sym=False, checkpoint_format="gptq")
+    stored = replace(label, checkpoint_format="gptq_v2")
+    clear = random_weight(64, stored)
+    # Every zero is one too low, so codes lie half way between what v1 and v2 would imply.
+    unclear = random_weight(64, stored)
+    unclear.codes[:, ::2] += 1
+    with tensor_parallel():
+        layers = [make(ReplicatedLinear, label, K, 64, prefix=f"layer{i}") for i in range(3)]
+        for layer in layers[1:]:
+            layer.quant_method._zeros = layers[0].quant_method._zeros
+        for layer, weight in zip(layers, (unclear, clear, clear), strict=True):
+            load(layer, weight)
+            finish(layer)
+    assert torch.equal(decoded(layers[0]), dense([unclear]))
+    assert torch.equal(decoded(layers[1]), dense([clear]))
+    assert caplog.text.count("stored as gptq_v2") == 1
+
+
+def test_layers_that_contradict_each_other_in_their_zeros() -> None:
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    specs = [QuantSpec(4, 32, checkpoint_format=fmt) for fmt in ("gptq", "gptq_v2")]
+    with tensor_parallel():
+        first, second = (make(ReplicatedLinear, specs[0], K, 64, prefix=f"layer{i}") for i in range(2))
+        second.quant_method._zeros = first.quant_method._zeros
+        load(first, random_weight(64, specs[0]))
+        load(second, random_weight(64, specs[1]))
+        finish(first)
+        with pytest.raises(CheckpointError, match="layer0 are stored as v1 and those of layer1 as v2"):
+            finish(second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_output_is_new_contiguous_and_of_the_input_dtype(dtype: torch.dtype) -> None:
+    spec = QuantSpec(4, 32)
+    weights = qkv_weights(spec)
+    with tensor_parallel():
+        layer = make_qkv(spec)
+        for shard, weight in weights.items():
+            load(layer, weight, shard)
+        finish(layer)
+    x = torch.randn(K, 5, dtype=dtype).T  # not contiguous
+    before = x.clone()
+    out = layer.quant_method.apply(layer, x)
+    assert out.dtype == dtype and out.is_contiguous() and torch.equal(x, before)
+    expected = x.double() @ dense(list(weights.values())).T
+    torch.testing.assert_close(out.double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=0.05)
+
+
+def test_compiles_once_for_all_numbers_of_tokens() -> None:
+    spec = QuantSpec(4, 32, sym=False, desc_act=True)
+    with tensor_parallel():
+        layer = make_qkv(spec)
+        for shard, weight in qkv_weights(spec).items():
+            load(layer, weight, shard)
+        finish(layer)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda x: layer.quant_method.apply(layer, x), backend=backend, fullgraph=True, dynamic=True
+    )
+    for tokens in (2, 5, 17):
+        x = torch.randn(tokens, K)
+        assert torch.equal(compiled(x), layer.quant_method.apply(layer, x))
+    assert len(graphs) == 1

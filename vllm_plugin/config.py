@@ -1,0 +1,214 @@
+"""`hf_gptq` as vLLM sees it: which checkpoints it takes, and how each layer of a model is stored in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+from hf_gptq_plugin.format.checkpoint import TensorInfo, quantized_modules
+from hf_gptq_plugin.format.spec import CheckpointConfig, CheckpointError, QuantSpec, resolve
+
+from .linear import HfGptqLinearMethod, Scheme, ZeroFormat
+
+NAME = "hf_gptq"
+
+
+class HfGptqConfig(QuantizationConfig):
+    """The quantization config of a GPTQ checkpoint, and what its tensors say beyond it.
+
+    A layer is quantized exactly where the checkpoint has codes for it. Rules (`dynamic`) are written for the
+    checkpoint's module names, so the names of vLLM's layers are traced back to these: through the model's
+    renamings, and through the fusion of several modules into one layer.
+
+    Args:
+        checkpoint: the checked `quantization_config`.
+    """
+
+    def __init__(self, checkpoint: CheckpointConfig) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+        self.zero_format = ZeroFormat(checkpoint.spec.checkpoint_format)
+        self._headers: dict[str, TensorInfo] = {}  # by tensor; empty where they cannot be read in advance
+        self._quantized: dict[str, dict[str, TensorInfo]] = {}  # by module of the checkpoint
+        self._sources: dict[str, str] = {}  # module in vLLM to module of the checkpoint
+
+    def get_name(self) -> str:  # type: ignore[override]  # vLLM's annotation lists its own names only
+        """The name behind `--quantization`."""
+        return NAME
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Every dtype that the ops take."""
+        return [torch.float16, torch.bfloat16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Whatever PyTorch runs on: devices without a kernel use the PyTorch reference."""
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Where the config stands when it is not in config.json."""
+        return ["quantize_config.json"]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> HfGptqConfig:
+        """From the checkpoint's JSON.
+
+        Raises:
+            CheckpointError: naming the field, its value and what is accepted.
+        """
+        return cls(CheckpointConfig.from_dict(config))
+
+    @classmethod
+    def override_quantization_method(  # type: ignore[override]
+        cls, hf_quant_cfg: Mapping[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Take a GPTQ checkpoint where the user says so, or says nothing and vLLM itself would refuse it."""
+        if str(hf_quant_cfg.get("quant_method", "")).lower() != "gptq":
+            return None
+        if user_quant == NAME or (user_quant is None and _refused_by_vllm(hf_quant_cfg)):
+            return NAME
+        return None
+
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> WeightsMapper:
+        """Drop no tensor; the inherited mapper drops every g_idx."""
+        return WeightsMapper()
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: PreTrainedConfig | None = None, revision: str | None = None
+    ) -> None:
+        """Read the headers of the checkpoint's files.
+
+        Raises:
+            CheckpointError: no quantized tensor, one of a wrong dtype, or a module that lacks one.
+        """
+        metadata = get_safetensors_params_metadata(model_name, revision=revision)
+        metadata.pop("__metadata__", None)
+        self._headers = {
+            name: TensorInfo(info["dtype"], tuple(info["shape"]), Path(model_name))
+            for name, info in metadata.items()
+        }
+        self._quantized = quantized_modules(self._headers)
+        if self._headers and not self._quantized:
+            raise CheckpointError(
+                f"config.json of {model_name} says quant_method=gptq, but no tensor of the checkpoint ends "
+                "in .qweight; the weights are not quantized: remove quantization_config from config.json and "
+                "serve it without --quantization"
+            )
+        modules = {tensor.rpartition(".")[0] for tensor in self._headers}
+        self._sources = {module: module for module in modules}
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
+        """Follow a model's renaming of the checkpoint's modules."""
+        renamed = {}
+        for module, source in self._sources.items():
+            tensor = hf_to_vllm_mapper.map_name(f"{module}.weight")
+            if tensor is not None:
+                renamed[tensor.removesuffix(".weight")] = source
+        self._sources = renamed
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """How `layer` is run; None for layers that no checkpoint quantizes.
+
+        Raises:
+            CheckpointError: a layer that cannot be run as the checkpoint stores it.
+        """
+        if isinstance(layer, RoutedExperts):
+            self._refuse_quantized_experts(prefix)
+            return UnquantizedFusedMoEMethod(layer.moe_config)
+        if isinstance(layer, LinearBase):
+            scheme = self.scheme(prefix)
+            return HfGptqLinearMethod(scheme, self.zero_format) if scheme else UnquantizedLinearMethod()
+        if isinstance(layer, ParallelLMHead):
+            scheme = self.scheme(prefix) if self._headers or self.checkpoint.lm_head else None
+            return HfGptqLinearMethod(scheme, self.zero_format) if scheme else UnquantizedEmbeddingMethod()
+        return None
+
+    def scheme(self, prefix: str) -> Scheme | None:
+        """How the checkpoint stores vLLM's layer `prefix`; None where it is not quantized.
+
+        Raises:
+            CheckpointError: a fused layer of modules that are not quantized alike.
+        """
+        names = self._checkpoint_modules(prefix)
+        specs = {name: self._spec(name) for name in names}
+        if len(set(specs.values())) > 1:
+            listed = "; ".join(f"{name}: {_describe(spec)}" for name, spec in specs.items())
+            raise CheckpointError(
+                f"vLLM runs {prefix} as one layer, but its parts are not quantized alike ({listed}); "
+                "quantize them with one setting, or serve the checkpoint with Transformers"
+            )
+        spec = specs[names[0]]
+        if spec is None:
+            return None
+        dtypes = {self._quantized[name]["scales"].torch_dtype for name in names if name in self._quantized}
+        # float32 holds scales of any stored dtype unchanged.
+        scales_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        has_bias = not self._headers or any(f"{name}.bias" in self._headers for name in names)
+        return Scheme(tuple(names), spec, scales_dtype, has_bias)
+
+    def _checkpoint_modules(self, prefix: str) -> list[str]:
+        parent, dot, leaf = prefix.rpartition(".")
+        parts = [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(leaf, ())]
+        if not parts or (prefix in self._sources and not any(part in self._sources for part in parts)):
+            parts = [prefix]  # not fused, or fused on disk already
+        return [self._sources.get(part, part) for part in parts]
+
+    def _spec(self, name: str) -> QuantSpec | None:
+        if not self._headers:
+            return self.checkpoint.for_module(name)
+        if name in self._quantized:
+            return self.checkpoint.for_module(name) or self.checkpoint.spec
+        if f"{name}.weight" not in self._headers and _has_child(name.rpartition(".")[0], self._quantized):
+            raise CheckpointError(
+                f"the checkpoint has neither {name}.qweight nor {name}.weight; it is incomplete: fetch it "
+                "again"
+            )
+        return None
+
+    def _refuse_quantized_experts(self, prefix: str) -> None:
+        if not self._headers or any(".experts." in name for name in self._quantized):
+            raise CheckpointError(
+                f"{prefix}: quantized mixture-of-experts layers are not supported yet; where the checkpoint "
+                "is 4 or 8 bit and symmetric, serve it with vLLM's own method (--quantization gptq)"
+            )
+
+
+def _has_child(parent: str, modules: Iterable[str]) -> bool:
+    return parent != "" and any(module.rpartition(".")[0] == parent for module in modules)
+
+
+def _describe(spec: QuantSpec | None) -> str:
+    if spec is None:
+        return "not quantized"
+    return f"bits={spec.bits}, group_size={spec.group_size}, sym={spec.sym}, desc_act={spec.desc_act}"
+
+
+def _refused_by_vllm(config: Mapping[str, Any]) -> bool:
+    """Whether vLLM's own GPTQ method would refuse or misread the checkpoint, or a part of it."""
+    try:
+        checkpoint = CheckpointConfig.from_dict(config)
+    except CheckpointError:
+        return False  # not ours to explain unless we are asked for
+    rules = (resolve(checkpoint.spec, {".*": o}, "") for p, o in checkpoint.dynamic.items() if p[:2] != "-:")
+    return any(
+        spec.bits not in (4, 8)
+        or not spec.sym
+        or (spec.desc_act and spec.group_size != -1)
+        or spec.checkpoint_format != "gptq"
+        or spec.group_size not in (-1, 32, 64, 128)
+        for spec in (checkpoint.spec, *rules)
+        if spec is not None
+    )
