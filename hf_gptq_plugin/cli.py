@@ -83,7 +83,7 @@ def quantize(
         raise ValueError(f"OUT={str(out)!r} is a file; name a folder")
     tokenizer = AutoTokenizer.from_pretrained(model)
     config.tokenizer = tokenizer
-    quantized = AutoModelForCausalLM.from_pretrained(
+    quantized: Any = AutoModelForCausalLM.from_pretrained(
         model, quantization_config=config, dtype=_dtype(dtype), device_map=device_map
     )
     save_checkpoint(quantized, out, tokenizer=tokenizer)
@@ -169,9 +169,7 @@ def _read_text(path: str) -> str:
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except FileNotFoundError:
-        raise CalibrationError(
-            f"{path} is neither a file nor the name of a data set ({', '.join(NAMED)})"
-        ) from None
+        raise CalibrationError(f"{path} is neither a file nor the name of a data set ({', '.join(NAMED)})") from None
 
 
 def _dtype(name: str) -> Any:
@@ -181,7 +179,6 @@ def _dtype(name: str) -> Any:
     if name not in names:
         raise ValueError(f"--dtype={name!r} is not supported; use one of {', '.join(names)}")
     return names[name]
-
 
 
 if __name__ == "__main__":

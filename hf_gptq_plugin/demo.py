@@ -55,7 +55,7 @@ def run(folder: Path, samples: int, windows: int, steps: int, console: Console) 
     del model
 
     title(console, "2. Quantize it inside from_pretrained")
-    quantized = AutoModelForCausalLM.from_pretrained(
+    quantized: Any = AutoModelForCausalLM.from_pretrained(
         dense,
         dtype=torch.float32,
         quantization_config=GPTQConfig(
@@ -118,7 +118,7 @@ def unpack_smollm2(folder: Path) -> None:
 
     file = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.bfloat16)
     # What the loader remembers of the file does not hold for the dense copy.
     for attribute in ("hf_quantizer", "quantization_method"):
         if hasattr(model, attribute):
@@ -165,7 +165,7 @@ def train_adapter(model: Any, tokenizer: Any, text: str, folder: Path, steps: in
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss))
-    peft_model.save_pretrained(folder)
+    peft_model.save_pretrained(str(folder))
     return losses
 
 
@@ -249,9 +249,10 @@ def serve(base: str, adapter: str, result: str) -> None:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    method: Any = "hf_gptq"  # vLLM's annotation lists its own names only
     # One adapter slot more than adapters: on CPU, vLLM gives requests without one the last slot's weights.
-    engine = LLM(
-        base, quantization="hf_gptq", dtype="float32", enforce_eager=True, max_model_len=256, enable_lora=True,
+    engine: Any = LLM(
+        base, quantization=method, dtype="float32", enforce_eager=True, max_model_len=256, enable_lora=True,
         max_loras=2, max_lora_rank=16,
     )  # fmt: skip
     parameters = SamplingParams(max_tokens=24, temperature=0, logprobs=TOP)

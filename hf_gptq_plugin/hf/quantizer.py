@@ -99,7 +99,7 @@ class GptqQuantizer(HfQuantizer):
     def _replace_by_empty(
         self, model: nn.Module, source: str, target: str, spec: QuantSpec, tensors: Mapping[str, TensorInfo]
     ) -> None:
-        layer = model.get_submodule(target)
+        layer: Any = model.get_submodule(target)
         if not isinstance(layer, LINEAR):
             raise CheckpointError(
                 f"the checkpoint holds codes for {source}, which is {type(layer).__name__} in this model; only linear "
@@ -141,7 +141,7 @@ class GptqQuantizer(HfQuantizer):
             layer.finalize(QuantSpec(spec.bits, spec.group_size, spec.sym, spec.desc_act, fmt), name)
         self.quantization_config.format = fmt
 
-    def _calibrate(self, model: PreTrainedModel) -> None:
+    def _calibrate(self, model: Any) -> None:
         config = self.quantization_config
         windows = calibration_windows(
             config.dataset,
@@ -154,9 +154,7 @@ class GptqQuantizer(HfQuantizer):
         modules = config.modules_in_block_to_quantize
         if modules is not None:
             modules = [[m] if isinstance(m, str) else list(m) for m in modules]
-        plan = Plan(
-            config.checkpoint, config.settings, config.true_sequential, modules, config.block_name_to_quantize
-        )
+        plan = Plan(config.checkpoint, config.settings, config.true_sequential, modules, config.block_name_to_quantize)
         self.reports = quantize_model(model, windows, plan)
         if config.lm_head:
             _untie(model)
@@ -173,7 +171,7 @@ class GptqQuantizer(HfQuantizer):
         return model
 
 
-def linear_shape(layer: nn.Module) -> tuple[int, int]:
+def linear_shape(layer: Any) -> tuple[int, int]:
     """in_features and out_features of a dense layer."""
     shape = layer.weight.shape
     return (shape[0], shape[1]) if isinstance(layer, Conv1D) else (shape[1], shape[0])
@@ -205,7 +203,7 @@ def renamed(model: PreTrainedModel, modules: Mapping[str, Any]) -> dict[str, str
     return names
 
 
-def _renamer(model: PreTrainedModel, expected: Mapping[str, Any]) -> Callable[[str], str]:
+def _renamer(model: PreTrainedModel, expected: dict[str, Any]) -> Callable[[str], str]:
     """How Transformers will rename a checkpoint's keys when it loads them into `model`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -228,9 +226,7 @@ def _require_all_tensors(model: PreTrainedModel, headers: Mapping[str, TensorInf
     prefix = model.base_model_prefix + "."
     for key in expected:
         if key not in present and (same_class or key.startswith(prefix)):
-            raise CheckpointError(
-                f"{key} is missing from the checkpoint; the checkpoint is incomplete: fetch it again"
-            )
+            raise CheckpointError(f"{key} is missing from the checkpoint; the checkpoint is incomplete: fetch it again")
 
 
 def _tokenizer(tokenizer: Any, model: PreTrainedModel, dataset: Any) -> Any:
@@ -257,4 +253,3 @@ def _untie(model: PreTrainedModel) -> None:
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}
-

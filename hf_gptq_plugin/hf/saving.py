@@ -15,8 +15,8 @@ from .card import merged_card, model_card
 
 def attach_saving(model: PreTrainedModel) -> None:
     """Give this one model the methods below; classes of Transformers stay as they are."""
-    model.save_pretrained = types.MethodType(save_pretrained, model)
-    model.push_to_hub = types.MethodType(push_to_hub, model)
+    vars(model)["save_pretrained"] = types.MethodType(save_pretrained, model)
+    vars(model)["push_to_hub"] = types.MethodType(push_to_hub, model)
 
 
 def save_pretrained(
@@ -27,7 +27,7 @@ def save_pretrained(
     Adds `quantize_config.json` (other readers of GPTQ look for it) and, where there is none yet, a README.md.
     With adapters attached, only they are saved, by Transformers' own method.
     """
-    stock = type(model).save_pretrained
+    stock: Any = type(model).save_pretrained
     if getattr(model, "_hf_peft_config_loaded", False):
         stock(model, save_directory, *args, push_to_hub=push_to_hub, **kwargs)
         return
@@ -49,9 +49,7 @@ def save_pretrained(
         model.push_to_hub(repo_id, token=kwargs.get("token"), **hub)
 
 
-def save_checkpoint(
-    model: PreTrainedModel, target: Path, *args: Any, tokenizer: Any = None, **kwargs: Any
-) -> None:
+def save_checkpoint(model: PreTrainedModel, target: Path, *args: Any, tokenizer: Any = None, **kwargs: Any) -> None:
     """Write a whole checkpoint, the tokenizer with it where one is given, or nothing."""
     with written_whole(target) as staging:
         type(model).save_pretrained(model, staging, *args, **kwargs)

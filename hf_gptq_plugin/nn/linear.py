@@ -33,6 +33,12 @@ class QuantLinear(nn.Linear):
         device: where the empty parameters are made.
     """
 
+    qweight: nn.Parameter
+    qzeros: nn.Parameter
+    scales: nn.Parameter
+    g_idx: nn.Parameter | None
+    perm: Tensor | None
+
     def __init__(
         self,
         in_features: int,
@@ -149,9 +155,7 @@ class QuantLinear(nn.Linear):
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A dense `nn.Linear` with the dequantized weight."""
         dtype = dtype or self.dtype
-        dense = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype
-        )
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
         with _materialized(self):
             weight = dequantize(self.kernel_weight, self.in_features, dtype)
             dense.weight = nn.Parameter(weight)

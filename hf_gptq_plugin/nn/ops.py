@@ -67,9 +67,7 @@ class KernelWeight:
         cls, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, spec: QuantSpec, in_features: int
     ) -> KernelWeight:
         """Read a checkpoint's tensors as they lie, leaving out what says nothing."""
-        trivial = g_idx is None or bool(
-            torch.equal(g_idx, natural_groups(in_features, spec.group_size, g_idx.device))
-        )
+        trivial = g_idx is None or bool(torch.equal(g_idx, natural_groups(in_features, spec.group_size, g_idx.device)))
         zeros = packing.unpack_zeros(qzeros, spec.bits, spec.zero_offset, scales.shape[1])
         return cls(
             qweight=qweight,
@@ -145,9 +143,7 @@ def _dequantize_cpu(in_features: int, dtype: torch.dtype, *weight: Any) -> Tenso
         return _dequantize_reference(in_features, dtype, *weight)
     described, keep = _describe(in_features, *weight)
     out = torch.empty(described.N, in_features, dtype=dtype)
-    native.check(
-        library.hf_gptq_dequantize(ctypes.byref(described), out.data_ptr(), native.DTYPES[dtype], in_features)
-    )
+    native.check(library.hf_gptq_dequantize(ctypes.byref(described), out.data_ptr(), native.DTYPES[dtype], in_features))
     del keep
     return out
 
@@ -251,14 +247,12 @@ def _linear_fake(x: Tensor, bias: Tensor | None, qweight: Tensor, scales: Tensor
     return x.new_empty((*x.shape[:-1], scales.shape[1]))
 
 
-def _dequantize_fake(
-    in_features: int, dtype: torch.dtype, qweight: Tensor, scales: Tensor, *rest: Any
-) -> Tensor:
+def _dequantize_fake(in_features: int, dtype: torch.dtype, qweight: Tensor, scales: Tensor, *rest: Any) -> Tensor:
     return scales.new_empty((scales.shape[1], in_features), dtype=dtype)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, bias, *weight = inputs
+    x, _bias, *weight = inputs
     ctx.save_for_backward(*weight[:5])
     ctx.numbers = weight[5:]
     ctx.in_features, ctx.dtype = x.shape[-1], x.dtype
@@ -281,6 +275,4 @@ _LIBRARY.impl("linear", _linear_cpu, "CPU")
 _LIBRARY.impl("dequantize", _dequantize_cpu, "CPU")
 torch.library.register_fake("hf_gptq::linear", _linear_fake, lib=_LIBRARY)
 torch.library.register_fake("hf_gptq::dequantize", _dequantize_fake, lib=_LIBRARY)
-torch.library.register_autograd(
-    "hf_gptq::linear", _linear_backward, setup_context=_save_for_backward, lib=_LIBRARY
-)
+torch.library.register_autograd("hf_gptq::linear", _linear_backward, setup_context=_save_for_backward, lib=_LIBRARY)

@@ -42,9 +42,7 @@ class SolveSettings:
         if self.order not in ORDERS:
             raise ValueError(f"order={self.order!r} is not supported; use one of {', '.join(ORDERS)}")
         if self.scale_search not in METHODS:
-            raise ValueError(
-                f"scale_search={self.scale_search!r} is not supported; use one of {', '.join(METHODS)}"
-            )
+            raise ValueError(f"scale_search={self.scale_search!r} is not supported; use one of {', '.join(METHODS)}")
         if self.blocksize < 1:
             raise ValueError(f"blocksize={self.blocksize!r} must be at least 1")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -50,7 +52,7 @@ def choose_scales(
         return _search_native(weight, importance, spec, shrink, starts, dtype)
     scales = weight.new_empty(weight.shape[0], len(starts) - 1)
     zeros = torch.empty_like(scales)
-    for g, (a, b) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for g, (a, b) in enumerate(itertools.pairwise(starts)):
         scales[:, g], zeros[:, g] = search_group(
             weight[:, a:b], importance[a:b], spec, shrink.to(weight.device), full_range, dtype
         )

@@ -25,9 +25,7 @@ def test_dequantize(bits: int, dtype: torch.dtype) -> None:
     group = torch.randint(0, 4, (20,), dtype=torch.int32)
     truth = references.dequantize(codes.numpy(), scales.double().numpy(), zeros.numpy(), group.numpy())
     # One rounding of an exact integer times an exact scale.
-    np.testing.assert_allclose(
-        dequantize(codes, scales, zeros, group).double().numpy(), truth, rtol=2**-24, atol=0
-    )
+    np.testing.assert_allclose(dequantize(codes, scales, zeros, group).double().numpy(), truth, rtol=2**-24, atol=0)
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -57,7 +57,9 @@ def pushed(
     torch.save(torch.tensor(windows), folder / "windows.pt")
     with LoopbackHub() as hub:
         hub.repos["someone/with-card"] = {"README.md": b"---\nlicense: mit\ntags:\n- old\n---\n\nMy own words.\n"}
-        out = run(PUSH, hub, folder / "home", tiny("llama"), folder / "out", folder / "windows.pt", folder / "logits.pt")
+        out = run(
+            PUSH, hub, folder / "home", tiny("llama"), folder / "out", folder / "windows.pt", folder / "logits.pt"
+        )
         assert out.strip().startswith(hub.endpoint)
         run(LOAD, hub, folder / "other-home", folder / "logits.pt", folder / "again")
         yield hub, folder

@@ -378,9 +378,7 @@ def test_calibration_that_cannot_be(
         quantize(tiny("llama"), windows, **fields)
 
 
-def test_activations_that_are_not_finite_name_the_layer(
-    tiny: Tiny, windows: list[list[int]], tmp_path: Path
-) -> None:
+def test_activations_that_are_not_finite_name_the_layer(tiny: Tiny, windows: list[list[int]], tmp_path: Path) -> None:
     shutil.copytree(tiny("llama"), tmp_path / "m")
     state = load_file(tmp_path / "m" / "model.safetensors")
     state["model.layers.1.input_layernorm.weight"][3] = float("inf")

@@ -62,9 +62,7 @@ def random_weight(
         group=group,
         spec=spec,
     )
-    truth = references.dequantize(
-        weight.codes.numpy(), weight.scales.double().numpy(), zeros.numpy(), group.numpy()
-    )
+    truth = references.dequantize(weight.codes.numpy(), weight.scales.double().numpy(), zeros.numpy(), group.numpy())
     return weight, torch.from_numpy(truth)
 
 
@@ -103,9 +101,7 @@ def test_linear_and_dequantize_against_float64(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scales_dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_half_precision_activations(
-    implementation: str, dtype: torch.dtype, scales_dtype: torch.dtype
-) -> None:
+def test_half_precision_activations(implementation: str, dtype: torch.dtype, scales_dtype: torch.dtype) -> None:
     weight, dense = random_weight(QuantSpec(4, 32), 48, 96, dtype=scales_dtype)
     x = torch.randn(5, 96).to(dtype)
     y = ops.linear(x, layouts(weight)["packed"])

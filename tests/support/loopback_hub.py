@@ -138,7 +138,9 @@ class _Handler(BaseHTTPRequestHandler):
                 for p, c in files.items()
                 if p.startswith(wanted)
             ]
-            self._json(listed, 200 if listed or not wanted else 404, **({} if listed else {"X-Error-Code": "EntryNotFound"}))
+            self._json(
+                listed, 200 if listed or not wanted else 404, **({} if listed else {"X-Error-Code": "EntryNotFound"})
+            )
             return
         self._json({"id": repo, "sha": self.hub.sha(repo), "siblings": [{"rfilename": p} for p in files], "tags": []})
 

@@ -52,10 +52,7 @@ def quantized(
 @pytest.fixture(scope="session")
 def prompts() -> list[list[int]]:
     """Token ids of three prompts of different lengths."""
-    return [
-        [(7 * i + 3 * p) % (VOCABULARY - 3) + 3 for i in range(length)]
-        for p, length in enumerate((40, 17, 29))
-    ]
+    return [[(7 * i + 3 * p) % (VOCABULARY - 3) + 3 for i in range(length)] for p, length in enumerate((40, 17, 29))]
 
 
 @pytest.fixture(scope="session")
@@ -87,9 +84,7 @@ class Continuation:
 class Reference:
     """A checkpoint in Transformers, float32, with an adapter if one is named."""
 
-    def __init__(
-        self, checkpoint: Path, adapter: Path | None = None, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, checkpoint: Path, adapter: Path | None = None, dtype: torch.dtype = torch.float32) -> None:
         import transformers
 
         import hf_gptq_plugin  # noqa: F401  (registers the quantizer)
@@ -123,9 +118,7 @@ class Engine:
     def __init__(self, checkpoint: Path, **arguments: Any) -> None:
         import vllm
 
-        defaults = dict(
-            quantization="hf_gptq", dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=8
-        )
+        defaults = dict(quantization="hf_gptq", dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=8)
         self.llm: Any = vllm.LLM(str(checkpoint), **{**defaults, **arguments})
 
     @property

@@ -180,7 +180,5 @@ def test_experts(tmp_path: Path) -> None:
     layer = RoutedExperts.__new__(RoutedExperts)
     prefix = "model.layers.0.mlp.experts"
     quantized = config(write(tmp_path, [f"{prefix}.0.up_proj"]))
-    with pytest.raises(
-        CheckpointError, match=rf"{prefix}: quantized mixture-of-experts layers are not supported"
-    ):
+    with pytest.raises(CheckpointError, match=rf"{prefix}: quantized mixture-of-experts layers are not supported"):
         quantized.get_quant_method(layer, prefix)

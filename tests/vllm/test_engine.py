@@ -22,9 +22,7 @@ TOLERANCE = 1e-3
 STOCK = dict(bits=4, group_size=32)  # what vLLM's own method takes too
 
 
-def assert_same(
-    transformers: Any, prompts: list[list[int]], continuations: list[Any], atol: float = TOLERANCE
-) -> None:
+def assert_same(transformers: Any, prompts: list[list[int]], continuations: list[Any], atol: float = TOLERANCE) -> None:
     """vLLM's log-probabilities are those that Transformers gives to the same tokens at the same places."""
     for prompt, continuation in zip(prompts, continuations, strict=True):
         expected = transformers.logprobs(prompt, continuation.tokens)
@@ -87,9 +85,7 @@ def test_a_row_does_not_depend_on_its_batch(lora_engine: Any, prompts: list[list
 @pytest.mark.parametrize(
     "fields",
     [
-        pytest.param(
-            dict(bits=3, group_size=48, sym=False, desc_act=True), id="3 bit, act-order, ragged last group"
-        ),
+        pytest.param(dict(bits=3, group_size=48, sym=False, desc_act=True), id="3 bit, act-order, ragged last group"),
         pytest.param(
             dict(bits=2, group_size=32, sym=False, lm_head=True, dynamic={r"+:.*\.1\.mlp\..*": {"bits": 8}}),
             id="2 bit, some of 8, quantized head, padded vocabulary",
@@ -108,9 +104,7 @@ def test_what_vllm_itself_refuses_matches_transformers(
 
     checkpoint = quantized(**fields)
     tuned = adapter(checkpoint, seed=1)
-    llm = engines(
-        checkpoint, quantization=None, enable_lora=True, max_lora_rank=8
-    )  # the plugin offers itself
+    llm = engines(checkpoint, quantization=None, enable_lora=True, max_lora_rank=8)  # the plugin offers itself
     assert llm.method == "hf_gptq"
     assert_same(reference(checkpoint), prompts, llm.greedy(prompts))
     requests = [LoRARequest("tuned", 1, str(tuned))] * len(prompts)

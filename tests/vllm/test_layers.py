@@ -76,9 +76,7 @@ def random_weight(
 
 def dense(weights: list[QuantizedWeight]) -> torch.Tensor:
     """float64 `[N, K]` of all weights below each other."""
-    parts = [
-        references.dequantize(*(t.numpy() for t in (w.codes, w.scales, w.zeros, w.group))) for w in weights
-    ]
+    parts = [references.dequantize(*(t.numpy() for t in (w.codes, w.scales, w.zeros, w.group))) for w in weights]
     return torch.from_numpy(np.concatenate(parts))
 
 
@@ -252,9 +250,7 @@ def test_row_parallel_ranks_make_up_the_layer(group_size: int) -> None:
 def test_row_slice_that_cuts_a_word_or_group(in_features: int, spec: QuantSpec, multiples: str) -> None:
     from vllm.model_executor.layers.linear import RowParallelLinear
 
-    message = (
-        rf"layer: {in_features // 2} input features on each rank.*multiples of {multiples}.*smaller --tensor"
-    )
+    message = rf"layer: {in_features // 2} input features on each rank.*multiples of {multiples}.*smaller --tensor"
     with tensor_parallel(0, 2), pytest.raises(CheckpointError, match=message):
         make(RowParallelLinear, spec, in_features, 64, prefix="layer")
 
@@ -295,9 +291,7 @@ def test_missing_tensor_is_named(leaf: str, shard: str) -> None:
         layer = make_qkv(spec)
         for other, weight in qkv_weights(spec).items():
             load(layer, weight, other, leave_out=(leaf,) if other == shard else ())
-        with pytest.raises(
-            CheckpointError, match=rf"no attn\.{shard}_proj\.{leaf}, so attn\.qkv_proj cannot"
-        ):
+        with pytest.raises(CheckpointError, match=rf"no attn\.{shard}_proj\.{leaf}, so attn\.qkv_proj cannot"):
             finish(layer)
 
 
@@ -307,9 +301,7 @@ def test_module_that_is_missing_whole_is_named() -> None:
         layer = make_qkv(spec)
         for shard, weight in list(qkv_weights(spec).items())[:2]:
             load(layer, weight, shard)
-        with pytest.raises(
-            CheckpointError, match=r"no attn\.v_proj\.qweight, attn\.v_proj\.qzeros, attn\.v_proj"
-        ):
+        with pytest.raises(CheckpointError, match=r"no attn\.v_proj\.qweight, attn\.v_proj\.qzeros, attn\.v_proj"):
             finish(layer)
 
 
@@ -329,9 +321,7 @@ def test_missing_bias_is_named() -> None:
     with tensor_parallel():
         scheme = Scheme(("attn.qkv_proj",), QuantSpec(4, 32), torch.float16, has_bias=False)
         loader = ShardLoader(make_qkv(scheme.spec), scheme, K, load=lambda *_: None)
-        with pytest.raises(
-            CheckpointError, match=r"no .*attn\.qkv_proj\.bias, so attn\.qkv_proj cannot be served"
-        ):
+        with pytest.raises(CheckpointError, match=r"no .*attn\.qkv_proj\.bias, so attn\.qkv_proj cannot be served"):
             loader.require_all(torch.empty(128))
 
 

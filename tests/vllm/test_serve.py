@@ -27,9 +27,7 @@ START_SECONDS = 240
 
 
 @pytest.fixture
-def server(
-    quantized: Callable[..., Path], adapter: Callable[..., Path], engines: Any, tmp_path: Path
-) -> Iterator[str]:
+def server(quantized: Callable[..., Path], adapter: Callable[..., Path], engines: Any, tmp_path: Path) -> Iterator[str]:
     """Address of a server of the base model "base" and the adapter "tuned"."""
     vllm = shutil.which("vllm", path=str(Path(sys.executable).parent))
     if vllm is None:
