@@ -20,8 +20,8 @@ __all__ = ["GPTQConfig"]
 _CALIBRATION = ("tokenizer", "dataset", "samples", "seqlen", "seed", "order", "scale_search", "blocksize")
 # Fields of the stock config that describe how others quantize or load; they say nothing about a checkpoint.
 _NOT_WRITTEN = (
-    "act_group_aware", "batch_size", "block_name_to_quantize", "cache_block_outputs", "max_input_length", "model_seqlen",
-    "module_name_preceding_first_block", "pad_token_id", "format",
+    "act_group_aware", "batch_size", "block_name_to_quantize", "cache_block_outputs", "max_input_length",
+    "model_seqlen", "module_name_preceding_first_block", "pad_token_id", "format",
 )  # fmt: skip
 
 

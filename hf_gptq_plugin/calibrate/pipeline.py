@@ -116,7 +116,8 @@ def _specs(name: str, blocks: nn.ModuleList, plan: Plan) -> dict[str, QuantSpec]
         unknown = sorted(wanted - known)
         if unknown:
             raise WalkError(
-                f"modules_in_block_to_quantize names {unknown[0]!r}; the blocks of {name} have {', '.join(sorted(known))}"
+                f"modules_in_block_to_quantize names {unknown[0]!r}; the blocks of {name} have "
+                f"{', '.join(sorted(known))}"
             )
     return specs
 

@@ -109,8 +109,8 @@ class GptqQuantizer(HfQuantizer):
         check_shapes(source, {leaf: t.shape for leaf, t in tensors.items()}, spec, in_features, out_features)
         if spec.desc_act and "g_idx" not in tensors and spec.groups(in_features) > 1:
             raise CheckpointError(
-                f"{source}.g_idx is missing from the checkpoint, but desc_act=True needs it to know each input's group; "
-                "the checkpoint is incomplete: fetch it again"
+                f"{source}.g_idx is missing from the checkpoint, but desc_act=True needs it to know each input's "
+                "group; the checkpoint is incomplete: fetch it again"
             )
         new = QuantLinear(
             in_features,

@@ -1,4 +1,4 @@
-"""What `save_pretrained` and `push_to_hub` do beyond Transformers' own: whole writes, `quantize_config.json`, a card."""
+"""What `save_pretrained` and `push_to_hub` add to Transformers' own: whole writes, `quantize_config.json`, a card."""
 
 from __future__ import annotations
 

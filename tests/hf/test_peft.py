@@ -84,7 +84,7 @@ def test_variants_of_lora_train(model: Any, fields: dict[str, Any]) -> None:
 
 
 def test_preparing_for_training_and_checkpointing(model: Any) -> None:
-    prepared = prepare_model_for_kbit_training(model)
+    prepared = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     # Only the adapters train; what is not quantized is kept in fp32.
     peft_model = get_peft_model(prepared, lora())
     assert {n for n, p in peft_model.named_parameters() if p.requires_grad} == {
