@@ -37,10 +37,9 @@ def run(folder: Path, samples: int, windows: int, steps: int, console: Console) 
     Raises:
         RuntimeError: a result that is not what it must be: reloaded logits that differ, Transformers and vLLM apart.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import hf_gptq_plugin  # noqa: F401  (registers the quantizer)
-
+    from .config import GPTQConfig
     from .hf.evaluate import perplexity, text_windows
 
     start = time.perf_counter()
@@ -59,7 +58,7 @@ def run(folder: Path, samples: int, windows: int, steps: int, console: Console) 
         dense,
         dtype=torch.float32,
         quantization_config=GPTQConfig(
-            bits=4, group_size=GROUP_SIZE, dataset=cut(tokenizer, calibration, samples, 512), tokenizer=tokenizer
+            bits=4, group_size=GROUP_SIZE, dataset=[calibration], tokenizer=tokenizer, samples=samples, seqlen=512
         ),
     )
     after = perplexity(quantized, pieces)
@@ -141,12 +140,6 @@ def texts() -> tuple[str, str]:
     return join(topics[n] for n in names if n not in held_out), join(topics[n] for n in names if n in held_out)
 
 
-def cut(tokenizer: Any, text: str, samples: int, seqlen: int) -> list[str]:
-    """As much of a text as `samples` windows need, in one piece."""
-    ids = tokenizer(text, verbose=False)["input_ids"][: samples * seqlen + seqlen]
-    return [tokenizer.decode(ids)]
-
-
 def train_adapter(model: Any, tokenizer: Any, text: str, folder: Path, steps: int) -> list[float]:
     """A few steps of LoRA by plain PEFT and AdamW; saves the adapter and returns the losses."""
     from peft import LoraConfig, get_peft_model
@@ -164,7 +157,7 @@ def train_adapter(model: Any, tokenizer: Any, text: str, folder: Path, steps: in
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     peft_model.save_pretrained(str(folder))
     return losses
 

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "calibrate": {"format", "solve", "nn"},
     "hf": {"format", "solve", "nn", "calibrate", "config"},
     "diagnose": {"native", "hf", "version"},
-    "demo": {"format", "hf", ""},
+    "demo": {"config", "format", "hf"},
     "cli": {"format", "solve", "calibrate", "config", "hf", "native", "diagnose", "demo", ""},
     "": {"config", "format", "hf", "nn", "version"},  # the package's own __init__
 }
