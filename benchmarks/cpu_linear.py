@@ -1,6 +1,6 @@
 """One quantized layer against torch's dense product, on the CPU, in one run.
 
-    python -m benchmarks.cpu_linear [--size 4096] [--threads 1] [--bits 4] [--group-size 128] [--dtype float32]
+    python benchmarks/cpu_linear.py [--size 4096] [--threads 1] [--bits 4] [--group-size 128] [--dtype float32]
 
 Every result is compared with float64 before it is timed. Prints a table and, with --json FILE, writes the figures.
 """

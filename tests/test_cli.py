@@ -130,6 +130,10 @@ def test_doctor(hf_gptq: Run) -> None:
 
 def test_help_as_a_process() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "hf_gptq_plugin.cli", "quantize", "--help"], capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "hf_gptq_plugin.cli", "quantize", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=sys.prefix,
     )
     assert done.returncode == 0 and "--group-size" in done.stdout

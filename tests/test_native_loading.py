@@ -14,6 +14,9 @@ import torch
 
 from hf_gptq_plugin import native
 
+# Away from the checkout, whose package has no library: Python looks into the working directory first.
+INSTALLED = sys.prefix
+
 PROBE = """
 import json, torch, hf_gptq_plugin
 from hf_gptq_plugin import native
@@ -33,7 +36,12 @@ print(json.dumps({**vars(native.status()), "error": error}))
 
 def probe(**environment: str) -> dict[str, object]:
     done = subprocess.run(
-        [sys.executable, "-c", PROBE], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", PROBE],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=INSTALLED,
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -44,7 +52,7 @@ def probe(**environment: str) -> dict[str, object]:
 def doctor(**environment: str) -> tuple[int, dict[str, str]]:
     done = subprocess.run(
         [sys.executable, "-m", "hf_gptq_plugin.cli", "doctor", "--json"],
-        env={**os.environ, **environment}, capture_output=True, text=True, timeout=120,
+        env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, cwd=INSTALLED,
     )  # fmt: skip
     report = json.loads(done.stdout)
     return done.returncode, next(row for row in report["checks"] if row["part"] == "native library")

@@ -41,7 +41,12 @@ def run(code: str, hub: LoopbackHub, home: Path, *arguments: object) -> str:
         "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0",
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=sys.prefix,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
