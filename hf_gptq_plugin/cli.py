@@ -58,6 +58,7 @@ def quantize(
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seqlen: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 512,
     seed: Annotated[int, typer.Option(help="Which windows are drawn from a longer text.")] = 0,
+    preset: Annotated[str, typer.Option(help="balanced, or fast: less time, higher perplexity.")] = "balanced",
     damp_percent: Annotated[float, typer.Option(help="Damping, as a fraction of the Hessian diagonal's mean.")] = 0.01,
     checkpoint_format: Annotated[str, typer.Option("--format", help="gptq (v1) or gptq_v2.")] = "gptq",
     lm_head: Annotated[bool, typer.Option(help="Quantize the output embedding too.")] = False,
@@ -77,7 +78,7 @@ def quantize(
     dataset = calibration if calibration in NAMED else [_read_text(calibration)]
     config = GPTQConfig(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, dataset=dataset, samples=samples, seqlen=seqlen,
-        seed=seed, damp_percent=damp_percent, format=checkpoint_format, lm_head=lm_head,
+        seed=seed, preset=preset, damp_percent=damp_percent, format=checkpoint_format, lm_head=lm_head,
     )  # fmt: skip
     if out.is_file():
         raise ValueError(f"OUT={str(out)!r} is a file; name a folder")

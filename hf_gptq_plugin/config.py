@@ -15,9 +15,18 @@ from .version import __version__
 
 __all__ = ["GPTQConfig"]
 
+# How much a calibration does: time for perplexity.
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"propagation": 0.0, "descent": 0, "refit": False},
+    "balanced": {"propagation": 0.5, "descent": 2, "refit": True},
+}
+
 # What only a calibration needs. It is recorded under `meta`, never written as fields: readers would not know them,
 # and a tokenizer or a whole data set does not belong into a config.json.
-_CALIBRATION = ("tokenizer", "dataset", "samples", "seqlen", "seed", "order", "scale_search", "blocksize")
+_CALIBRATION = (
+    "tokenizer", "dataset", "samples", "seqlen", "seed", "preset", "order", "scale_search", "blocksize", "propagation",
+    "descent", "refit",
+)  # fmt: skip
 # Fields of the stock config that describe how others quantize or load; they say nothing about a checkpoint.
 _NOT_WRITTEN = (
     "act_group_aware", "batch_size", "block_name_to_quantize", "cache_block_outputs", "max_input_length",
@@ -42,14 +51,23 @@ class GPTQConfig(StockGPTQConfig):
         samples: calibration windows.
         seqlen: tokens per window.
         seed: which windows are drawn from a longer text.
+        preset: "balanced" takes every step that is worth its time; "fast" leaves out those after the column loop and
+            the dense model's forward pass. The fields below override it one by one.
         order: "hessian" or "natural", see `SolveSettings`.
         scale_search: "mse" or "minmax", see `choose_scales`.
         blocksize: columns per lazy batch of the solver.
+        propagation: 0 to 1, see `refine.propagate`.
+        descent: rounds, see `refine.descend`.
+        refit: see `refine.refit_scales`.
         **stock: see `transformers.GPTQConfig`. An unknown name raises TypeError.
 
     Raises:
         ValueError: a value that is not supported, naming the field and what is accepted.
     """
+
+    propagation: float
+    descent: int
+    refit: bool
 
     def __init__(
         self,
@@ -67,15 +85,24 @@ class GPTQConfig(StockGPTQConfig):
         samples: int = 128,
         seqlen: int = 512,
         seed: int = 0,
+        preset: str = "balanced",
         order: str = "hessian",
         scale_search: str = "mse",
         blocksize: int = 128,
+        propagation: float | None = None,
+        descent: int | None = None,
+        refit: bool | None = None,
         modules_in_block_to_quantize: list[Any] | None = None,
         **stock: Any,
     ) -> None:
         unknown = sorted(set(stock) - _stock_names())
         if unknown:
             raise TypeError(f"GPTQConfig got an unexpected argument {unknown[0]!r}; it takes {', '.join(_names())}")
+        if preset not in PRESETS:
+            raise ValueError(f"preset={preset!r} is not known; use one of {', '.join(PRESETS)}")
+        self.preset = preset
+        for name, value in (("propagation", propagation), ("descent", descent), ("refit", refit)):
+            setattr(self, name, PRESETS[preset][name] if value is None else value)
         self.dynamic = dict(dynamic or {})
         self.lm_head = lm_head
         self.samples = samples
@@ -149,6 +176,9 @@ class GPTQConfig(StockGPTQConfig):
             order=self.order,
             scale_search=self.scale_search,
             blocksize=self.blocksize,
+            propagation=self.propagation,
+            descent=self.descent,
+            refit=self.refit,
         )
 
     @property
@@ -179,7 +209,14 @@ class GPTQConfig(StockGPTQConfig):
                 "tokens": tokens,
                 "seed": self.seed,
             },
-            "solver": {"order": self.order, "scale_search": self.scale_search, "static_groups": True},
+            "solver": {
+                "order": self.order,
+                "scale_search": self.scale_search,
+                "static_groups": True,
+                "propagation": self.propagation,
+                "descent": self.descent,
+                "refit": self.refit,
+            },
         }
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..format.spec import CheckpointConfig, QuantSpec
 from ..nn.linear import QuantLinear
 from ..solve.gptq import SolveReport, SolveSettings, solve
 from ..solve.hessian import Hessian, SolveError
-from .walk import Block, WalkError, feed, find_blocks, find_stages, linears, record_calls
+from .walk import Block, Resumable, WalkError, find_blocks, find_stages, linears, record_calls, twin
 
 logger = logging.getLogger(__name__)
 
@@ -84,14 +85,15 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
     reports: list[LayerReport] = []
     try:
         chain, hiddens = record_calls(model, name, blocks, windows)
+        stream = _Stream(hiddens)
+        exact = _Stream(list(hiddens)) if plan.settings.propagation else None
         layers = len(specs) + int(plan.checkpoint.lm_head)
         with tqdm(total=layers, desc="Quantizing", unit="layer", smoothing=0.05) as bar:
             for block in chain:
-                for report in _quantize_block(block, hiddens, specs, plan):
+                for report in _quantize_block(block, stream, exact, specs, plan):
                     reports.append(report)
                     bar.update()
                     bar.set_postfix_str(f"{report.name}, error {report.solve.relative_error:.2%}")
-                hiddens = [block.run(hidden, window) for window, hidden in enumerate(hiddens)]
                 block.calls.clear()
             if plan.checkpoint.lm_head:
                 reports.append(_quantize_head(model, windows, plan))
@@ -122,13 +124,51 @@ def _specs(name: str, blocks: nn.ModuleList, plan: Plan) -> dict[str, QuantSpec]
     return specs
 
 
+class _Stream:
+    """The calibration windows on their way through the blocks: the hidden states that enter the next one."""
+
+    def __init__(self, hiddens: list[Tensor]) -> None:
+        self.hiddens = hiddens
+        self._block: Resumable | None = None
+
+    def enter(self, block: Block, targets: Iterable[str], final: Iterable[str]) -> None:
+        """Begin a block."""
+        self._block = Resumable(block, targets, final)
+
+    def settle(self, names: Iterable[str]) -> None:
+        """Say that these layers of the block will not change any more."""
+        assert self._block is not None
+        self._block.final.update(names)
+
+    def inputs_of(self, layer: str) -> Iterator[Tensor | None]:
+        """What enters a layer of the block, window by window."""
+        assert self._block is not None
+        for window, hidden in enumerate(self.hiddens):
+            yield self._block.input_of(layer, hidden, window)
+
+    def leave(self) -> None:
+        """Finish the block."""
+        assert self._block is not None
+        for window, hidden in enumerate(self.hiddens):
+            self.hiddens[window] = self._block.output(hidden, window)
+        self._block = None
+
+
 def _quantize_block(
-    block: Block, hiddens: list[Tensor], specs: dict[str, QuantSpec], plan: Plan
+    block: Block, stream: _Stream, exact: _Stream | None, specs: dict[str, QuantSpec], plan: Plan
 ) -> Iterable[LayerReport]:
-    targets = {local: layer for local, layer in linears(block.module).items() if f"{block.name}.{local}" in specs}
-    if not targets:
-        return
-    groups = find_stages(block, hiddens[0], targets)
+    """Quantize one block and send the streams through it.
+
+    Args:
+        stream: the windows as the quantized model carries them.
+        exact: as the dense model does, where errors of earlier layers are to be made good.
+    """
+    everything = linears(block.module)
+    targets = {local: layer for local, layer in everything.items() if f"{block.name}.{local}" in specs}
+    stream.enter(block, everything, set(everything) - set(targets))
+    if exact is not None:
+        exact.enter(twin(block), everything, everything)
+    groups = find_stages(block, stream.hiddens[0], targets) if targets else []
     uncalled = sorted(set(targets) - {local for group in groups for local in group})
     if uncalled:
         raise WalkError(
@@ -139,26 +179,27 @@ def _quantize_block(
     for phase in phases:
         solved = {}
         for group in phase:
-            hessian = _hessian(block, hiddens, targets[group[0]])
+            hessian = _hessian(stream, exact, group[0])
             for local in group:
                 full = f"{block.name}.{local}"
                 solved[local] = solve_layer(full, targets[local], hessian, specs[full], plan.settings)
         for local, (quantized, report) in solved.items():
             _replace(block.module, local, targets[local], quantized)
             yield report
+        stream.settle(solved)
+    stream.leave()
+    if exact is not None:
+        exact.leave()
 
 
-def _hessian(block: Block, hiddens: list[Tensor], layer: nn.Module) -> Hessian:
+def _hessian(stream: _Stream, exact: _Stream | None, layer: str) -> Hessian:
     hessian: Hessian | None = None
-
-    def see(x: Tensor) -> None:
-        nonlocal hessian
-        if hessian is None:
-            hessian = Hessian(x.shape[-1], x.device)
-        hessian.add(x)
-
-    feed(block, layer, hiddens, see)
-    return hessian or Hessian(0)
+    twins = exact.inputs_of(layer) if exact is not None else itertools.repeat(None)
+    for x, dense in zip(stream.inputs_of(layer), twins, strict=False):
+        if x is not None:
+            hessian = hessian or Hessian(x.shape[-1], x.device)
+            hessian.add(x, exact=dense)
+    return hessian or Hessian(1)
 
 
 def solve_layer(
@@ -167,7 +208,7 @@ def solve_layer(
     """Solve one layer; errors name it."""
     weight = dense_weight(layer)
     try:
-        quantized, report = solve(weight, hessian.mean().to(weight.device), spec, settings)
+        quantized, report = solve(weight, hessian.mean(), spec, settings, hessian.mean_cross())
     except SolveError as error:
         raise SolveError(f"{name}: {error}") from None
     if report.damp_percent > settings.damp_percent:
@@ -211,9 +252,9 @@ def _quantize_head(model: Any, windows: list[Tensor], plan: Plan) -> LayerReport
     name = next(n for n, m in model.named_modules() if m is head)
     spec = plan.checkpoint.for_module(name) or plan.checkpoint.spec
     calls = [((), {"input_ids": ids[None].to(head.weight.device), "use_cache": False}) for ids in windows]
-    hessian = Hessian(head.in_features, head.weight.device)
-    whole = Block("", _Whole(model), calls)
-    feed(whole, head, [torch.empty(0)] * len(windows), hessian.add)
+    stream = _Stream([torch.empty(0)] * len(windows))
+    stream.enter(Block("", _Whole(model), calls), [f"model.{name}"], ())
+    hessian = _hessian(stream, None, f"model.{name}")
     quantized, report = solve_layer(name, head, hessian, spec, plan.settings)
     _replace(model, name, head, quantized)
     return report

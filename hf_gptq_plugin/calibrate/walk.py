@@ -7,9 +7,10 @@ own forward pass, with the blocks themselves replaced by stubs that hand their i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -171,15 +172,21 @@ def _stubbed(block: Block, rest: tuple[Any, ...], entries: list[Tensor] | None) 
             entries.append(hidden)
         return hidden if block.output is None else (hidden, *rest)
 
-    own = vars(block.module).get("forward")
-    block.module.forward = forward  # type: ignore[method-assign]
+    with _forward_replaced(block.module, forward):
+        yield
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = vars(module).get("forward")  # accelerate puts one there, too
+    module.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
         if own is None:
-            del block.module.forward
+            del module.forward
         else:
-            block.module.forward = own  # type: ignore[method-assign]
+            module.forward = own  # type: ignore[method-assign]
 
 
 @torch.no_grad()
@@ -219,20 +226,83 @@ def find_stages(block: Block, hidden: Tensor, targets: dict[str, nn.Module]) -> 
     return stages
 
 
-@torch.no_grad()
-def feed(block: Block, layer: nn.Module, hiddens: list[Tensor], see: Callable[[Tensor], None]) -> None:
-    """Run the block on every window up to `layer`, and show what enters it to `see`."""
+class Resumable:
+    """A block whose forward pass goes on, at each call, from where the last one stopped.
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        see(args[0])
-        raise _Stop
+    A submodule that has run to its end with all of its linear layers final is not run again: what it returned for a
+    window is kept and handed out, and what its parts returned is dropped. So however often the pass is stopped to look
+    at an input, every linear layer computes once.
 
-    handle = layer.register_forward_pre_hook(hook)
-    try:
-        for window, hidden in enumerate(hiddens):
-            try:
-                block.run(hidden, window)
-            except _Stop:
-                pass
-    finally:
-        handle.remove()
+    Args:
+        block: the block; its forward must not depend on anything but its arguments.
+        targets: names of the linear layers that will be looked at.
+        final: names of those that will not change any more. Add to it as layers become final.
+    """
+
+    def __init__(self, block: Block, targets: Iterable[str], final: Iterable[str] = ()) -> None:
+        self.block = block
+        self.final = set(final)
+        self._targets = tuple(targets)
+        self._kept: list[dict[tuple[str, int], Any]] = [{} for _ in block.calls]
+
+    def input_of(self, layer: str, hidden: Tensor, window: int) -> Tensor | None:
+        """What enters `layer` for a window; None where the pass does not come to it."""
+        try:
+            self._run(hidden, window, layer)
+        except _Stop as stop:
+            return stop.args[0]
+        return None
+
+    def output(self, hidden: Tensor, window: int) -> Tensor:
+        """The block's hidden states for a window; forgets what was kept for it."""
+        out = self._run(hidden, window, None)
+        self._kept[window].clear()
+        return out
+
+    @torch.no_grad()
+    def _run(self, hidden: Tensor, window: int, until: str | None) -> Tensor:
+        counts: dict[str, int] = {}
+        with ExitStack() as stack:
+            for name, module in self.block.module.named_modules():
+                covered = [t for t in self._targets if t == name or t.startswith(f"{name}.")]
+                if name and covered:
+                    finished = self.final.issuperset(covered)
+                    wrapper = self._wrapper(name, module.forward, finished, self._kept[window], counts, until)
+                    stack.enter_context(_forward_replaced(module, wrapper))
+            return self.block.run(hidden, window)
+
+    @staticmethod
+    def _wrapper(
+        name: str, own: Callable[..., Any], finished: bool, kept: dict[tuple[str, int], Any],
+        counts: dict[str, int], until: str | None,
+    ) -> Callable[..., Any]:  # fmt: skip
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            key = (name, counts.setdefault(name, 0))
+            counts[name] += 1
+            if key in kept:
+                return _copied(kept[key])
+            if name == until:
+                raise _Stop(args[0])
+            out = own(*args, **kwargs)
+            if finished:
+                for part in [k for k in kept if k[0].startswith(f"{name}.")]:
+                    del kept[part]
+                kept[key] = _copied(out)
+            return out
+
+        return forward
+
+
+def _copied(value: Any) -> Any:
+    """A copy of what a module returned: its caller may write into it."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_copied, value))
+    return value
+
+
+def twin(block: Block) -> Block:
+    """The block as it is now: layers that are replaced later stay in the twin. Weights are shared."""
+    shared = {id(t): t for t in (*block.module.parameters(), *block.module.buffers())}
+    return replace(block, module=copy.deepcopy(block.module, shared))

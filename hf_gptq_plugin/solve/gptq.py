@@ -12,6 +12,7 @@ from .. import native
 from ..format.grid import QuantizedWeight, natural_groups
 from ..format.spec import QuantSpec
 from .hessian import Factor, SolveError, factorize
+from .refine import descend, propagate, refit_scales
 from .scales import METHODS, choose_scales
 
 ORDERS = ("hessian", "natural")
@@ -27,6 +28,10 @@ class SolveSettings:
             Groups lie in natural order either way, unless the spec has desc_act.
         scale_search: "mse" or "minmax", see `choose_scales`.
         blocksize: columns per lazy batch; a matter of cache only, codes do not depend on it.
+        propagation: how much of the error of layers already quantized a layer takes over, 0 to 1; 0 also saves the
+            dense model's forward pass. See `refine.propagate`.
+        descent: rounds of coordinate descent after the column loop. See `refine.descend`.
+        refit: fit scales to the codes after the column loop and after every round. See `refine.refit_scales`.
         scales_dtype: what scales are stored in.
     """
 
@@ -34,6 +39,9 @@ class SolveSettings:
     order: str = "hessian"
     scale_search: str = "mse"
     blocksize: int = 128
+    propagation: float = 0.5
+    descent: int = 2
+    refit: bool = True
     scales_dtype: torch.dtype = torch.float16
 
     def __post_init__(self) -> None:
@@ -43,8 +51,14 @@ class SolveSettings:
             raise ValueError(f"order={self.order!r} is not supported; use one of {', '.join(ORDERS)}")
         if self.scale_search not in METHODS:
             raise ValueError(f"scale_search={self.scale_search!r} is not supported; use one of {', '.join(METHODS)}")
-        if self.blocksize < 1:
-            raise ValueError(f"blocksize={self.blocksize!r} must be at least 1")
+        if type(self.blocksize) is not int or self.blocksize < 1:
+            raise ValueError(f"blocksize={self.blocksize!r} must be an integer of at least 1")
+        if not 0 <= self.propagation <= 1:
+            raise ValueError(f"propagation={self.propagation!r} must lie between 0 and 1")
+        if type(self.descent) is not int or self.descent < 0:
+            raise ValueError(f"descent={self.descent!r} must be an integer of at least 0")
+        if not isinstance(self.refit, bool):
+            raise ValueError(f"refit={self.refit!r} is not supported; use True or False")
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,11 @@ class SolveReport:
 
 @torch.no_grad()
 def solve(
-    weight: Tensor, hessian: Tensor, spec: QuantSpec, settings: SolveSettings | None = None
+    weight: Tensor,
+    hessian: Tensor,
+    spec: QuantSpec,
+    settings: SolveSettings | None = None,
+    cross: Tensor | None = None,
 ) -> tuple[QuantizedWeight, SolveReport]:
     """Quantize one weight.
 
@@ -78,13 +96,15 @@ def solve(
         q_i = quantize(w_i);  e = (w_i - ŵ_i) / U[i,i];  w_j -= e · U[i,j]  for j > i
 
     and `Σ e²` is the error `Δ H Δᵀ` of the whole row. Deviation from the paper: scales and zeros of every group are
-    fixed beforehand ("static groups"), so that the solve order is free while groups stay in natural order.
+    fixed beforehand ("static groups"), so that the solve order is free while groups stay in natural order; afterwards
+    codes and scales are refined in turn, see `refine`.
 
     Args:
         weight: `[N, K]`, any float dtype.
         hessian: fp32 `[K, K]` on weight's device.
         spec: bits, group_size, sym, desc_act, format.
         settings: see `SolveSettings`.
+        cross: fp32 `[K, K]`, see `Hessian`; None where earlier layers are dense.
 
     Returns:
         The codes, and a report.
@@ -105,23 +125,29 @@ def solve(
     order = _solve_order(diagonal, spec, settings.order)
     factor = factorize(hessian, order, settings.damp_percent)
 
-    groups_by_place = natural_groups(columns, spec.group_size, weight.device)
-    if spec.desc_act:
-        # Groups are cut along the solve order: neighbours in a group are alike in importance.
-        scales, zeros = _grids(original[:, order], diagonal[order], spec, settings)
-        group_in_order = groups_by_place
-        group = torch.empty_like(groups_by_place)
-        group[order] = groups_by_place
-    else:
-        scales, zeros = _grids(original, diagonal, spec, settings)
-        group_in_order = groups_by_place[order].contiguous()
-        group = groups_by_place
+    if cross is not None and settings.propagation:
+        original = propagate(original, cross.to(original.device), factor.upper, order, settings.propagation)
+        original = original.masked_fill(dead, 0.0)
+
+    # Places are where groups lie side by side: natural order, or the solve order where groups follow it.
+    places = order if spec.desc_act else torch.arange(columns, device=weight.device)
+    by_place, width = original[:, places], spec.width(columns)
+    group_by_place = natural_groups(columns, spec.group_size, weight.device)
+    group = torch.empty_like(group_by_place)
+    group[places] = group_by_place
+    # A dead column's weights are zero, so its importance does not matter.
+    scales, zeros = choose_scales(by_place, diagonal[places], spec, settings.scale_search, settings.scales_dtype)
 
     codes_in_order, error = solve_columns(
-        original[:, order], factor.upper, scales, zeros, group_in_order, spec.bits, settings.blocksize
+        original[:, order], factor.upper, scales, zeros, group[order].contiguous(), spec.bits, settings.blocksize
     )
     codes = torch.empty_like(codes_in_order)
     codes[:, order] = codes_in_order
+    if settings.descent or settings.refit:
+        back = torch.argsort(order)[places]
+        damped = factor.damped[back][:, back]
+        refined, scales, error = _refine(by_place, damped, codes[:, places], scales, zeros, width, spec, settings)
+        codes[:, places] = refined
     quantized = QuantizedWeight(
         codes=codes,
         scales=scales.T.to(settings.scales_dtype).contiguous(),
@@ -138,15 +164,24 @@ def solve(
     return quantized, report
 
 
+def _refine(
+    weight: Tensor, damped: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, width: int, spec: QuantSpec,
+    settings: SolveSettings,
+) -> tuple[Tensor, Tensor, float]:  # fmt: skip
+    """Refit and descend in turn; groups lie side by side. Returns codes, scales and the error."""
+    group = natural_groups(weight.shape[1], width, weight.device)
+    codes, errors = descend(weight, damped, codes, scales, zeros, group, spec.bits, 0)
+    for _ in range(max(settings.descent, 1)):
+        if settings.refit:
+            scales = refit_scales(weight, damped, codes, scales, zeros, width, settings.scales_dtype, errors)
+        codes, errors = descend(weight, damped, codes, scales, zeros, group, spec.bits, 1 if settings.descent else 0)
+    return codes, scales, float(errors.sum())
+
+
 def _solve_order(diagonal: Tensor, spec: QuantSpec, order: str) -> Tensor:
     if order == "natural" and not spec.desc_act:
         return torch.arange(diagonal.numel(), device=diagonal.device)
     return torch.argsort(diagonal, descending=True, stable=True)
-
-
-def _grids(weight: Tensor, diagonal: Tensor, spec: QuantSpec, settings: SolveSettings) -> tuple[Tensor, Tensor]:
-    # A dead column's weights are zero, so its importance does not matter.
-    return choose_scales(weight, diagonal, spec, settings.scale_search, settings.scales_dtype)
 
 
 def _energy(weight: Tensor, factor: Factor) -> float:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import native
+
 DAMP_LIMIT = 10.0  # times the mean of the diagonal; beyond it the damping would drown the data
 
 
@@ -15,7 +17,8 @@ class SolveError(RuntimeError):
 
 
 class Hessian:
-    """Running `H = (1/T) Σ x xᵀ` over `T` tokens.
+    """Running `H = (1/T) Σ x xᵀ` over `T` tokens, and `C = (1/T) Σ x (x* - x)ᵀ` where `x*` is what `x` would be had no
+    layer before been quantized.
 
     Args:
         in_features: `K`.
@@ -24,21 +27,30 @@ class Hessian:
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self._cross: Tensor | None = None
         self.tokens = 0
 
-    def add(self, x: Tensor, keep: Tensor | None = None) -> None:
+    def add(self, x: Tensor, keep: Tensor | None = None, exact: Tensor | None = None) -> None:
         """Add inputs.
 
         Args:
             x: `[..., K]`.
             keep: bool `[...]`, False for padding.
+            exact: `x*`, `[..., K]`; at every call or at none.
         """
+        rows = self._rows(x, keep)
+        _add_gram(self._sum, rows, None)
+        if exact is not None:
+            if self._cross is None:
+                self._cross = torch.zeros_like(self._sum)
+            _add_gram(self._cross, rows, self._rows(exact, keep) - rows)
+        self.tokens += rows.shape[0]
+
+    def _rows(self, x: Tensor, keep: Tensor | None) -> Tensor:
         rows = x.detach().reshape(-1, x.shape[-1])
         if keep is not None:
             rows = rows[keep.reshape(-1).to(rows.device)]
-        rows = rows.to(self._sum.device, torch.float32)
-        self._sum.addmm_(rows.T, rows)
-        self.tokens += rows.shape[0]
+        return rows.to(self._sum.device, torch.float32)
 
     def mean(self) -> Tensor:
         """fp32 `[K, K]`.
@@ -54,6 +66,27 @@ class Hessian:
                 "float32 or bfloat16, and check its weights"
             )
         return self._sum / self.tokens
+
+    def mean_cross(self) -> Tensor | None:
+        """`C`, fp32 `[K, K]`; None where no exact inputs were given."""
+        return None if self._cross is None else self._cross / self.tokens
+
+
+def _add_gram(total: Tensor, left: Tensor, right: Tensor | None) -> None:
+    """`total += leftᵀ · right`, fp32 `[T, K]` both; right None stands for left. The native sum has the same bits
+    whatever the number of threads."""
+    library = native.library()
+    if library is None or total.device.type != "cpu" or left.shape[0] == 0:
+        total.addmm_(left.T, left if right is None else right)
+        return
+    left = left if left.stride(1) == 1 else left.contiguous()
+    right = right if right is None or right.stride(1) == 1 else right.contiguous()
+    native.check(
+        library.hf_gptq_gram(
+            left.data_ptr(), left.stride(0), native.pointer(right), 0 if right is None else right.stride(0),
+            left.shape[0], *total.shape, total.data_ptr(),
+        )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,24 @@ int validate(const hf_gptq_weight* w) {
   return HF_GPTQ_OK;
 }
 
+// The groups of K columns, and the diagonal of a [K, K] matrix.
+int validate_columns(const int32_t* group, const float* U, int64_t K, int64_t G) {
+  for (int64_t i = 0; i < K; ++i) {
+    if (group[i] < 0 || group[i] >= G) return HF_GPTQ_ERROR_GROUP;
+    const float pivot = U[i * K + i];
+    if (!isfinite(pivot) || pivot == 0.0f) return HF_GPTQ_ERROR_PIVOT;
+  }
+  return HF_GPTQ_OK;
+}
+
+int validate_scales(const float* scales, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (!isfinite(scales[i])) return HF_GPTQ_ERROR_SCALE_FINITE;
+    if (scales[i] == 0.0f) return HF_GPTQ_ERROR_SCALE_ZERO;
+  }
+  return HF_GPTQ_OK;
+}
+
 // Writes the runs of a validated weight to `runs`, or only counts them if `runs` is null.
 int find_runs(const hf_gptq_weight& w, Run* runs, int64_t* count) {
   int64_t found = 0;
@@ -151,7 +169,7 @@ const char* hf_gptq_error_string(int error) {
     case HF_GPTQ_ERROR_DTYPE:
       return "dtype must be 0 (fp32), 1 (fp16) or 2 (bf16)";
     case HF_GPTQ_ERROR_SHAPE:
-      return "a dimension, stride, group_size, blocksize or zero_min is out of range";
+      return "a dimension, stride, group_size, blocksize, rounds or zero_min is out of range";
     case HF_GPTQ_ERROR_LAYOUT:
       return "block_stride and row_stride must be (16, N) for the canonical layout or (16 * R, 16) "
              "for the blocked one";
@@ -170,7 +188,8 @@ const char* hf_gptq_error_string(int error) {
     case HF_GPTQ_ERROR_SCALE_FINITE:
       return "a scale is infinite or NaN";
     case HF_GPTQ_ERROR_PIVOT:
-      return "a diagonal element of U is zero, infinite or NaN";
+      return "a diagonal element of U is zero, infinite or NaN, or one of H is not positive and "
+             "finite";
     default:
       return "unknown error code";
   }
@@ -244,15 +263,8 @@ int hf_gptq_solve(float* W, const float* U, const float* scales, const float* ze
   if (!W || !U || !scales || !zeros || !group || !codes) return HF_GPTQ_ERROR_NULL_POINTER;
   if (!is_bits(bits)) return HF_GPTQ_ERROR_BITS;
   if (N < 1 || K < 1 || G < 1 || blocksize < 1) return HF_GPTQ_ERROR_SHAPE;
-  for (int64_t i = 0; i < K; ++i) {
-    if (group[i] < 0 || group[i] >= G) return HF_GPTQ_ERROR_GROUP;
-    const float pivot = U[i * K + i];
-    if (!isfinite(pivot) || pivot == 0.0f) return HF_GPTQ_ERROR_PIVOT;
-  }
-  for (int64_t i = 0; i < N * G; ++i) {
-    if (!isfinite(scales[i])) return HF_GPTQ_ERROR_SCALE_FINITE;
-    if (scales[i] == 0.0f) return HF_GPTQ_ERROR_SCALE_ZERO;
-  }
+  if (const int error = validate_columns(group, U, K, G)) return error;
+  if (const int error = validate_scales(scales, N * G)) return error;
   return dispatch().kernels->solve(
       {W, U, scales, zeros, group, codes, loss, N, K, G, bits, blocksize});
 }
@@ -273,6 +285,29 @@ int hf_gptq_scale_search(const float* W, const float* h, const int32_t* group_st
   }
   return dispatch().kernels->scale_search({W, h, group_start, N, K, G, bits, sym != 0, shrink, T,
                                            scale_dtype, scales, zeros, zero_min});
+}
+
+int hf_gptq_gram(const float* A, int64_t a_row_stride, const float* B, int64_t b_row_stride,
+                 int64_t T, int64_t Ka, int64_t Kb, float* C) {
+  if (T < 0 || Ka < 1 || Kb < 1 || (!B && Ka != Kb)) return HF_GPTQ_ERROR_SHAPE;
+  if (T == 0) return HF_GPTQ_OK;
+  if (!A || !C) return HF_GPTQ_ERROR_NULL_POINTER;
+  return dispatch().kernels->gram({A, a_row_stride, B, b_row_stride, T, Ka, Kb, C});
+}
+
+int hf_gptq_descend(const float* W, const float* H, const float* scales, const float* zeros,
+                    const int32_t* group, uint8_t* codes, double* loss, int64_t N, int64_t K,
+                    int64_t G, int32_t bits, int64_t rounds) {
+  if (!W || !H || !scales || !zeros || !group || !codes) return HF_GPTQ_ERROR_NULL_POINTER;
+  if (!is_bits(bits)) return HF_GPTQ_ERROR_BITS;
+  if (N < 1 || K < 1 || G < 1 || rounds < 0) return HF_GPTQ_ERROR_SHAPE;
+  if (const int error = validate_columns(group, H, K, G)) return error;
+  for (int64_t k = 0; k < K; ++k) {
+    if (H[k * K + k] < 0.0f) return HF_GPTQ_ERROR_PIVOT;
+  }
+  if (const int error = validate_scales(scales, N * G)) return error;
+  return dispatch().kernels->descend(
+      {W, H, scales, zeros, group, codes, loss, N, K, G, bits, rounds});
 }
 
 }  // extern "C"

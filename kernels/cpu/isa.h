@@ -3,6 +3,8 @@
 // an anonymous namespace and use no library templates: compiled with other flags in the next
 // translation unit, none of it may be merged by the linker.
 #include "dequantize.h"
+#include "descend.h"
+#include "gram.h"
 #include "kernels.h"
 #include "linear.h"
 #include "scale_search.h"
@@ -11,6 +13,7 @@
 namespace hf_gptq {
 
 extern const Kernels HF_GPTQ_KERNELS;
-const Kernels HF_GPTQ_KERNELS = {HF_GPTQ_ISA, linear, dequantize, solve, scale_search};
+const Kernels HF_GPTQ_KERNELS = {HF_GPTQ_ISA,  linear, dequantize, solve,
+                                 scale_search, gram,   descend};
 
 }  // namespace hf_gptq

@@ -68,6 +68,30 @@ struct ScaleSearchArguments {
   int zero_min;
 };
 
+// As the parameters of hf_gptq_gram.
+struct GramArguments {
+  const float* A;
+  int64_t A_stride;
+  const float* B;
+  int64_t B_stride;
+  int64_t T, Ka, Kb;  // T >= 1
+  float* C;
+};
+
+// As the parameters of hf_gptq_descend.
+struct DescendArguments {
+  const float* W;
+  const float* H;
+  const float* scales;
+  const float* zeros;
+  const int32_t* group;
+  uint8_t* codes;
+  double* loss;
+  int64_t N, K, G;
+  int bits;
+  int64_t rounds;
+};
+
 // Each returns an hf_gptq_error.
 struct Kernels {
   const char* isa;
@@ -75,6 +99,8 @@ struct Kernels {
   int (*dequantize)(const DequantizeArguments&);
   int (*solve)(const SolveArguments&);
   int (*scale_search)(const ScaleSearchArguments&);
+  int (*gram)(const GramArguments&);
+  int (*descend)(const DescendArguments&);
 };
 
 #ifdef HF_GPTQ_X86_64

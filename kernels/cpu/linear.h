@@ -69,8 +69,6 @@ struct LinearJob {
   int64_t task_row_blocks;
 };
 
-HF_GPTQ_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-
 HF_GPTQ_INLINE int64_t grain_for(int64_t work_per_task) {
   return ceil_div(kWantedWork, work_per_task);
 }

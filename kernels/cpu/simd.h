@@ -37,6 +37,8 @@ typedef float VecF __attribute__((vector_size(4 * kLanes)));
 typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
 
+HF_GPTQ_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
 HF_GPTQ_INLINE VecF load(const float* p) {
   VecF v;
   memcpy(&v, p, sizeof v);
@@ -63,6 +65,8 @@ HF_GPTQ_INLINE VecF round_even(VecF a) {
 // a > b ? a : b and a < b ? a : b: b if either is NaN.
 HF_GPTQ_INLINE VecF maximum(VecF a, VecF b) { return _mm512_max_ps(a, b); }
 HF_GPTQ_INLINE VecF minimum(VecF a, VecF b) { return _mm512_min_ps(a, b); }
+// Whether a and b differ in any lane; NaN differs from everything.
+HF_GPTQ_INLINE bool differs(VecF a, VecF b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ) != 0; }
 
 #elif defined(HF_GPTQ_SIMD_AVX2)
 
@@ -73,6 +77,9 @@ HF_GPTQ_INLINE VecF round_even(VecF a) {
 }
 HF_GPTQ_INLINE VecF maximum(VecF a, VecF b) { return _mm256_max_ps(a, b); }
 HF_GPTQ_INLINE VecF minimum(VecF a, VecF b) { return _mm256_min_ps(a, b); }
+HF_GPTQ_INLINE bool differs(VecF a, VecF b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NEQ_UQ)) != 0;
+}
 
 #else
 
@@ -89,6 +96,10 @@ HF_GPTQ_INLINE VecF round_even(VecF a) {
 }
 HF_GPTQ_INLINE VecF maximum(VecF a, VecF b) { return a > b ? a : b; }
 HF_GPTQ_INLINE VecF minimum(VecF a, VecF b) { return a < b ? a : b; }
+HF_GPTQ_INLINE bool differs(VecF a, VecF b) {
+  const VecI d = a != b;
+  return (d[0] | d[1] | d[2] | d[3]) != 0;
+}
 
 #endif
 

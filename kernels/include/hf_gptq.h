@@ -23,7 +23,7 @@
 extern "C" {
 #endif
 
-#define HF_GPTQ_ABI_VERSION 1
+#define HF_GPTQ_ABI_VERSION 2
 
 enum hf_gptq_dtype {
   HF_GPTQ_FP32 = 0,
@@ -36,8 +36,8 @@ enum hf_gptq_error {
   HF_GPTQ_ERROR_NULL_POINTER = 1,   // a required pointer is NULL
   HF_GPTQ_ERROR_BITS = 2,           // bits is not 2, 3, 4 or 8
   HF_GPTQ_ERROR_DTYPE = 3,          // a dtype is not an hf_gptq_dtype
-  HF_GPTQ_ERROR_SHAPE = 4,          // a dimension, stride, group_size, blocksize or zero_min
-                                    // is out of range
+  HF_GPTQ_ERROR_SHAPE = 4,          // a dimension, stride, group_size, blocksize, rounds or
+                                    // zero_min is out of range
   HF_GPTQ_ERROR_LAYOUT = 5,         // the strides are neither canonical nor blocked
   HF_GPTQ_ERROR_ZERO_OFFSET = 6,    // zero_offset is not 0 or 1
   HF_GPTQ_ERROR_GROUP = 7,          // a group index is outside [0, G), or group_start is not a
@@ -45,9 +45,10 @@ enum hf_gptq_error {
   HF_GPTQ_ERROR_PERM = 8,           // an entry of perm is outside [0, K)
   HF_GPTQ_ERROR_OUT_OF_MEMORY = 9,  // scratch memory could not be allocated
   HF_GPTQ_ERROR_PARALLEL_FOR = 10,  // the registered parallel_for returned non-zero
-  HF_GPTQ_ERROR_SCALE_ZERO = 11,    // solve: a scale is zero
-  HF_GPTQ_ERROR_SCALE_FINITE = 12,  // solve: a scale is infinite or NaN
-  HF_GPTQ_ERROR_PIVOT = 13,         // solve: a diagonal element of U is zero, infinite or NaN
+  HF_GPTQ_ERROR_SCALE_ZERO = 11,    // solve, descend: a scale is zero
+  HF_GPTQ_ERROR_SCALE_FINITE = 12,  // solve, descend: a scale is infinite or NaN
+  HF_GPTQ_ERROR_PIVOT = 13,         // solve: a diagonal element of U is zero, infinite or NaN;
+                                    // descend: one of H is not positive and finite
 };
 
 // A quantized weight matrix of N outputs and K inputs:
@@ -84,7 +85,7 @@ HF_GPTQ_API int32_t hf_gptq_abi_version(void);
 // Static text for an error code; never NULL.
 HF_GPTQ_API const char* hf_gptq_error_string(int error);
 
-// "abi=1,compiler=gcc,version=12.2.0,isa=avx512f+avx2+portable,sanitize=0".
+// "abi=2,compiler=gcc,version=12.2.0,isa=avx512f+avx2+portable,sanitize=0".
 HF_GPTQ_API const char* hf_gptq_build_info(void);
 
 // The instruction set in use: "avx512f", "avx2" (with FMA and F16C) or "portable". It is the best
@@ -137,6 +138,24 @@ HF_GPTQ_API int hf_gptq_repack(const int32_t* src,        // words, see layout.h
                                int64_t dst_row_stride,    // N or 16
                                int64_t R, int64_t N);     // >= 1
 
+// C[i, j] += sum over t of A[t, i] * B[t, j], in fp32. For each (i, j), as avx512f and avx2 do it:
+//
+//   for t0 = 0, 256, 512, .. below T:
+//     sum = 0;  for t = t0 .. min(t0 + 256, T) - 1:  sum = fma(A[t, i], B[t, j], sum)
+//     C[i, j] += sum
+//
+// "portable" rounds product and sum of each fma separately.
+//
+// With B NULL, B is A and Kb must equal Ka. Then C is read on and above the diagonal only, and the
+// result is mirrored below it: C is exactly symmetric, for about half the work.
+HF_GPTQ_API int hf_gptq_gram(const float* A,          // [T, Ka], rows a_row_stride apart
+                             int64_t a_row_stride,    // elements
+                             const float* B,          // [T, Kb], rows b_row_stride apart, or NULL
+                             int64_t b_row_stride,    // elements; read only with B
+                             int64_t T,               // >= 0; 0 changes nothing
+                             int64_t Ka, int64_t Kb,  // >= 1
+                             float* C);               // inout [Ka, Kb]
+
 // The GPTQ column loop (Frantar et al., 2022). Independently for each row r, in fp32, every
 // operation rounded by itself (no fma):
 //
@@ -161,6 +180,35 @@ HF_GPTQ_API int hf_gptq_solve(float* W,              // [N, K], columns in solve
                               int32_t bits,                     // 2, 3, 4 or 8
                               int64_t blocksize);  // >= 1; columns per lazy update, a matter of
                                                    // speed (128 is good; more than 256 acts as 256)
+
+// Cyclic coordinate descent on the codes: each step gives one weight the code that is best while
+// all others keep theirs, so that loss = (w - w_hat) H (w - w_hat)^T never grows but for rounding.
+// Independently for each row r, in fp32, operations other than fma rounded by themselves:
+//
+//   w_hat[k] = (codes[r, k] - z) * s  with  s = scales[r, group[k]],  z = zeros[r, group[k]]
+//   R        = (W[r, :] - w_hat) H, for each j:
+//     R[j] = 0;  for k0 = 0, 128, 256, .. below K:
+//       sum = 0;  for k = k0 .. min(k0 + 128, K) - 1:  sum = fma(W[r, k] - w_hat[k], H[k, j], sum)
+//       R[j] += sum
+//   repeat `rounds` times, or until a round changes nothing:
+//     for k = 0 .. K-1:
+//       q     = clamp(rint((w_hat[k] + R[k] / H[k, k]) / s) + z, 0, 2^bits - 1)
+//       delta = (q - codes[r, k]) * s;  if delta is not 0:
+//         codes[r, k] = q
+//         R[j] = fma(-delta, H[k, j], R[j])   for j = 0 .. K-1
+//   loss[r] = sum over k, upwards in fp64, of (W[r, k] - w_hat[k]) * R[k]
+//
+// avx512f and avx2 give the same bits; "portable" rounds product and sum of each fma separately.
+HF_GPTQ_API int hf_gptq_descend(const float* W,        // [N, K], the weights wanted
+                                const float* H,        // [K, K], symmetric positive definite
+                                const float* scales,   // [N, G], finite and non-zero, any sign
+                                const float* zeros,    // [N, G], integers in [0, 2^bits]
+                                const int32_t* group,  // [K], group of each column
+                                uint8_t* codes,        // inout [N, K]
+                                double* loss,          // out [N], or NULL
+                                int64_t N, int64_t K, int64_t G,  // >= 1
+                                int32_t bits,                     // 2, 3, 4 or 8
+                                int64_t rounds);  // >= 0; 0 computes the loss and nothing else
 
 // Grid search for the scale and zero of each row and group, in fp32, each operation rounded by
 // itself:

@@ -85,15 +85,71 @@ def test_stubs_are_taken_out_again(tiny: Callable[..., Path], windows: list[list
     assert torch.equal(model(input_ids=ids).logits, before)
 
 
-def test_feed_shows_every_window_what_enters_the_layer(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
+@pytest.mark.parametrize("kind", list(STAGES))
+def test_a_resumed_pass_is_the_whole_pass_and_runs_every_layer_once(
+    kind: str, tiny: Callable[..., Path], windows: list[list[int]]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny(kind)).eval()
     name, blocks = walk.find_blocks(model)
     chain, hiddens = walk.record_calls(model, name, blocks, [torch.tensor(w) for w in windows[:2]])
-    seen: list[torch.Tensor] = []
-    walk.feed(chain[0], blocks[0].self_attn.q_proj, hiddens, seen.append)
+    block = chain[0]
+    layers = walk.linears(block.module)
+    inputs: dict[str, list[torch.Tensor]] = {n: [] for n in layers}
+    handles = [m.register_forward_pre_hook(lambda m, a, n=n: inputs[n].append(a[0])) for n, m in layers.items()]
     with torch.no_grad():
-        expected = [blocks[0].input_layernorm(h) for h in hiddens]
-    assert len(seen) == 2 and all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+        expected = [block.run(h, i) for i, h in enumerate(hiddens)]
+    for handle in handles:
+        handle.remove()
+    calls = dict.fromkeys(layers, 0)
+
+    def count(n: str) -> None:
+        calls[n] += 1
+
+    for n, layer in layers.items():
+        layer.register_forward_hook(lambda m, a, out, n=n: count(n))
+    resumable = walk.Resumable(block, layers)
+    for stage in walk.find_stages(block, hiddens[0], layers):
+        for layer in stage:
+            for i, hidden in enumerate(hiddens):
+                assert torch.equal(resumable.input_of(layer, hidden, i), inputs[layer][i])
+        resumable.final.update(stage)
+    calls.update(dict.fromkeys(calls, 0))
+    # Everything but the last stage has been computed while the inputs were looked at.
+    for i, hidden in enumerate(hiddens):
+        assert torch.equal(resumable.output(hidden, i), expected[i])
+    assert set(calls.values()) <= {0, 2} and sum(calls.values()) <= 2 * len(layers)
+    assert "forward" not in vars(block.module) and all("forward" not in vars(m) for m in layers.values())
+
+
+def test_a_resumed_pass_computes_layers_once(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
+    name, blocks = walk.find_blocks(model)
+    chain, hiddens = walk.record_calls(model, name, blocks, [torch.tensor(windows[0])])
+    computed: list[str] = []
+    layers = walk.linears(chain[0].module)
+    for n, layer in layers.items():
+        own = layer.forward
+        layer.forward = lambda x, n=n, own=own: (computed.append(n), own(x))[1]
+    resumable = walk.Resumable(chain[0], layers)
+    for stage in STAGES["llama"]:
+        resumable.input_of(stage[0], hiddens[0], 0)
+        resumable.final.update(stage)
+    resumable.output(hiddens[0], 0)
+    assert sorted(computed) == sorted(layers)
+
+
+def test_a_twin_keeps_the_layers_that_are_replaced(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
+    name, blocks = walk.find_blocks(model)
+    chain, hiddens = walk.record_calls(model, name, blocks, [torch.tensor(windows[0])])
+    with torch.no_grad():
+        before = chain[0].run(hiddens[0], 0)
+        copy = walk.twin(chain[0])
+        weight = blocks[0].mlp.up_proj.weight
+        chain[0].module.set_submodule("mlp.up_proj", nn.Linear(96, 160, bias=False))
+        assert torch.equal(copy.run(hiddens[0], 0), before)
+        assert not torch.equal(chain[0].run(hiddens[0], 0), before)
+    assert copy.module.mlp.up_proj.weight is weight
 
 
 def test_models_without_blocks() -> None:

@@ -33,7 +33,7 @@ def problem(rows: int, columns: int, tokens: int = 0) -> tuple[torch.Tensor, tor
 @pytest.mark.parametrize("order", ["hessian", "natural"])
 def test_codes_are_those_of_obq(spec: QuantSpec, order: str) -> None:
     weight, hessian = problem(6, 48)
-    settings = SolveSettings(order=order)
+    settings = SolveSettings(order=order, descent=0, refit=False)
     solved, report = solve(weight, hessian, spec, settings)
     damped = hessian.double().numpy() + report.damp_percent * hessian.diagonal().mean().item() * np.eye(48)
     by_size = torch.argsort(hessian.diagonal(), descending=True, stable=True).tolist()

@@ -1,0 +1,153 @@
+"""What lowers a layer's error after, or before, the column loop. The format stays what it is.
+
+All of it works on `tr((W - Ŵ) H (W - Ŵ)ᵀ)`, row by row, with `H` damped.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native
+
+_ROWS = 512  # rows whose [G, G] systems are held at once
+
+
+def propagate(weight: Tensor, cross: Tensor, inverse_factor: Tensor, order: Tensor, strength: float) -> Tensor:
+    """The weight to aim at, given that the inputs are those of a model already quantized up to here.
+
+    The dense model computes `W x*`, this one sees `x`. `Σ (W x* - V x)²` is least for `V = W + W Cᵀ H⁻¹` with
+    `C = Σ x (x* - x)ᵀ`; going the whole way fits the calibration text too closely, so part of it is taken.
+
+    Args:
+        weight: `W`, fp32 `[N, K]`.
+        cross: `C`, fp32 `[K, K]`.
+        inverse_factor: upper factor of the inverse of the damped `H`, fp32 `[K, K]`, in solve order.
+        order: the solve order, `[K]`.
+        strength: which part of the way to go, 0 to 1.
+
+    Returns:
+        fp32 `[N, K]`.
+
+    References:
+        Li et al. 2025 (GPTAQ); Arai & Ichikawa 2025 (QEP).
+    """
+    moved = (weight @ cross.T)[:, order] @ inverse_factor.T @ inverse_factor
+    out = weight.clone()
+    out[:, order] += strength * moved
+    return out
+
+
+def descend(
+    weight: Tensor, hessian: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, group: Tensor, bits: int, rounds: int
+) -> tuple[Tensor, Tensor]:
+    """Cyclic coordinate descent on the codes: each column in turn takes its best code given all others.
+
+    Never raises the error.
+
+    Args:
+        weight: fp32 `[N, K]`.
+        hessian: damped, fp32 `[K, K]`, columns as in weight.
+        codes: uint8 `[N, K]`; not modified.
+        scales, zeros: fp32 `[N, G]`.
+        group: int32 `[K]`.
+        bits: width of a code.
+        rounds: passes over the columns; 0 only computes the error.
+
+    Returns:
+        codes, and the error of every row, float64 `[N]`.
+
+    References:
+        Behdin et al. 2023 (QuantEase).
+    """
+    library = native.library()
+    if library is None or weight.device.type != "cpu":
+        return _descend_reference(weight, hessian, codes, scales, zeros, group, bits, rounds)
+    weight, hessian = weight.contiguous(), hessian.contiguous()
+    scales, zeros = scales.float().contiguous(), zeros.float().contiguous()
+    group, codes = group.to(torch.int32).contiguous(), codes.clone(memory_format=torch.contiguous_format)
+    loss = torch.empty(len(weight), dtype=torch.float64)
+    native.check(
+        library.hf_gptq_descend(
+            weight.data_ptr(), hessian.data_ptr(), scales.data_ptr(), zeros.data_ptr(), group.data_ptr(),
+            codes.data_ptr(), loss.data_ptr(), *weight.shape, scales.shape[1], bits, rounds,
+        )
+    )  # fmt: skip
+    return codes, loss
+
+
+def _descend_reference(
+    weight: Tensor, hessian: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, group: Tensor, bits: int, rounds: int
+) -> tuple[Tensor, Tensor]:
+    q, diagonal = codes.float(), hessian.diagonal()
+    for _ in range(rounds):
+        before = q.clone()
+        pull = (weight - _values(q, scales, zeros, group)) @ hessian
+        for k, g in enumerate(group.tolist()):
+            s, z = scales[:, g], zeros[:, g]
+            target = (q[:, k] - z) * s + pull[:, k] / diagonal[k]
+            best = (torch.round(target / s) + z).clamp_(0, 2**bits - 1)
+            pull -= ((best - q[:, k]) * s)[:, None] * hessian[k]
+            q[:, k] = best
+        if torch.equal(q, before):
+            break
+    return q.to(torch.uint8), row_errors(weight - _values(q, scales, zeros, group), hessian)
+
+
+def refit_scales(
+    weight: Tensor, hessian: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, width: int, dtype: torch.dtype,
+    errors: Tensor,
+) -> Tensor:  # fmt: skip
+    """The best scales for given codes, in closed form, where they lower a row's error once they are rounded.
+
+    With `q` a row of codes less their zeros and `q_g` its part in group `g`, the error is a quadratic in the row's
+    scales `s [G]`: its least lies where `A s = b`, `A[g, h] = q_g H q_hᵀ`, `b[g] = q_g H wᵀ`.
+
+    Args:
+        weight: fp32 `[N, K]`, groups adjacent.
+        hessian: damped, fp32 `[K, K]`.
+        codes: uint8 `[N, K]`.
+        scales, zeros: fp32 `[N, G]`.
+        width: columns per group; the last may be shorter.
+        dtype: what scales are stored in.
+        errors: every row's error with `scales`, `[N]`.
+
+    Returns:
+        scales fp32 `[N, G]`, exact in `dtype`; a row keeps its old ones where the new are not better or not usable.
+    """
+    groups = scales.shape[1]
+    out = scales.clone()
+    group = torch.arange(weight.shape[1], device=weight.device) // width
+    for a in range(0, len(weight), _ROWS):
+        rows = slice(a, a + _ROWS)
+        q = codes[rows].float() - zeros[rows][:, group]
+        matrix = q.new_empty(len(q), groups, groups)
+        for g in range(groups):
+            part = slice(g * width, (g + 1) * width)
+            matrix[:, g] = _group_sums((q[:, part] @ hessian[part]) * q, width)
+        right = _group_sums((weight[rows] @ hessian) * q, width)
+        # Codes that are all zero in a group leave its scale undetermined: the ridge keeps the system regular.
+        diagonal = matrix.diagonal(dim1=1, dim2=2)
+        diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny
+        fitted = torch.linalg.solve(matrix.double(), right.double()).to(dtype).float()
+        usable = (torch.isfinite(fitted) & (fitted.abs() >= torch.finfo(dtype).tiny)).all(1)
+        fitted = torch.where(usable[:, None], fitted, scales[rows])
+        better = row_errors(weight[rows] - q * fitted[:, group], hessian) < errors[rows]
+        out[rows] = torch.where((better & usable)[:, None], fitted, scales[rows])
+    return out
+
+
+def row_errors(delta: Tensor, hessian: Tensor) -> Tensor:
+    """`Δ H Δᵀ` of every row, float64 `[N]`; delta fp32 `[N, K]`."""
+    return ((delta @ hessian) * delta).sum(1, dtype=torch.float64)
+
+
+def _values(q: Tensor, scales: Tensor, zeros: Tensor, group: Tensor) -> Tensor:
+    index = group.long()
+    return (q - zeros[:, index]) * scales[:, index]
+
+
+def _group_sums(values: Tensor, width: int) -> Tensor:
+    """Sums `[N, G]` over adjacent groups of columns."""
+    padded = torch.nn.functional.pad(values, (0, -values.shape[1] % width))
+    return padded.unflatten(1, (-1, width)).sum(2)

@@ -1,0 +1,80 @@
+// Sums of outer products, the core of a matrix product with both operands in packed panels.
+// Internal linkage, see isa.h.
+#ifndef HF_GPTQ_CPU_OUTER_H_
+#define HF_GPTQ_CPU_OUTER_H_
+
+#include "simd.h"
+
+namespace hf_gptq {
+namespace {
+
+// Register blocking of outer_tile(). kOuterRows and kOuterColumns divide kPackColumns.
+#if defined(HF_GPTQ_SIMD_AVX512F)
+constexpr int kOuterRows = 12, kOuterVectors = 2;
+#elif defined(HF_GPTQ_SIMD_AVX2)
+constexpr int kOuterRows = 6, kOuterVectors = 2;
+#else
+constexpr int kOuterRows = 3, kOuterVectors = 4;
+#endif
+constexpr int kOuterColumns = kOuterVectors * kLanes;
+constexpr int64_t kPackColumns = 96;
+
+// C[r, j] += sum, where sum = fma(A[t, r], B[t, j], sum) for t = 0 .. count-1 from sum = 0.
+// A: [count, kOuterRows]; B: [count, kOuterColumns]; C: [kOuterRows, kOuterColumns], rows C_stride
+// apart.
+void outer_tile(const float* A, const float* B, int64_t count, float* C, int64_t C_stride) {
+  VecF sum[kOuterRows][kOuterVectors] = {};
+  for (int64_t t = 0; t < count; ++t) {
+    VecF b[kOuterVectors];
+    HF_GPTQ_UNROLL
+    for (int v = 0; v < kOuterVectors; ++v) b[v] = load(B + v * kLanes);
+    HF_GPTQ_UNROLL
+    for (int r = 0; r < kOuterRows; ++r) {
+      const VecF a = splat(A[r]);
+      HF_GPTQ_UNROLL
+      for (int v = 0; v < kOuterVectors; ++v) sum[r][v] = fmadd(b[v], a, sum[r][v]);
+    }
+    A += kOuterRows;
+    B += kOuterColumns;
+  }
+  HF_GPTQ_UNROLL
+  for (int r = 0; r < kOuterRows; ++r) {
+    HF_GPTQ_UNROLL
+    for (int v = 0; v < kOuterVectors; ++v) {
+      float* c = C + r * C_stride + v * kLanes;
+      store(c, load(c) + sum[r][v]);
+    }
+  }
+}
+
+// Copies [rows, columns] of src into panels [rows, kWidth], panel_stride apart. Columns missing in
+// the last panel become 0.
+template <int kWidth>
+void pack_panels(const float* src, int64_t src_stride, int64_t rows, int64_t columns, float* panels,
+                 int64_t panel_stride) {
+  // A few rows at a time: rows of src and panels are often a multiple of 4 KiB apart, where few of
+  // them fit in the cache together.
+  constexpr int64_t kRows = 8;
+  for (int64_t row = 0; row < rows; row += kRows) {
+    const int64_t end = min64(row + kRows, rows);
+    float* panel = panels;
+    for (int64_t j = 0; j < columns; j += kWidth, panel += panel_stride) {
+      if (j + kWidth <= columns) {
+        for (int64_t r = row; r < end; ++r) {
+          memcpy(panel + r * kWidth, src + r * src_stride + j, kWidth * sizeof(float));
+        }
+        continue;
+      }
+      for (int64_t r = row; r < end; ++r) {
+        for (int64_t c = 0; c < kWidth; ++c) {
+          panel[r * kWidth + c] = j + c < columns ? src[r * src_stride + j + c] : 0.0f;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace hf_gptq
+
+#endif  // HF_GPTQ_CPU_OUTER_H_
