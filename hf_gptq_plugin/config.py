@@ -186,6 +186,19 @@ class GPTQConfig(StockGPTQConfig):
         """The part that describes a checkpoint."""
         return CheckpointConfig(self.spec, dict(self.dynamic), self.lm_head)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> GPTQConfig:
+        """A copy that shares the tokenizer and the text: Transformers copies configs many times while it loads."""
+        for value in (self.tokenizer, self.dataset):
+            memo[id(value)] = value
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What a caller may change about a checkpoint that is already quantized."""
+        return {"max_input_length": self.max_input_length, "backend": self.backend}
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON for a checkpoint: standard fields only, everything else under `meta`."""
         written = {k: v for k, v in vars(self).items() if k not in _CALIBRATION and k not in _NOT_WRITTEN}

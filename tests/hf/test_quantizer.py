@@ -123,6 +123,18 @@ def test_stock_config_works_unchanged(tiny: Tiny, windows: list[list[int]], tmp_
         load(tmp_path, quantization_config=StockConfig(bits=4, backend="auto"))
 
 
+def test_copies_of_a_config_share_what_is_large() -> None:
+    class Tokenizer:
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            raise AssertionError("copied")
+
+    config = GPTQConfig(bits=3, dataset=["text"], tokenizer=Tokenizer(), dynamic={"x": {"bits": 8}})
+    twin = copy.deepcopy(config)
+    assert twin.tokenizer is config.tokenizer and twin.dataset is config.dataset
+    twin.dynamic["x"]["bits"] = 2
+    assert config.dynamic == {"x": {"bits": 8}} and twin.bits == 3
+
+
 def test_registering_twice_and_giving_back() -> None:
     from transformers.quantizers import auto
 
