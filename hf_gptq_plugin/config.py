@@ -34,7 +34,7 @@ _NOT_WRITTEN = (
 )  # fmt: skip
 
 
-class GPTQConfig(StockGPTQConfig):
+class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares the names of config classes
     """How to quantize, or what a checkpoint says about itself. Takes every argument of the stock `GPTQConfig`.
 
     Args:
@@ -241,7 +241,3 @@ def _stock_names() -> set[str]:
 def _names() -> list[str]:
     own = set(inspect.signature(GPTQConfig.__init__).parameters) - {"self", "stock"}
     return sorted(own | _stock_names())
-
-
-# Transformers compares the class names of a checkpoint's config and the caller's.
-assert GPTQConfig.__name__ == StockGPTQConfig.__name__

@@ -215,7 +215,10 @@ def _renamer(model: PreTrainedModel, expected: dict[str, Any]) -> Callable[[str]
 
 
 def _require_all_tensors(model: PreTrainedModel, headers: Mapping[str, TensorInfo]) -> None:
-    """Every tensor that belongs to the saved architecture must be in the files: nothing is left to be initialised."""
+    """Every tensor of the saved architecture must be in the files: nothing is left to be initialised.
+
+    A head that a task adds (a classifier's) may be new, what produces the model's text may not.
+    """
     expected = model.state_dict()
     present = set(map(_renamer(model, expected), headers)) | set(headers)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
@@ -223,9 +226,10 @@ def _require_all_tensors(model: PreTrainedModel, headers: Mapping[str, TensorInf
         if origin in present or target in present:
             present |= {target, origin}
     same_class = type(model).__name__ in (model.config.architectures or [])
-    prefix = model.base_model_prefix + "."
+    head = model.get_output_embeddings()
+    prefixes = tuple(f"{n}." for n, m in model.named_modules() if n == model.base_model_prefix or (n and m is head))
     for key in expected:
-        if key not in present and (same_class or key.startswith(prefix)):
+        if key not in present and (same_class or key.startswith(prefixes)):
             raise CheckpointError(f"{key} is missing from the checkpoint; the checkpoint is incomplete: fetch it again")
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import GPTQConfig as StockConfig
 
 import hf_gptq_plugin
@@ -121,6 +121,11 @@ def test_stock_config_works_unchanged(tiny: Tiny, windows: list[list[int]], tmp_
     # A stock config for loading attributes is accepted beside the checkpoint's own.
     with pytest.warns(UserWarning, match="already has a `quantization_config` attribute"):
         load(tmp_path, quantization_config=StockConfig(bits=4, backend="auto"))
+
+
+def test_config_class_goes_by_the_stock_name() -> None:
+    # A checkpoint's config and the caller's are taken for the same kind only then.
+    assert GPTQConfig.__name__ == StockConfig.__name__ and issubclass(GPTQConfig, StockConfig)
 
 
 def test_copies_of_a_config_share_what_is_large() -> None:
@@ -313,6 +318,21 @@ def test_damaged_tensors(damaged: Callable[..., Path], change: Any, message: str
 def test_wrong_config(damaged: Callable[..., Path], fields: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         load(damaged(**fields))
+
+
+def test_a_base_model_and_a_task_head(checkpoint: Path, tmp_path: Path) -> None:
+    whole = load(checkpoint)
+    base = AutoModel.from_pretrained(checkpoint, dtype=torch.float32)
+    expected = whole.model(input_ids=IDS).last_hidden_state
+    assert torch.equal(base(input_ids=IDS).last_hidden_state, expected)
+    base.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(again(input_ids=IDS).last_hidden_state, expected)
+    # A classifier's head is made to be trained; an output embedding made up at random would talk nonsense.
+    classifier = AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=2, dtype=torch.float32)
+    assert torch.equal(classifier.model(input_ids=IDS).last_hidden_state, expected)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing"):
+        load(tmp_path)
 
 
 def test_act_order_needs_its_group_index(damaged: Callable[..., Path]) -> None:
