@@ -30,27 +30,23 @@ class Hessian:
         self._cross: Tensor | None = None
         self.tokens = 0
 
-    def add(self, x: Tensor, keep: Tensor | None = None, exact: Tensor | None = None) -> None:
+    def add(self, x: Tensor, exact: Tensor | None = None) -> None:
         """Add inputs.
 
         Args:
             x: `[..., K]`.
-            keep: bool `[...]`, False for padding.
             exact: `x*`, `[..., K]`; at every call or at none.
         """
-        rows = self._rows(x, keep)
+        rows = self._rows(x)
         _add_gram(self._sum, rows, None)
         if exact is not None:
             if self._cross is None:
                 self._cross = torch.zeros_like(self._sum)
-            _add_gram(self._cross, rows, self._rows(exact, keep) - rows)
+            _add_gram(self._cross, rows, self._rows(exact) - rows)
         self.tokens += rows.shape[0]
 
-    def _rows(self, x: Tensor, keep: Tensor | None) -> Tensor:
-        rows = x.detach().reshape(-1, x.shape[-1])
-        if keep is not None:
-            rows = rows[keep.reshape(-1).to(rows.device)]
-        return rows.to(self._sum.device, torch.float32)
+    def _rows(self, x: Tensor) -> Tensor:
+        return x.detach().reshape(-1, x.shape[-1]).to(self._sum.device, torch.float32)
 
     def mean(self) -> Tensor:
         """fp32 `[K, K]`.
