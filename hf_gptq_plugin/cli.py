@@ -112,8 +112,6 @@ def evaluate(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import hf_gptq_plugin  # noqa: F401  (registers)
-
     from .hf.evaluate import perplexity, text_windows
 
     content = _read_text(str(text))

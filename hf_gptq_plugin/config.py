@@ -15,10 +15,12 @@ from .version import __version__
 
 __all__ = ["GPTQConfig"]
 
+_SOLVER = SolveSettings()  # the defaults of the fields below that are the solver's
+
 # How much a calibration does: time for perplexity.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"propagation": 0.0, "descent": 0, "refit": False},
-    "balanced": {"propagation": 0.5, "descent": 2, "refit": True},
+    "balanced": {name: getattr(_SOLVER, name) for name in ("propagation", "descent", "refit")},
 }
 
 # What only a calibration needs. It is recorded under `meta`, never written as fields: readers would not know them,
@@ -75,7 +77,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         tokenizer: Any = None,
         dataset: Any = None,
         group_size: int = 128,
-        damp_percent: float = 0.01,
+        damp_percent: float = _SOLVER.damp_percent,
         desc_act: bool = False,
         act_group_aware: bool = False,
         sym: bool = True,
@@ -86,9 +88,9 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         seqlen: int = 512,
         seed: int = 0,
         preset: str = "balanced",
-        order: str = "hessian",
-        scale_search: str = "mse",
-        blocksize: int = 128,
+        order: str = _SOLVER.order,
+        scale_search: str = _SOLVER.scale_search,
+        blocksize: int = _SOLVER.blocksize,
         propagation: float | None = None,
         descent: int | None = None,
         refit: bool | None = None,
@@ -136,7 +138,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """From a checkpoint's JSON. Fields that are not ours (other writers leave many) are ignored."""
-        CheckpointConfig.from_dict(config_dict)
+        checkpoint = CheckpointConfig.from_dict(config_dict)
         fields = {k: v for k, v in config_dict.items() if k in _names()}
         damp = fields.get("damp_percent")
         if not (isinstance(damp, float) and 0 < damp < 1):
@@ -144,8 +146,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         # Calibration text that some writers leave in a config.json is not read back.
         for name in ("dataset", "tokenizer"):
             fields.pop(name, None)
-        fmt = config_dict.get("checkpoint_format") or config_dict.get("format") or "gptq"
-        fields["format"] = fmt.lower()
+        fields["format"] = checkpoint.spec.checkpoint_format
         fields.pop("checkpoint_format", None)
         return super().from_dict(fields, return_unused_kwargs=return_unused_kwargs, **kwargs)
 

@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "hf": {"format", "solve", "nn", "calibrate", "config"},
     "diagnose": {"native", "hf", "version"},
     "demo": {"config", "format", "hf"},
-    "cli": {"format", "solve", "calibrate", "config", "hf", "native", "diagnose", "demo", ""},
+    "cli": {"format", "solve", "calibrate", "config", "hf", "native", "diagnose", "demo"},
     "": {"config", "format", "hf", "nn", "version"},  # the package's own __init__
 }
 WITHOUT_TRANSFORMERS = {"format", "solve", "nn", "native", "version"}

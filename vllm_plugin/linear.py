@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -144,7 +145,7 @@ class HfGptqLinearMethod(LinearMethodBase):
         check_values(layer.prefix, loaded["scales"], loaded["g_idx"])
         found = _zero_evidence(layer, loaded, spec)
         self._zeros.add(layer.prefix, found)
-        spec = QuantSpec(spec.bits, spec.group_size, spec.sym, spec.desc_act, self._zeros.value)
+        spec = replace(spec, checkpoint_format=self._zeros.value)
         weight = KernelWeight.from_canonical(**loaded, spec=spec, in_features=self._in_features).packed()
         # A layer that shows no evidence must follow a later one that does, so its zeros are kept.
         self._symmetric = weight.qzeros is None and found is not None

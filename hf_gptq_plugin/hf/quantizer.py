@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +138,7 @@ class GptqQuantizer(HfQuantizer):
         label = self.quantization_config.format
         fmt = agreed_format(label, {name: layer.zero_format() for name, layer in layers.items()})
         for name, layer in layers.items():
-            spec = layer.spec
-            layer.finalize(QuantSpec(spec.bits, spec.group_size, spec.sym, spec.desc_act, fmt), name)
+            layer.finalize(replace(layer.spec, checkpoint_format=fmt), name)
         self.quantization_config.format = fmt
 
     def _calibrate(self, model: Any) -> None:

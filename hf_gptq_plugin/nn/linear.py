@@ -116,12 +116,10 @@ class QuantLinear(nn.Linear):
             self._symmetric = weight.qzeros is None
             self._natural = weight.g_idx is None
             if not offloaded:
-                self._hold(weight.packed())
+                packed = weight.packed()
+                self.qweight.data = packed.qweight
+                self.perm = packed.perm
         self.finalized = True
-
-    def _hold(self, weight: KernelWeight) -> None:
-        self.qweight.data = weight.qweight
-        self.perm = weight.perm
 
     @property
     def kernel_weight(self) -> KernelWeight:

@@ -11,8 +11,8 @@ from torch import Tensor
 from .. import native
 from ..format.grid import QuantizedWeight, natural_groups
 from ..format.spec import QuantSpec
-from .hessian import Factor, SolveError, factorize
-from .refine import descend, propagate, refit_scales
+from .hessian import SolveError, factorize
+from .refine import descend, propagate, refit_scales, row_errors
 from .scales import METHODS, choose_scales
 
 ORDERS = ("hessian", "natural")
@@ -120,8 +120,7 @@ def solve(
     columns = original.shape[1]
     diagonal = hessian.diagonal()
     dead = diagonal == 0
-    if bool(dead.any()):
-        original = original.masked_fill(dead, 0.0)
+    original = original.masked_fill(dead, 0.0)
     order = _solve_order(diagonal, spec, settings.order)
     factor = factorize(hessian, order, settings.damp_percent)
 
@@ -155,8 +154,9 @@ def solve(
         group=group,
         spec=spec,
     )
+    energy = float(row_errors(original[:, order], factor.damped).sum())
     report = SolveReport(
-        relative_error=error / max(_energy(original[:, order], factor), torch.finfo(torch.float32).tiny),
+        relative_error=error / max(energy, torch.finfo(torch.float32).tiny),
         damp_percent=factor.damp_percent,
         dead_columns=int(dead.sum()),
         seconds=time.perf_counter() - start,
@@ -182,10 +182,6 @@ def _solve_order(diagonal: Tensor, spec: QuantSpec, order: str) -> Tensor:
     if order == "natural" and not spec.desc_act:
         return torch.arange(diagonal.numel(), device=diagonal.device)
     return torch.argsort(diagonal, descending=True, stable=True)
-
-
-def _energy(weight: Tensor, factor: Factor) -> float:
-    return float(((weight @ factor.damped) * weight).sum(dtype=torch.float64))
 
 
 def solve_columns(
