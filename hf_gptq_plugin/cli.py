@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .calibrate.data import NAMED, CalibrationError
+from .calibrate.sources import NAMED, CalibrationError, read_text
 from .calibrate.walk import WalkError
 from .native import NativeError
 from .solve.hessian import SolveError
@@ -53,8 +53,10 @@ def quantize(
     sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric or asymmetric grid.")] = True,
     desc_act: Annotated[bool, typer.Option(help="Let groups follow the solve order (g_idx).")] = False,
     calibration: Annotated[
-        str, typer.Option(help=f"Text file, or the name of a data set: {', '.join(NAMED)}.")
+        str,
+        typer.Option(help=f"File (.txt, .json, .jsonl, .csv, .parquet), or name of a data set: {', '.join(NAMED)}."),
     ] = "wikitext2",
+    method: Annotated[str, typer.Option(help="gptq; or without calibration data rtn or hqq.")] = "gptq",
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seqlen: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 512,
     seed: Annotated[int, typer.Option(help="Which windows are drawn from a longer text.")] = 0,
@@ -75,10 +77,10 @@ def quantize(
     from .hf.saving import save_checkpoint
 
     start = time.perf_counter()
-    dataset = calibration if calibration in NAMED else [_read_text(calibration)]
+    dataset = calibration if method == "gptq" else None
     config = GPTQConfig(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, dataset=dataset, samples=samples, seqlen=seqlen,
-        seed=seed, preset=preset, damp_percent=damp_percent, format=checkpoint_format, lm_head=lm_head,
+        seed=seed, method=method, preset=preset, damp_percent=damp_percent, format=checkpoint_format, lm_head=lm_head,
     )  # fmt: skip
     if out.is_file():
         raise ValueError(f"OUT={str(out)!r} is a file; name a folder")
@@ -114,7 +116,7 @@ def evaluate(
 
     from .hf.evaluate import perplexity, text_windows
 
-    content = _read_text(str(text))
+    content = read_text(text)
     pieces = text_windows(AutoTokenizer.from_pretrained(model), content, seqlen, windows or None)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=_dtype(dtype), device_map=device_map)
     start = time.perf_counter()
@@ -160,15 +162,6 @@ def demo(
     from .demo import run
 
     run(folder, samples, windows, steps, console)
-
-
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except FileNotFoundError:
-        raise CalibrationError(f"{path} is neither a file nor the name of a data set ({', '.join(NAMED)})") from None
 
 
 def _dtype(name: str) -> Any:

@@ -23,11 +23,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {name: getattr(_SOLVER, name) for name in ("propagation", "descent", "refit")},
 }
 
+METHODS = ("gptq", "rtn", "hqq")
+PACKINGS = ("auto", "concat", "each")
+
 # What only a calibration needs. It is recorded under `meta`, never written as fields: readers would not know them,
 # and a tokenizer or a whole data set does not belong into a config.json.
 _CALIBRATION = (
-    "tokenizer", "dataset", "samples", "seqlen", "seed", "preset", "order", "scale_search", "blocksize", "propagation",
-    "descent", "refit",
+    "tokenizer", "dataset", "method", "samples", "seqlen", "seed", "packing", "preset", "order", "scale_search",
+    "blocksize", "propagation", "descent", "refit",
 )  # fmt: skip
 # Fields of the stock config that describe how others quantize or load; they say nothing about a checkpoint.
 _NOT_WRITTEN = (
@@ -42,21 +45,26 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
     Args:
         bits: 2, 3, 4 or 8.
         tokenizer: tokenizer, or the name or path of one; the model's own by default.
-        dataset: calibration text: a list of strings, a list of token-id lists, or the name of a data set
-            ("wikitext2", "c4"; needs the `data` extra).
+        dataset: calibration data: a list of texts, of chats or of token ids, a file of them, or the name of a data set
+            ("wikitext2", "c4", ...; needs the `data` extra). See `calibrate.sources.read_samples`.
         group_size: input features per scale; -1 for one group. Need not divide the width.
         damp_percent: damping as a fraction of the Hessian diagonal's mean; raised by itself where needed.
         desc_act: let groups follow the solve order (stored in g_idx). Off, columns are still solved in that order.
         sym: symmetric grid.
         dynamic: rules of single modules as GPTQModel writes them: `{"+:regex": {"bits": 8}, "-:regex": {}}`.
         lm_head: quantize the output embedding too.
+        method: "gptq"; or, without calibration data and without a forward pass, "rtn", which rounds to the nearest on
+            the grid that `scale_search` finds, or "hqq", which then shifts that grid for the sake of most weights at
+            the cost of few, see `solve.hqq`.
         samples: calibration windows.
         seqlen: tokens per window.
         seed: which windows are drawn from a longer text.
+        packing: "concat" joins samples and cuts them into windows (also True), "each" makes one window of every
+            sample, cut off after seqlen tokens (also False); "auto" is "each" for token ids, "concat" for the rest.
         preset: "balanced" takes every step that is worth its time; "fast" leaves out those after the column loop and
             the dense model's forward pass. The fields below override it one by one.
         order: "hessian" or "natural", see `SolveSettings`.
-        scale_search: "mse" or "minmax", see `choose_scales`.
+        scale_search: "mse", "minmax", "percentile" or "entropy", see `choose_scales`.
         blocksize: columns per lazy batch of the solver.
         propagation: 0 to 1, see `refine.propagate`.
         descent: rounds, see `refine.descend`.
@@ -87,6 +95,8 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         samples: int = 128,
         seqlen: int = 512,
         seed: int = 0,
+        method: str = "gptq",
+        packing: str | bool = "auto",
         preset: str = "balanced",
         order: str = _SOLVER.order,
         scale_search: str = _SOLVER.scale_search,
@@ -110,6 +120,8 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         self.samples = samples
         self.seqlen = seqlen
         self.seed = seed
+        self.method = method
+        self.packing = {True: "concat", False: "each"}[packing] if isinstance(packing, bool) else packing
         self.order = order
         self.scale_search = scale_search
         self.blocksize = blocksize
@@ -143,6 +155,8 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         damp = fields.get("damp_percent")
         if not (isinstance(damp, float) and 0 < damp < 1):
             fields.pop("damp_percent", None)  # only ever a record in a finished checkpoint
+        if fields.get("method") not in METHODS:
+            fields.pop("method", None)  # other writers mean other things by it
         # Calibration text that some writers leave in a config.json is not read back.
         for name in ("dataset", "tokenizer"):
             fields.pop(name, None)
@@ -159,6 +173,15 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+        for name, accepted in (("method", METHODS), ("packing", PACKINGS)):
+            value = getattr(self, name)
+            if value not in accepted:
+                raise ValueError(f"{name}={value!r} is not supported; use one of {', '.join(accepted)}")
+        if self.method != "gptq" and any([self.desc_act, *(rule.get("desc_act") for rule in self.dynamic.values())]):
+            raise ValueError(
+                f"desc_act=True orders groups by what calibration data show, and method={self.method!r} uses none; set "
+                "desc_act=False"
+            )
         if not isinstance(self.lm_head, bool):
             raise ValueError(f"lm_head={self.lm_head!r} is not supported; use True or False")
         if self.backend is None:
@@ -210,27 +233,26 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
             out.pop("dynamic")
         return out
 
-    def record_calibration(self, tokens: int, windows: int) -> None:
-        """Note under `meta` what the checkpoint was made by and from."""
-        dataset = self.dataset if isinstance(self.dataset, str) else "text passed by the caller"
-        self.meta = {
-            **(self.meta or {}),
-            "quantizer": [f"hf_gptq_plugin:{__version__}"],
-            "calibration": {
-                "dataset": dataset,
-                "windows": windows,
-                "seqlen": self.seqlen,
-                "tokens": tokens,
-                "seed": self.seed,
-            },
-            "solver": {
+    def record_calibration(self, calibration: dict[str, Any] | None) -> None:
+        """Note under `meta` what the checkpoint was made by and from.
+
+        Args:
+            calibration: the data, see `calibrate.data.calibration_record`; None where the method uses none.
+        """
+        solver: dict[str, Any] = {"method": self.method, "scale_search": self.scale_search}
+        if self.method == "gptq":
+            solver |= {
                 "order": self.order,
-                "scale_search": self.scale_search,
                 "static_groups": True,
                 "propagation": self.propagation,
                 "descent": self.descent,
                 "refit": self.refit,
-            },
+            }
+        self.meta = {
+            **(self.meta or {}),
+            "quantizer": [f"hf_gptq_plugin:{__version__}"],
+            **({} if calibration is None else {"calibration": calibration}),
+            "solver": solver,
         }
 
 

@@ -89,12 +89,31 @@ def test_quantize_then_eval(hf_gptq: Run, model: Path, text: Path, tmp_path: Pat
     assert report["perplexity"] == pytest.approx(math.exp(nll), rel=1e-5)
 
 
+def test_files_of_rows_and_methods_without_data(hf_gptq: Run, model: Path, text: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": line}) for line in text.read_text().split("\n\n")))
+    done = hf_gptq(
+        "quantize", model, tmp_path / "a", "--group-size", 32, "--calibration", rows, "--samples", 4, "--seqlen", 64
+    )
+    assert done.code == 0, done.err
+    meta = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]["meta"]
+    assert {k: v for k, v in meta["calibration"].items() if k != "sha256"} == {
+        "dataset": "rows.jsonl", "windows": 4, "seqlen": 64, "tokens": 256, "seed": 0, "packing": "concat",
+    }  # fmt: skip
+    assert len(meta["calibration"]["sha256"]) == 64
+    done = hf_gptq("quantize", model, tmp_path / "b", "--group-size", 32, "--method", "hqq")
+    assert done.code == 0, done.err
+    meta = json.loads((tmp_path / "b" / "config.json").read_text())["quantization_config"]["meta"]
+    assert meta["solver"]["method"] == "hqq" and "calibration" not in meta
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--method", "awq"), "method='awq' is not supported; use one of gptq, rtn, hqq"),
         (("--bits", 5), "bits=5 is not supported"),
         (("--group-size", 0), "group_size=0 is not supported"),
-        (("--calibration", "missing.txt"), "missing.txt is neither a file nor the name of a data set"),
+        (("--calibration", "missing.txt"), "dataset='missing.txt' is neither a file nor the name of a data set"),
         (("--samples", 0), "samples=0 must be an integer of at least 1"),
         (("--dtype", "int8"), "--dtype='int8' is not supported"),
         (("--format", "marlin"), "checkpoint_format='marlin' is not supported"),

@@ -1,111 +1,174 @@
-"""Calibration text to windows of token ids."""
+"""Calibration data to windows of token ids."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .sources import CalibrationError, Samples, read_samples
+
 logger = logging.getLogger(__name__)
-
-# Names that the stock GPTQConfig accepts, as data sets on the Hub: path, configuration, split, text column.
-NAMED = {
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text"),
-    "c4": ("allenai/c4", "en", "train", "text"),
-    "c4-new": ("allenai/c4", "en", "train", "text"),
-}
-_NAMED_TEXTS = 20_000  # enough lines for any sensible number of windows
-
-
-class CalibrationError(ValueError):
-    """Calibration data that cannot be used; the message says what is accepted."""
 
 
 def calibration_windows(
-    dataset: Any, tokenizer: Any, samples: int, seqlen: int, seed: int, vocab_size: int | None = None
+    dataset: Any,
+    tokenizer: Any,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    vocab_size: int | None = None,
+    packing: str = "auto",
 ) -> list[Tensor]:
     """Cut calibration data into windows.
 
-    Texts are tokenized, joined by the end-of-sequence token, and cut into windows of `seqlen` tokens, each with the
-    tokenizer's beginning-of-sequence token where it uses one; of more than `samples` windows, a seeded draw is
-    kept, in text order. Token lists are taken one window each, cut at `seqlen`.
+    Packing "concat": samples are joined, texts by the end-of-sequence token, and cut into windows of `seqlen` tokens;
+    of more than `samples` windows, a seeded draw is kept, in order. Packing "each": every sample gives one window, cut
+    off after `seqlen` tokens; of more than `samples` texts or chats, a seeded draw is kept, in order, of token ids the
+    first ones. Either way every window of texts and chats begins with what the tokenizer puts before a text. Chats are
+    rendered by the tokenizer's chat template, and joined by nothing.
 
     Args:
-        dataset: list of strings, list of token-id sequences (or dicts with "input_ids"), or a name in `NAMED`.
-        tokenizer: a Transformers tokenizer; only needed for text.
+        dataset: what `read_samples` takes, or returns.
+        tokenizer: a Transformers tokenizer; not needed for token ids.
         samples: most windows.
         seqlen: most tokens per window.
         seed: of the draw.
         vocab_size: token ids must be below this, where given.
+        packing: "concat", "each", or "auto": "each" for token ids, else "concat".
 
     Returns:
-        int64 tensors `[tokens]`, all of `seqlen` tokens where there was enough text.
+        int64 tensors `[tokens]`. Packed by "concat", all of `seqlen` tokens where there are enough.
 
     Raises:
         CalibrationError: empty, too short, of a wrong type, or with token ids out of range.
     """
-    if dataset is None:
+    found = dataset if isinstance(dataset, Samples) else read_samples(dataset, seed)
+    opening = [] if found.kind == "tokens" else _opening(_required(tokenizer, found))
+    cut = _one_each if packing_of(found, packing) == "each" else _joined
+    windows = cut(found, tokenizer, opening, samples, seqlen, torch.Generator().manual_seed(seed))
+    longest = max((len(window) for window in windows), default=0)
+    tokens = sum(len(window) for window in windows)
+    if longest < 2:
         raise CalibrationError(
-            "quantizing needs calibration text: pass GPTQConfig(dataset=[...texts...], tokenizer=...)"
+            f"the calibration data ({found.source}) gives windows of at most {longest} tokens; at least 2 are needed, "
+            f"and {samples} × {seqlen} = {samples * seqlen} were asked for: pass more text"
         )
-    if isinstance(dataset, str):
-        dataset = _load_named(dataset, seed)
-    if isinstance(dataset, Tensor):
-        dataset = list(dataset) if dataset.dim() == 2 else [dataset]
-    if not isinstance(dataset, Sequence) or not len(dataset):
-        raise CalibrationError(
-            f"dataset={dataset!r:.80} is empty or not a list; pass a list of texts, a list of token-id lists, or one "
-            f"of the names {', '.join(NAMED)}"
-        )
-    if isinstance(dataset[0], str):
-        windows = _windows_of_text(dataset, tokenizer, samples, seqlen, seed)
-    else:
-        windows = [_token_ids(item)[:seqlen] for item in dataset[:samples]]
-    windows = [window for window in windows if window.numel() > 0]
-    if not windows or max(window.numel() for window in windows) < 2:
-        raise CalibrationError("the calibration data holds fewer than 2 tokens; pass more text")
-    for window in windows:
-        low, high = int(window.min()), int(window.max())
-        if low < 0 or (vocab_size is not None and high >= vocab_size):
-            raise CalibrationError(
-                f"calibration data holds token id {low if low < 0 else high}; this model takes 0 to "
-                f"{(vocab_size or 0) - 1}: the tokenizer is another model's"
-            )
-    if len(windows) < samples and sum(w.numel() for w in windows) < samples * seqlen:
+    for i, window in enumerate(windows):
+        _require_in_range(window, i, vocab_size)
+    if len(windows) < samples and tokens < samples * seqlen:
         logger.warning(
-            "The calibration data gives %d windows, %d tokens; %d × %d were asked for.",
-            len(windows), sum(w.numel() for w in windows), samples, seqlen,
+            "The calibration data gives %d windows, %d tokens; %d × %d were asked for: pass more, or ask for less.",
+            len(windows), tokens, samples, seqlen,
         )  # fmt: skip
     return windows
 
 
-def _windows_of_text(texts: Sequence[Any], tokenizer: Any, samples: int, seqlen: int, seed: int) -> list[Tensor]:
-    if tokenizer is None:
-        raise CalibrationError("calibrating on text needs a tokenizer: pass GPTQConfig(tokenizer=...)")
+def calibration_record(
+    found: Samples, windows: list[Tensor], seqlen: int, seed: int, packing: str = "auto"
+) -> dict[str, Any]:
+    """What a checkpoint remembers of its calibration data. "sha256" is that of every window's length and token ids, all
+    as little-endian int64."""
+    digest = hashlib.sha256()
+    for window in windows:
+        for part in (torch.tensor([len(window)]), window):
+            digest.update(part.numpy().astype("<i8").tobytes())
+    return {
+        "dataset": found.source,
+        "windows": len(windows),
+        "seqlen": seqlen,
+        "tokens": sum(len(window) for window in windows),
+        "seed": seed,
+        "packing": packing_of(found, packing),
+        "sha256": digest.hexdigest(),
+    }
+
+
+def packing_of(found: Samples, packing: str) -> str:
+    """ "concat" or "each": what "auto" stands for is resolved."""
+    if packing not in ("auto", "concat", "each"):
+        raise CalibrationError(f"packing={packing!r} is not supported; use 'auto', 'concat' or 'each'")
+    if packing == "auto":
+        return "each" if found.kind == "tokens" else "concat"
+    return packing
+
+
+def _joined(
+    found: Samples, tokenizer: Any, opening: list[int], samples: int, seqlen: int, draw: torch.Generator
+) -> list[Tensor]:
+    between = []
+    if found.kind == "texts" and tokenizer.eos_token_id is not None:
+        between = [tokenizer.eos_token_id]
     stream: list[int] = []
-    for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise CalibrationError(f"dataset[{i}] is {type(text).__name__}; the items before it are strings")
-        if not text:
-            continue
-        # verbose=False: the text is meant to be longer than the model's window.
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if stream and tokenizer.eos_token_id is not None:
-            stream.append(tokenizer.eos_token_id)
-        stream += ids
-    opening = _opening(tokenizer)
+    for i, item in enumerate(found.items):
+        if len(item):
+            ids = _encoded(found, tokenizer, i, opening)
+            if stream:
+                stream += between
+            stream += ids
     length = max(seqlen - len(opening), 1)
+    if not stream:
+        return []
     if len(stream) < length:
-        return [torch.tensor(opening + stream, dtype=torch.int64)]
+        return [torch.tensor(opening + stream)]
     count = len(stream) // length
-    chosen = range(count)
+    chosen: Iterable[int] = range(count)
     if count > samples:
-        draw = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
-        chosen = sorted(draw.tolist())  # type: ignore[assignment]
-    return [torch.tensor(opening + stream[i * length : (i + 1) * length], dtype=torch.int64) for i in chosen]
+        chosen = sorted(torch.randperm(count, generator=draw)[:samples].tolist())
+    return [torch.tensor(opening + stream[i * length : (i + 1) * length]) for i in chosen]
+
+
+def _one_each(
+    found: Samples, tokenizer: Any, opening: list[int], samples: int, seqlen: int, draw: torch.Generator
+) -> list[Tensor]:
+    count = len(found.items)
+    drawn = found.kind != "tokens" and count > samples
+    windows: dict[int, Tensor] = {}
+    for i in torch.randperm(count, generator=draw).tolist() if drawn else range(count):
+        if len(windows) == samples:
+            break
+        ids = _encoded(found, tokenizer, i, opening)
+        if ids:
+            windows[i] = torch.tensor((opening + ids)[:seqlen])
+    return [windows[i] for i in sorted(windows)]
+
+
+def _encoded(found: Samples, tokenizer: Any, i: int, opening: list[int]) -> list[int]:
+    """Token ids of one sample, without the opening."""
+    item = found.items[i]
+    if found.kind == "tokens":
+        return item.tolist()
+    text = _rendered(item, tokenizer, i) if found.kind == "chats" else item
+    # verbose=False: the text is meant to be longer than the model's window.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    # A chat template writes the opening itself.
+    return ids[len(opening) :] if found.kind == "chats" and ids[: len(opening)] == opening else ids
+
+
+def _rendered(chat: list[dict[str, Any]], tokenizer: Any, i: int) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise CalibrationError(
+            "the calibration data are chats, but the tokenizer has no chat template; set tokenizer.chat_template, or "
+            "pass texts"
+        )
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False)
+    except ImportError:
+        raise
+    except Exception as error:  # a template is a program of the model's author and may raise anything
+        raise CalibrationError(
+            f"the tokenizer's chat template refuses chat {i} ({type(error).__name__}: {error}); leave it out or mend it"
+        ) from error
+
+
+def _required(tokenizer: Any, found: Samples) -> Any:
+    if tokenizer is None:
+        raise CalibrationError(f"calibrating on {found.kind} needs a tokenizer: pass GPTQConfig(tokenizer=...)")
+    return tokenizer
 
 
 def _opening(tokenizer: Any) -> list[int]:
@@ -116,33 +179,12 @@ def _opening(tokenizer: Any) -> list[int]:
     return list(full[:where])
 
 
-def _token_ids(item: Any) -> Tensor:
-    if isinstance(item, dict) or hasattr(item, "keys"):
-        if "input_ids" not in item:
-            raise CalibrationError(f"a calibration item has the keys {list(item)}; it needs 'input_ids'")
-        mask = item.get("attention_mask")
-        ids = torch.as_tensor(item["input_ids"]).reshape(-1)
-        return ids[torch.as_tensor(mask).reshape(-1).bool()].long() if mask is not None else ids.long()
-    try:
-        ids = torch.as_tensor(item)
-    except (TypeError, ValueError, RuntimeError):
-        ids = torch.empty(0)
-    if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
+def _require_in_range(window: Tensor, i: int, vocab_size: int | None) -> None:
+    wrong = (window < 0) | (window >= vocab_size) if vocab_size is not None else window < 0
+    if bool(wrong.any()):
+        place = int(wrong.nonzero()[0])
+        accepted = f"0 to {vocab_size - 1}" if vocab_size is not None else "0 and above"
         raise CalibrationError(
-            f"a calibration item is {item!r:.60}; accepted are strings, lists of token ids, and dicts with 'input_ids'"
+            f"calibration window {i} holds at position {place} the token id {int(window[place])}; this model takes "
+            f"{accepted}: the tokenizer is another model's"
         )
-    return ids.long()
-
-
-def _load_named(name: str, seed: int) -> list[str]:
-    if name not in NAMED:
-        raise CalibrationError(f"dataset={name!r} is not known; use one of {', '.join(NAMED)}, or pass a list of texts")
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise CalibrationError(
-            f"dataset={name!r} is fetched through the datasets library: pip install 'hf-gptq-plugin[data]'"
-        ) from None
-    path, config, split, column = NAMED[name]
-    rows = load_dataset(path, config, split=split, streaming=True).shuffle(seed=seed, buffer_size=1000)
-    return [row[column] for row in rows.take(_NAMED_TEXTS) if row[column].strip()]

@@ -243,14 +243,24 @@ def _replace(root: nn.Module, name: str, layer: Any, quantized: QuantizedWeight)
     root.set_submodule(name, new)
 
 
-@torch.no_grad()
-def _quantize_head(model: Any, windows: list[Tensor], plan: Plan) -> LayerReport:
-    """Quantize the output embedding on the hidden states that the quantized model gives it."""
+def output_embedding(model: Any, plan: Plan) -> tuple[str, QuantSpec]:
+    """Name and spec of a model's output embedding.
+
+    Raises:
+        WalkError: it has none that is linear.
+    """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(head, nn.Linear):
         raise WalkError(f"lm_head=True, but {type(model).__name__} has no linear output embedding")
     name = next(n for n, m in model.named_modules() if m is head)
-    spec = plan.checkpoint.for_module(name) or plan.checkpoint.spec
+    return name, plan.checkpoint.for_module(name) or plan.checkpoint.spec
+
+
+@torch.no_grad()
+def _quantize_head(model: Any, windows: list[Tensor], plan: Plan) -> LayerReport:
+    """Quantize the output embedding on the hidden states that the quantized model gives it."""
+    name, spec = output_embedding(model, plan)
+    head = model.get_submodule(name)
     calls = [((), {"input_ids": ids[None].to(head.weight.device), "use_cache": False}) for ids in windows]
     stream = _Stream([torch.empty(0)] * len(windows))
     stream.enter(Block("", _Whole(model), calls), [f"model.{name}"], ())

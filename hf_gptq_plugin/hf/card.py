@@ -12,6 +12,10 @@ from transformers import PreTrainedModel
 from ..format.spec import QuantSpec
 
 _TAGS = ["gptq", "hf-gptq-plugin"]
+_DATA_FREE = {
+    "rtn": "rounded to nearest without calibration data",
+    "hqq": "half-quadratic quantization without calibration data",
+}
 
 
 def model_card(model: PreTrainedModel, name: str) -> str:
@@ -36,12 +40,14 @@ def model_card(model: PreTrainedModel, name: str) -> str:
 
 
 def _text(config: Any, spec: QuantSpec, name: str, base: str) -> str:
-    made = (config.meta or {}).get("calibration")
+    meta = config.meta or {}
+    made = meta.get("calibration")
+    method = (meta.get("solver") or {}).get("method")
     calibration = (
         f"calibrated on {made['tokens']:,} tokens ({made['windows']} windows of up to {made['seqlen']}, "
         f"{made['dataset']})"
         if made
-        else "as published"
+        else _DATA_FREE.get(str(method), "as published")
     )
     group = "one group per output" if spec.group_size == -1 else f"groups of {spec.group_size}"
     return f"""

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from ..calibrate.data import CalibrationError, calibration_windows
+from ..calibrate.data import calibration_record, calibration_windows
+from ..calibrate.datafree import quantize_without_data
 from ..calibrate.pipeline import LayerReport, Plan, quantize_model
+from ..calibrate.sources import CalibrationError, read_samples
 from ..calibrate.walk import LINEAR
 from ..config import GPTQConfig
 from ..format.checkpoint import TensorInfo, agreed_format, check_shapes, quantized_modules, read_headers
@@ -61,6 +63,8 @@ class GptqQuantizer(HfQuantizer):
         super().__init__(GPTQConfig.from_stock(quantization_config), **kwargs)
         self._scales_dtypes: set[torch.dtype] = set()
         self.reports: list[LayerReport] = []
+        self._windows: list[Tensor] = []
+        self._record: dict[str, Any] | None = None
 
     @property
     def is_trainable(self) -> bool:
@@ -80,6 +84,8 @@ class GptqQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if not self.pre_quantized:
+            with torch.device("cpu"):  # Transformers has made "meta" the default device here
+                self._read_calibration_data(model)
             return
         if not checkpoint_files:
             raise CheckpointError("a GPTQ model can only be loaded from safetensors files")
@@ -141,24 +147,34 @@ class GptqQuantizer(HfQuantizer):
             layer.finalize(replace(layer.spec, checkpoint_format=fmt), name)
         self.quantization_config.format = fmt
 
+    def _read_calibration_data(self, model: Any) -> None:
+        """Before any weight is loaded, so that data that cannot be used are refused at once."""
+        config = self.quantization_config
+        if config.method == "gptq":
+            found = read_samples(config.dataset, config.seed)
+            tokenizer = None if found.kind == "tokens" else _tokenizer(config.tokenizer, model)
+            vocab_size = model.get_input_embeddings().weight.shape[0]
+            self._windows = calibration_windows(
+                found, tokenizer, config.samples, config.seqlen, config.seed, vocab_size, config.packing
+            )
+            self._record = calibration_record(found, self._windows, config.seqlen, config.seed, config.packing)
+        elif config.dataset is not None:
+            logger.warning("method=%r needs no calibration data; dataset is not used.", config.method)
+
     def _calibrate(self, model: Any) -> None:
         config = self.quantization_config
-        windows = calibration_windows(
-            config.dataset,
-            _tokenizer(config.tokenizer, model, config.dataset),
-            config.samples,
-            config.seqlen,
-            config.seed,
-            model.get_input_embeddings().weight.shape[0],
-        )
         modules = config.modules_in_block_to_quantize
         if modules is not None:
             modules = [[m] if isinstance(m, str) else list(m) for m in modules]
         plan = Plan(config.checkpoint, config.settings, config.true_sequential, modules, config.block_name_to_quantize)
-        self.reports = quantize_model(model, windows, plan)
+        if config.method == "gptq":
+            self.reports = quantize_model(model, self._windows, plan)
+        else:
+            self.reports = quantize_without_data(model, plan, config.method)
         if config.lm_head:
             _untie(model)
-        config.record_calibration(tokens=sum(w.numel() for w in windows), windows=len(windows))
+        config.record_calibration(self._record)
+        self._windows = []
         # The text and the tokenizer have served; keeping them would write them into every copy of the config.
         config.dataset = config.tokenizer = None
 
@@ -233,13 +249,10 @@ def _require_all_tensors(model: PreTrainedModel, headers: Mapping[str, TensorInf
             raise CheckpointError(f"{key} is missing from the checkpoint; the checkpoint is incomplete: fetch it again")
 
 
-def _tokenizer(tokenizer: Any, model: PreTrainedModel, dataset: Any) -> Any:
+def _tokenizer(tokenizer: Any, model: PreTrainedModel) -> Any:
     """The tokenizer to calibrate with: the caller's, or the one that lies beside the model."""
     if tokenizer is not None and not isinstance(tokenizer, (str, Path)):
         return tokenizer
-    needs_text = isinstance(dataset, str) or (isinstance(dataset, list) and dataset and isinstance(dataset[0], str))
-    if not needs_text:
-        return None
     from transformers import AutoTokenizer
 
     source = tokenizer or model.name_or_path

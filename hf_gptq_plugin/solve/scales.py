@@ -10,7 +10,8 @@ from torch import Tensor
 from .. import native
 from ..format.spec import QuantSpec
 
-METHODS = ("minmax", "mse")
+METHODS = ("minmax", "mse", "percentile", "entropy")
+PERCENTILE = 0.99
 
 # Ranges tried, as fractions of the minmax range. A symmetric grid with a negative scale has its extra step on the
 # other side, so it may also pay to widen it.
@@ -27,11 +28,24 @@ def choose_scales(
     scale (codes 0..15 around 8 reach one step further down than up, and the sign decides to which side that step
     goes), and keeps the one with the least `Σ_k importance[k] · (w - ŵ)²`.
 
+    The other two come from the calibration of activations, where they work on histograms of a great many values. A
+    group has 32 to 128, so here both are defined on the values themselves, all of the same weight:
+
+    "percentile" is "minmax" on the range between two quantiles of the group's values: symmetric, up to the
+    `PERCENTILE` quantile of `|w|`; asymmetric, from the `1 - PERCENTILE` to the `PERCENTILE` quantile of `w`. Between
+    two values it interpolates linearly, so that even a small group's largest values are clipped a little.
+
+    "entropy" tries what "mse" tries and keeps the grid under which the group is most likely. A grid takes a group for
+    a histogram with one bar per code, `|scale|` wide; the two outermost bars also cover the values that they clip.
+    With `n[c]` of `n` values in bar `c` of width `v[c]`, the Kullback–Leibler divergence of the group from that
+    histogram is `Σ_c n[c]/n · log(v[c] · n / n[c])` and a constant. (TensorRT compares a fine histogram with the bars,
+    and moves what is clipped to the edge; with ever finer bins that is this, but for the edge, which here stays true.)
+
     Args:
         weight: fp32 `[N, K]`, columns in the order in which groups are cut.
-        importance: fp32 `[K]`, not negative; the Hessian's diagonal.
+        importance: fp32 `[K]`, not negative; the Hessian's diagonal. Only "mse" looks at it.
         spec: bits, group_size, sym, format.
-        method: "minmax" or "mse".
+        method: one of `METHODS`.
         dtype: what scales are stored in; they are rounded to it before they are judged.
 
     Returns:
@@ -39,32 +53,36 @@ def choose_scales(
     """
     if method not in METHODS:
         raise ValueError(f"scale_search={method!r} is not supported; use one of {', '.join(METHODS)}")
-    if method == "minmax":
+    full_range = method in ("mse", "entropy")
+    if not full_range:
         shrink = torch.ones(1)
     else:
         shrink = _SHRINK_SYM if spec.sym else _SHRINK_ASYM
-    full_range = method == "mse"
     columns = weight.shape[1]
     width = spec.width(columns)
     starts = [*range(0, columns, width), columns]
     library = native.library()
-    if library is not None and weight.device.type == "cpu" and (full_range or not spec.sym):
+    built_in = method == "mse" or (method == "minmax" and not spec.sym)
+    if library is not None and weight.device.type == "cpu" and built_in:
         return _search_native(weight, importance, spec, shrink, starts, dtype)
     scales = weight.new_empty(weight.shape[0], len(starts) - 1)
     zeros = torch.empty_like(scales)
     for g, (a, b) in enumerate(itertools.pairwise(starts)):
         scales[:, g], zeros[:, g] = search_group(
-            weight[:, a:b], importance[a:b], spec, shrink.to(weight.device), full_range, dtype
+            weight[:, a:b], importance[a:b], spec, shrink.to(weight.device), full_range, dtype, method
         )
     return scales, zeros
 
 
 def search_group(
-    weight: Tensor, importance: Tensor, spec: QuantSpec, shrink: Tensor, full_range: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+    weight: Tensor, importance: Tensor, spec: QuantSpec, shrink: Tensor, full_range: bool, dtype: torch.dtype,
+    method: str = "mse",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Best scale and zero `[N]` of one group `[N, width]`; the reference of the native search."""
     maxq, tiny = spec.maxq, torch.finfo(dtype).tiny
     low, high = weight.amin(1).clamp(max=0), weight.amax(1).clamp(min=0)
+    if method == "percentile":
+        low, high = _quantiles(weight, low, high, spec.sym)
     empty = (low == 0) & (high == 0)
     middle = float(2 ** (spec.bits - 1))
     candidates: list[tuple[Tensor, Tensor]] = []
@@ -86,12 +104,42 @@ def search_group(
         scale = torch.where(usable, scale, 1.0)
         z = zero if spec.sym else torch.round(zero / scale).clamp(lowest, maxq)
         code = (torch.round(weight / scale[:, None]) + z[:, None]).clamp(0, maxq)
-        error = (importance * (weight - (code - z[:, None]) * scale[:, None]) ** 2).sum(1)
+        if method == "entropy":
+            error = _divergence(weight / scale[:, None] + z[:, None], code, scale, maxq)
+        else:
+            error = (importance * (weight - (code - z[:, None]) * scale[:, None]) ** 2).sum(1)
         better = usable & (error < best_error)
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, z, best_zero)
     return best_scale, best_zero
+
+
+def _quantiles(weight: Tensor, low: Tensor, high: Tensor, sym: bool) -> tuple[Tensor, Tensor]:
+    """The clipped range `[N]` of one group; the whole one where nothing would be left of it."""
+    if sym:
+        right = torch.quantile(weight.abs(), PERCENTILE, dim=1)
+        left = -right
+    else:
+        left = torch.quantile(weight, 1 - PERCENTILE, dim=1).clamp(max=0)
+        right = torch.quantile(weight, PERCENTILE, dim=1).clamp(min=0)
+    nothing = (left == 0) & (right == 0)
+    return torch.where(nothing, low, left), torch.where(nothing, high, right)
+
+
+def _divergence(place: Tensor, code: Tensor, scale: Tensor, maxq: int) -> Tensor:
+    """`Σ_c n[c]/n · log(v[c] · n / n[c])` of every row, see `choose_scales`.
+
+    Args:
+        place: where on the grid the values lie, in steps from code 0, `[N, width]`; code is it rounded and clipped.
+        scale: `[N]`.
+    """
+    steps = place.new_ones(len(place), maxq + 1)
+    steps[:, 0] = (0.5 - place.amin(1)).clamp(min=1)
+    steps[:, maxq] = (place.amax(1) - (maxq - 0.5)).clamp(min=1)
+    share = torch.zeros_like(steps).scatter_add_(1, code.long(), torch.full_like(code, 1 / code.shape[1]))
+    bars = share * torch.log(steps * scale.abs()[:, None] / share)
+    return torch.where(share > 0, bars, 0.0).sum(1)
 
 
 def _search_native(

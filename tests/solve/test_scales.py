@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import references
 import torch
@@ -87,3 +89,83 @@ def test_native_search_is_as_good_as_pytorch(bits: int, sym: bool, dtype: torch.
 def test_unknown_method_is_refused() -> None:
     with pytest.raises(ValueError, match="scale_search='best'"):
         choose_scales(torch.ones(1, 2), torch.ones(2), QuantSpec(4, -1), "best")
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("width", [32, 128])
+def test_percentile_is_minmax_on_the_clipped_range(bits: int, width: int) -> None:
+    weight = torch.randn(4, width) ** 3
+    for sym in (True, False):
+        scales, zeros = choose_scales(weight, torch.rand(width), QuantSpec(bits, width, sym), "percentile")
+        for n in range(4):
+            ordered = sorted(abs(w) if sym else w for w in weight[n].tolist())
+
+            def quantile(share: float, ordered: list[float] = ordered) -> float:
+                place = share * (width - 1)
+                below = int(place)
+                above = min(below + 1, width - 1)
+                return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+            high = max(quantile(0.99), 0.0)
+            low = -high if sym else min(quantile(0.01), 0.0)
+            scale = (high - low) / (2**bits - 1)
+            assert float(scales[n, 0]) == pytest.approx(scale, rel=1e-3)
+            zero = 2 ** (bits - 1) if sym else min(max(round(-low / float(scales[n, 0])), 1), 2**bits - 1)
+            assert float(zeros[n, 0]) == zero
+            assert scale < (max(map(abs, ordered)) * 2 if sym else ordered[-1] - ordered[0]) / (2**bits - 1)
+
+
+def test_percentile_of_a_group_of_zeros_but_one_is_its_range() -> None:
+    weight = torch.zeros(1, 300)
+    weight[0, 7] = 3.0
+    for sym in (True, False):
+        spec = QuantSpec(4, -1, sym, checkpoint_format="gptq_v2")
+        expected = choose_scales(weight, torch.ones(300), spec, "minmax")
+        got = choose_scales(weight, torch.ones(300), spec, "percentile")
+        assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("sym", [True, False])
+def test_entropy_finds_the_likeliest_histogram(bits: int, sym: bool) -> None:
+    weight, spec = torch.randn(6, 72) ** 3, QuantSpec(bits, 40, sym)
+    scales, zeros = choose_scales(weight, torch.rand(72), spec, "entropy")
+    assert torch.equal(scales, scales.half().float())
+    chosen = set()
+    for n in range(6):
+        for g, part in enumerate((weight[n, :40], weight[n, 40:])):
+            values = part.double().numpy()
+            low, high = min(values.min(), 0.0), max(values.max(), 0.0)
+            best = float("inf")
+            for t in (module._SHRINK_SYM if sym else module._SHRINK_ASYM).tolist():
+                width = 2 * max(-low, high) if sym else high - low
+                for sign in (1, -1) if sym else (1,):
+                    scale = float(torch.tensor(sign * width * t / spec.maxq).half())
+                    zero = 2 ** (bits - 1) if sym else min(max(round(-low * t / scale), 1), spec.maxq)
+                    best = min(best, references.histogram_divergence(values, scale, zero, bits))
+            found = references.histogram_divergence(values, float(scales[n, g]), float(zeros[n, g]), bits)
+            # A value at the edge of a bar may fall to either side in fp32.
+            assert found <= best + 0.02
+            full = (2 * max(-low, high) if sym else high - low) / spec.maxq
+            chosen.add(round(abs(float(scales[n, g])) / full, 1))
+    assert len(chosen) > 1  # ranges are clipped by what the groups hold
+
+
+def test_divergence_of_a_known_histogram() -> None:
+    place = torch.tensor([[-0.4, 0.6, 0.8, 5.0]])
+    code = torch.tensor([[0.0, 1.0, 1.0, 3.0]])
+    got = module._divergence(place, code, torch.tensor([-2.0]), 3)
+    # The last bar begins at 2.5 steps and reaches out to 5; a step is 2 wide.
+    expected = math.log(2 * 4) / 4 + math.log(2 * 4 / 2) / 2 + math.log(2.5 * 2 * 4) / 4
+    assert float(got[0]) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["percentile", "entropy"])
+@pytest.mark.parametrize("sym", [True, False])
+def test_other_searches_have_usable_scales(method: str, sym: bool) -> None:
+    weight = torch.cat([torch.zeros(1, 8), torch.full((1, 8), 1e-9), torch.randn(1, 8) * 1e-6, torch.ones(1, 8)])
+    scales, zeros = choose_scales(weight, torch.ones(8), QuantSpec(4, -1, sym), method)
+    assert scales[0, 0] == 1.0
+    assert (scales.abs() >= torch.finfo(torch.float16).tiny).all()
+    codes = (torch.round(weight[3] / scales[3, 0]) + zeros[3, 0]).clamp(0, 15)
+    assert ((codes - zeros[3, 0]) * scales[3, 0]).tolist() == pytest.approx([1.0] * 8, rel=0.07)

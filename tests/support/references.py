@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 
 def pack_stream(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -70,3 +71,87 @@ def best_scale_sym(weight: np.ndarray, importance: np.ndarray, bits: int, shrink
             codes = np.clip(np.round(weight / s) + zero, 0, maxq)
             best = min(best, float((importance * (weight - (codes - zero) * s) ** 2).sum()))
     return best
+
+
+def packed_windows(
+    samples: list[list[int]], between: int, opening: list[int], count: int, seqlen: int, seed: int
+) -> list[list[int]]:
+    """Token ids joined by `between`, cut into whole windows that begin with `opening`, and `count` of them drawn."""
+    stream: list[int] = []
+    for sample in samples:
+        for token in ([between] if stream else []) + sample:
+            stream.append(token)
+    windows = []
+    while len(stream) >= seqlen - len(opening):
+        window = list(opening)
+        while len(window) < seqlen:
+            window.append(stream[len(window) - len(opening)])
+        del stream[: seqlen - len(opening)]
+        windows.append(window)
+    places = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = set(places[:count])
+    return [window for i, window in enumerate(windows) if i in chosen]
+
+
+def histogram_divergence(weight: np.ndarray, scale: float, zero: float, bits: int) -> float:
+    """Kullback-Leibler divergence of a group from the histogram that a grid makes of it, less what no grid changes."""
+    last = 2**bits - 1
+    codes = [min(max(int(np.round(w / scale) + zero), 0), last) for w in weight]
+    total = 0.0
+    for c in set(codes):
+        # Edges of the bar of code c; the first and the last reach as far as the values do.
+        edges = sorted(((c - zero - 0.5) * scale, (c - zero + 0.5) * scale))
+        if c in (0, last):
+            inside = [w for w, code in zip(weight, codes, strict=True) if code == c]
+            outward_up = (c == last) == (scale > 0)
+            edges = [edges[0], max(edges[1], *inside)] if outward_up else [min(edges[0], *inside), edges[1]]
+        share = codes.count(c) / len(codes)
+        total += share * np.log((edges[1] - edges[0]) / share)
+    return total
+
+
+def lp_error(weight: np.ndarray, scale: float, zero: float, bits: int, p: float) -> float:
+    """Sum of |w - w^|^p over a group rounded to the nearest, float64."""
+    total = 0.0
+    for w in weight.astype(np.float64):
+        code = min(max(float(np.round(w / scale) + zero), 0.0), 2.0**bits - 1)
+        total += abs(w - (code - zero) * scale) ** p
+    return total
+
+
+def half_quadratic(
+    weight: np.ndarray, scale: float, zero: float, bits: int, sym: bool, lowest: int, p: float, beta: float,
+    growth: float, rounds: int, steps: list[float],
+) -> tuple[float, float]:  # fmt: skip
+    """Half-quadratic refinement of one group's fp16 scale and integer zero, one weight at a time, float64."""
+    last = 2.0**bits - 1
+    best = (lp_error(weight, scale, zero, bits, p), scale, zero)
+
+    def meet(s: float, z: float) -> None:
+        nonlocal best
+        value = lp_error(weight, s, z, bits, p)
+        if value < best[0]:
+            best = (value, s, z)
+
+    for _ in range(rounds):
+        codes, targets = [], []
+        for w in weight.astype(np.float64):
+            code = min(max(float(np.round(w / scale) + zero), 0.0), last)
+            error = w / scale - (code - zero)
+            size = abs(error)
+            outlier = np.sign(error) * max(size - size ** (p - 1) / beta, 0.0) if size else 0.0
+            codes.append(code)
+            targets.append(w / scale - outlier)
+        if not sym:
+            shift = sum(c - t for c, t in zip(codes, targets, strict=True)) / len(codes)
+            zero = min(max(float(np.round(shift)), lowest), last)
+        q = [c - zero for c in codes]
+        square = sum(x * x for x in q)
+        if square:
+            scale = float(np.float16(scale * sum(x * t for x, t in zip(q, targets, strict=True)) / square))
+        meet(scale, zero)
+        beta *= growth
+    around, zero = best[1:]
+    for t in steps:
+        meet(float(np.float16(around * t)), zero)
+    return best[1:]

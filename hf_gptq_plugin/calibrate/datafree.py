@@ -1,0 +1,74 @@
+"""Quantize a model in place without calibration data: every linear layer by itself, without a forward pass."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..format.spec import QuantSpec
+from ..solve.hessian import SolveError
+from ..solve.rtn import round_to_nearest
+from .pipeline import (
+    LayerReport,
+    Plan,
+    _replace,
+    _specs,
+    _warn_of_fused_weights,
+    dense_weight,
+    output_embedding,
+)
+from .walk import WalkError, find_blocks
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def quantize_without_data(model: nn.Module, plan: Plan, method: str) -> list[LayerReport]:
+    """Replace a model's linear layers by quantized ones.
+
+    Args:
+        model: a Transformers model; its blocks' linear layers (and its output embedding, where asked) are replaced
+            in place. On an error it is left partly quantized and must not be used.
+        plan: what and how; of the settings, those of the scales.
+        method: "rtn", or "hqq", which refines the grids by `solve.hqq.half_quadratic`.
+
+    Returns:
+        A report per layer, in the order in which the model lists them. `tokens` is 0.
+
+    Raises:
+        WalkError: a structure that is not understood, or nothing to quantize.
+        SolveError: weights that are not finite, by name.
+    """
+    start = time.perf_counter()
+    name, blocks = find_blocks(model, plan.block_name)
+    specs = _specs(name, blocks, plan)
+    if not specs:
+        raise WalkError(
+            f"no linear layer of {name} is left to quantize; loosen dynamic or modules_in_block_to_quantize"
+        )
+    _warn_of_fused_weights(blocks)
+    if plan.checkpoint.lm_head:
+        head, spec = output_embedding(model, plan)
+        specs[head] = spec
+    reports = []
+    with tqdm(specs.items(), desc="Quantizing", unit="layer", smoothing=0.05) as bar:
+        for full, spec in bar:
+            report = _quantize_layer(model, full, spec, plan, method)
+            reports.append(report)
+            bar.set_postfix_str(f"{report.name}, error {report.solve.relative_error:.2%}")
+    logger.info("Quantized %d layers in %.0f s.", len(reports), time.perf_counter() - start)
+    return reports
+
+
+def _quantize_layer(model: nn.Module, name: str, spec: QuantSpec, plan: Plan, method: str) -> LayerReport:
+    layer = model.get_submodule(name)
+    try:
+        quantized, report = round_to_nearest(dense_weight(layer), spec, plan.settings, refine=method == "hqq")
+    except SolveError as error:
+        raise SolveError(f"{name}: {error}") from None
+    _replace(model, name, layer, quantized)
+    return LayerReport(name, spec, 0, report)
