@@ -27,7 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 # and a tokenizer or a whole data set does not belong into a config.json.
 _CALIBRATION = (
     "tokenizer", "dataset", "samples", "seqlen", "seed", "preset", "order", "scale_search", "blocksize", "propagation",
-    "descent", "refit",
+    "descent", "refit", "min_expert_tokens",
 )  # fmt: skip
 # Fields of the stock config that describe how others quantize or load; they say nothing about a checkpoint.
 _NOT_WRITTEN = (
@@ -61,6 +61,8 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         propagation: 0 to 1, see `refine.propagate`.
         descent: rounds, see `refine.descend`.
         refit: see `refine.refit_scales`.
+        min_expert_tokens: an expert of a mixture that the router sends fewer calibration tokens is calibrated on all
+            tokens of its layer, as though every one had been sent to it.
         **stock: see `transformers.GPTQConfig`. An unknown name raises TypeError.
 
     Raises:
@@ -94,6 +96,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         propagation: float | None = None,
         descent: int | None = None,
         refit: bool | None = None,
+        min_expert_tokens: int = 128,
         modules_in_block_to_quantize: list[Any] | None = None,
         **stock: Any,
     ) -> None:
@@ -113,6 +116,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         self.order = order
         self.scale_search = scale_search
         self.blocksize = blocksize
+        self.min_expert_tokens = min_expert_tokens
         super().__init__(
             bits=bits,
             tokenizer=tokenizer,
@@ -155,7 +159,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         spec = self.spec
         check_dynamic(spec, self.dynamic)
         self.settings  # noqa: B018  (raises on a field that cannot be)
-        for name, least in (("samples", 1), ("seqlen", 2)):
+        for name, least in (("samples", 1), ("seqlen", 2), ("min_expert_tokens", 1)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
@@ -230,6 +234,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
                 "propagation": self.propagation,
                 "descent": self.descent,
                 "refit": self.refit,
+                "min_expert_tokens": self.min_expert_tokens,
             },
         }
 
