@@ -61,8 +61,8 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         propagation: 0 to 1, see `refine.propagate`.
         descent: rounds, see `refine.descend`.
         refit: see `refine.refit_scales`.
-        min_expert_tokens: an expert of a mixture that the router sends fewer calibration tokens is calibrated on all
-            tokens of its layer, as though every one had been sent to it.
+        min_expert_tokens: a layer of a mixture's expert that the router sends fewer calibration tokens leans on all
+            tokens of its layer as well, as though they had been sent to it; None for twice its in_features.
         **stock: see `transformers.GPTQConfig`. An unknown name raises TypeError.
 
     Raises:
@@ -96,7 +96,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         propagation: float | None = None,
         descent: int | None = None,
         refit: bool | None = None,
-        min_expert_tokens: int = 128,
+        min_expert_tokens: int | None = None,
         modules_in_block_to_quantize: list[Any] | None = None,
         **stock: Any,
     ) -> None:
@@ -159,10 +159,13 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         spec = self.spec
         check_dynamic(spec, self.dynamic)
         self.settings  # noqa: B018  (raises on a field that cannot be)
-        for name, least in (("samples", 1), ("seqlen", 2), ("min_expert_tokens", 1)):
+        for name, least in (("samples", 1), ("seqlen", 2)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+        few = self.min_expert_tokens
+        if few is not None and (type(few) is not int or few < 1):
+            raise ValueError(f"min_expert_tokens={few!r} must be an integer of at least 1, or None")
         if not isinstance(self.lm_head, bool):
             raise ValueError(f"lm_head={self.lm_head!r} is not supported; use True or False")
         if self.backend is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from ..solve.hessian import Hessian
 from .walk import LINEAR, WalkError, linears
 
 ROWS = 4096  # tokens that are handed to a Hessian at once
+SAMPLE = 16384  # tokens of all experts that one with few tokens of its own leans on
+ENOUGH = 2  # times in_features: from this many tokens on an expert's layer stands alone
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,6 @@ def _unfused(module: Any, layout: Layout) -> Experts:
     from accelerate.utils import align_module_device
 
     hook = getattr(module, "_hf_hook", None)
-    offloaded = isinstance(hook, AlignDevicesHook) and hook.offload
     combine = module._apply_gate if module.has_gate else module.act_fn
     with align_module_device(module):
         above, below = (getattr(module, name) for name in layout.fused)
@@ -152,7 +153,7 @@ def _unfused(module: Any, layout: Layout) -> Experts:
     for name in layout.fused:
         delattr(module, name)  # `combine` may keep the module
     new = Experts(experts).train(module.training)
-    if offloaded:
+    if isinstance(hook, AlignDevicesHook) and hook.offload:
         for layer in linears(new).values():
             add_hook_to_module(layer, AlignDevicesHook(execution_device=hook.execution_device, offload=True))
     return new
@@ -169,8 +170,8 @@ def own_memory(block: nn.Module) -> None:
     for module in block.modules():
         if isinstance(module, Experts):
             for layer in linears(module).values():
-                weight = layer._parameters.get("weight")
-                if weight is not None and not weight.is_meta and weight.untyped_storage().nbytes() > weight.numel() * weight.element_size():
+                weight = layer._parameters.get("weight")  # a QuantLinear has none
+                if weight is not None and not weight.is_meta and weight.untyped_storage().nbytes() > weight.nbytes:
                     weight.data = weight.data.clone()
 
 
@@ -216,57 +217,79 @@ def expert_hessians(
     calls: list[Call],
     exact: tuple[Experts, list[Call]] | None,
     wanted: set[str],
-    least: int,
+    least: int | None = None,
 ) -> Iterator[tuple[list[str], Hessian, str]]:
     """The Hessians of an experts module's layers, one expert after the other.
 
     An expert's last layer is asked for after the others; what they have been replaced by by then makes its inputs.
     Both streams take the tokens that the quantized model's router chose, so that rows correspond token by token.
 
+    A layer that saw few tokens also leans on a sample of all that entered the module, as though they had been sent to
+    it, with the weight of `in_features` tokens: `H = (T H_own + K H_all) / (T + K)`. On the MLP inputs of a real model
+    that beat its own tokens up to `T = 3 K`, and all tokens alike (`H_all`) for every `T`; beyond, nothing is gained.
+
     Args:
         experts: the module of the quantized stream.
         calls: what it is called with, per window.
         exact: the module and the calls of the dense stream; None for no cross term.
         wanted: names below the module, e.g. "3.down_proj".
-        least: an expert that saw fewer tokens is calibrated on all that entered the module.
+        least: tokens below which a layer leans on others; None for twice its in_features.
 
     Yields:
         Names of layers that share an input, its Hessian, and a note for their reports.
     """
     dense = list(exact[0]) if exact is not None else []
-    total = sum(call[0].shape[0] for call in calls)
+    everyone = _sampled(calls)
+    shared: Hessian | None = None
     for index, expert in enumerate(experts):
-        rows = [(call[1] == index).any(dim=-1).nonzero().squeeze(-1) for call in calls]
-        seen = sum(len(r) for r in rows)
-        note = ""
-        if seen < least:
-            rows = [torch.arange(len(call[0]), device=call[0].device) for call in calls]
-            note = f"the router sent {seen} tokens here; calibrated on all {total} of the layer"
-        pairs = [(calls, expert)] + ([(exact[1], dense[index])] if exact is not None else [])
-        ups = [f"{index}.{leaf}" for leaf in expert.ups if f"{index}.{leaf}" in wanted]
-        if ups:
-            yield ups, _hessian([_gathered(c, rows) for c, _ in pairs]), note
-        down = f"{index}.{expert.down}"
-        if down in wanted:
-            yield [down], _hessian([map(e.hidden, _gathered(c, rows)) for c, e in pairs]), note
+        own = [(call[1] == index).any(dim=-1).nonzero().squeeze(-1) for call in calls]
+        seen = sum(map(len, own))
+        streams = [(calls, expert)] + ([(exact[1], dense[index])] if exact is not None else [])
+        for leaves, last in ((expert.ups, False), ((expert.down,), True)):
+            names = [f"{index}.{leaf}" for leaf in leaves if f"{index}.{leaf}" in wanted]
+            if not names:
+                continue
+            width = int(cast(nn.Linear, expert.get_submodule(leaves[0])).in_features)
+            hessian, note = _hessian(streams, own, width, last), ""
+            if seen < (least or ENOUGH * width):
+                if last or shared is None:
+                    prior = _hessian(streams, everyone, width, last)
+                    shared = shared if last else prior
+                else:
+                    prior = shared
+                hessian.lean_on(prior, width)
+                note = f"the router sent {seen} tokens here; leans on {prior.tokens} of all that entered the layer"
+            yield names, hessian, note
+
+
+def _sampled(calls: list[Call]) -> list[Tensor]:
+    """Tokens of every window at equal distances, about `SAMPLE` in all."""
+    step = max(1, sum(len(call[0]) for call in calls) // SAMPLE)
+    rows, before = [], 0
+    for call in calls:
+        rows.append(torch.arange(-before % step, len(call[0]), step, device=call[0].device))
+        before += len(call[0])
+    return rows
+
+
+def _hessian(streams: list[tuple[list[Call], Expert]], rows: list[Tensor], width: int, last: bool) -> Hessian:
+    """Of an expert's first layers or of its last one, on the chosen tokens of each window."""
+    hessian = Hessian(width, streams[0][0][0][0].device)
+    gathered = [
+        map(expert.hidden, _gathered(calls, rows)) if last else _gathered(calls, rows) for calls, expert in streams
+    ]
+    for batch in zip(*gathered, strict=True):
+        hessian.add(*batch)
+    return hessian
 
 
 def _gathered(calls: list[Call], rows: list[Tensor]) -> Iterator[Tensor]:
     """The chosen tokens of all windows `[T, K]`, in batches of about `ROWS`."""
     held: list[Tensor] = []
     for call, chosen in zip(calls, rows, strict=True):
-        for part in chosen.split(ROWS):
-            held.append(call[0][part])
-            if sum(map(len, held)) >= ROWS:
-                yield torch.cat(held)
-                held = []
+        held.append(call[0][chosen.to(call[0].device)])
+        if sum(map(len, held)) >= ROWS:
+            yield torch.cat(held)
+            held = []
     if sum(map(len, held)):
         yield torch.cat(held)
-
-
-def _hessian(streams: list[Iterator[Tensor]]) -> Hessian:
-    hessian: Hessian | None = None
-    for batch in zip(*streams, strict=True):
-        hessian = hessian or Hessian(batch[0].shape[-1], batch[0].device)
-        hessian.add(*batch)
-    return hessian or Hessian(1)

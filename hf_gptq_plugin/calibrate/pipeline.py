@@ -47,7 +47,8 @@ class Plan:
         true_sequential: let every layer see its quantized predecessors within the block.
         modules: only these names within a block, in lists as the stock config has them; None for all.
         block_name: name of the list of blocks; None to find it.
-        min_expert_tokens: an expert that the router sends fewer tokens is calibrated on all tokens of its layer.
+        min_expert_tokens: experts that the router sends fewer tokens lean on all of their layer, see
+            `expert_hessians`; None for twice a layer's in_features.
     """
 
     checkpoint: CheckpointConfig
@@ -55,7 +56,7 @@ class Plan:
     true_sequential: bool = True
     modules: list[list[str]] | None = None
     block_name: str | None = None
-    min_expert_tokens: int = 128
+    min_expert_tokens: int | None = None
 
     def spec_of(self, block: str, local: str) -> QuantSpec | None:
         """The spec of a block's layer; None where it is not to be quantized."""
@@ -110,7 +111,7 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
                 bar.update()
     finally:
         model.train(training)
-    _warn_of_starved_experts(reports, plan)
+    _warn_of_starved_experts(reports)
     logger.info("Quantized %d layers in %.0f s.", len(reports), time.perf_counter() - start)
     return reports
 
@@ -149,13 +150,13 @@ def _separate_experts(model: nn.Module, name: str, plan: Plan) -> None:
         unfuse_experts(model, known)
 
 
-def _warn_of_starved_experts(reports: list[LayerReport], plan: Plan) -> None:
-    starved = sorted({r.name.rpartition(".")[0] for r in reports if r.note})
+def _warn_of_starved_experts(reports: list[LayerReport]) -> None:
+    starved = sorted({report.name.rpartition(".")[0] for report in reports if report.note})
     if starved:
         logger.warning(
-            "%d experts were sent fewer than min_expert_tokens=%d calibration tokens and were calibrated on all tokens "
-            "of their layer (%s%s); more or more varied calibration text gives them their own.",
-            len(starved), plan.min_expert_tokens, ", ".join(starved[:3]), ", ..." if len(starved) > 3 else "",
+            "%d experts were sent few calibration tokens and lean on all tokens of their layer (%s%s); their reports "
+            "say how many. More, and more varied, calibration text gives them their own.",
+            len(starved), ", ".join(starved[:3]), ", ..." if len(starved) > 3 else "",
         )  # fmt: skip
 
 

@@ -233,9 +233,7 @@ def _renamer(model: PreTrainedModel, expected: dict[str, Any], quantizer: HfQuan
     return lambda key: rename_source_key(key, renamings, converters, model.base_model_prefix, expected)[0]
 
 
-def _require_all_tensors(
-    model: PreTrainedModel, headers: Mapping[str, TensorInfo], quantizer: HfQuantizer
-) -> None:
+def _require_all_tensors(model: PreTrainedModel, headers: Mapping[str, TensorInfo], quantizer: HfQuantizer) -> None:
     """Every tensor of the saved architecture must be in the files: nothing is left to be initialised.
 
     A head that a task adds (a classifier's) may be new, what produces the model's text may not.
