@@ -30,7 +30,7 @@ PACKINGS = ("auto", "concat", "each")
 # and a tokenizer or a whole data set does not belong into a config.json.
 _CALIBRATION = (
     "tokenizer", "dataset", "method", "samples", "seqlen", "seed", "packing", "preset", "order", "scale_search",
-    "blocksize", "propagation", "descent", "refit",
+    "blocksize", "propagation", "descent", "refit", "min_expert_tokens",
 )  # fmt: skip
 # Fields of the stock config that describe how others quantize or load; they say nothing about a checkpoint.
 _NOT_WRITTEN = (
@@ -69,6 +69,8 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         propagation: 0 to 1, see `refine.propagate`.
         descent: rounds, see `refine.descend`.
         refit: see `refine.refit_scales`.
+        min_expert_tokens: a layer of a mixture's expert that the router sends fewer calibration tokens leans on all
+            tokens of its layer as well, as though they had been sent to it; None for twice its in_features.
         **stock: see `transformers.GPTQConfig`. An unknown name raises TypeError.
 
     Raises:
@@ -104,6 +106,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         propagation: float | None = None,
         descent: int | None = None,
         refit: bool | None = None,
+        min_expert_tokens: int | None = None,
         modules_in_block_to_quantize: list[Any] | None = None,
         **stock: Any,
     ) -> None:
@@ -125,6 +128,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         self.order = order
         self.scale_search = scale_search
         self.blocksize = blocksize
+        self.min_expert_tokens = min_expert_tokens
         super().__init__(
             bits=bits,
             tokenizer=tokenizer,
@@ -182,6 +186,9 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
                 f"desc_act=True orders groups by what calibration data show, and method={self.method!r} uses none; set "
                 "desc_act=False"
             )
+        few = self.min_expert_tokens
+        if few is not None and (type(few) is not int or few < 1):
+            raise ValueError(f"min_expert_tokens={few!r} must be an integer of at least 1, or None")
         if not isinstance(self.lm_head, bool):
             raise ValueError(f"lm_head={self.lm_head!r} is not supported; use True or False")
         if self.backend is None:
@@ -247,6 +254,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
                 "propagation": self.propagation,
                 "descent": self.descent,
                 "refit": self.refit,
+                "min_expert_tokens": self.min_expert_tokens,
             }
         self.meta = {
             **(self.meta or {}),

@@ -49,6 +49,31 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         ),
         "falcon": dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=256),
         "bloom": dict(hidden_size=64, n_layer=2, n_head=4, vocab_size=256),
+        "mixtral": dict(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            num_local_experts=4, num_experts_per_tok=2, vocab_size=256, max_position_embeddings=128,
+        ),
+        "qwen3_moe": dict(
+            hidden_size=64, moe_intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=16, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, vocab_size=256,
+            max_position_embeddings=128,
+        ),
+        "qwen2_moe": dict(
+            hidden_size=64, moe_intermediate_size=48, shared_expert_intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, vocab_size=256,
+            max_position_embeddings=128,
+        ),
+        "deepseek_v3": dict(
+            hidden_size=64, intermediate_size=96, moe_intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16,
+            v_head_dim=16, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1,
+            n_group=1, topk_group=1, vocab_size=256, max_position_embeddings=128,
+        ),
+        "gpt_oss": dict(
+            hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=16, num_local_experts=4, num_experts_per_tok=2, vocab_size=256, pad_token_id=0, eos_token_id=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        ),
     }  # fmt: skip
 
     def make(kind: str, dtype: torch.dtype = torch.float32, **overrides: object) -> Path:

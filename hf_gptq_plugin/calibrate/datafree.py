@@ -16,8 +16,8 @@ from .pipeline import (
     LayerReport,
     Plan,
     _replace,
+    _separate_experts,
     _specs,
-    _warn_of_fused_weights,
     dense_weight,
     output_embedding,
 )
@@ -45,12 +45,12 @@ def quantize_without_data(model: nn.Module, plan: Plan, method: str) -> list[Lay
     """
     start = time.perf_counter()
     name, blocks = find_blocks(model, plan.block_name)
+    _separate_experts(model, name, plan)
     specs = _specs(name, blocks, plan)
     if not specs:
         raise WalkError(
             f"no linear layer of {name} is left to quantize; loosen dynamic or modules_in_block_to_quantize"
         )
-    _warn_of_fused_weights(blocks)
     if plan.checkpoint.lm_head:
         head, spec = output_embedding(model, plan)
         specs[head] = spec

@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..format.grid import QuantizedWeight
 from ..format.spec import CheckpointConfig, QuantSpec
+from ..nn.experts import Experts
 from ..nn.linear import QuantLinear
 from ..solve.gptq import SolveReport, SolveSettings, solve
 from ..solve.hessian import Hessian, SolveError
+from .experts import Call, expert_hessians, layouts, own_memory, refuse_unknown, routers, unfuse_experts
 from .walk import Block, Resumable, WalkError, find_blocks, find_stages, linears, record_calls, twin
 
 logger = logging.getLogger(__name__)
@@ -26,12 +28,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What happened to one layer: its name, spec, the tokens its Hessian saw, and the solve."""
+    """What happened to one layer: its name, spec, the tokens its Hessian saw, the solve, and what was unusual."""
 
     name: str
     spec: QuantSpec
     tokens: int
     solve: SolveReport
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Plan:
         true_sequential: let every layer see its quantized predecessors within the block.
         modules: only these names within a block, in lists as the stock config has them; None for all.
         block_name: name of the list of blocks; None to find it.
+        min_expert_tokens: experts that the router sends fewer tokens lean on all of their layer, see
+            `expert_hessians`; None for twice a layer's in_features.
     """
 
     checkpoint: CheckpointConfig
@@ -51,6 +56,12 @@ class Plan:
     true_sequential: bool = True
     modules: list[list[str]] | None = None
     block_name: str | None = None
+    min_expert_tokens: int | None = None
+
+    def spec_of(self, block: str, local: str) -> QuantSpec | None:
+        """The spec of a block's layer; None where it is not to be quantized."""
+        wanted = self.modules is None or any(local in stage for stage in self.modules)
+        return self.checkpoint.for_module(f"{block}.{local}") if wanted else None
 
 
 @torch.no_grad()
@@ -74,12 +85,12 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
     """
     start = time.perf_counter()
     name, blocks = find_blocks(model, plan.block_name)
+    _separate_experts(model, name, plan)
     specs = _specs(name, blocks, plan)
     if not specs:
         raise WalkError(
             f"no linear layer of {name} is left to quantize; loosen dynamic or modules_in_block_to_quantize"
         )
-    _warn_of_fused_weights(blocks)
     training = model.training
     model.eval()
     reports: list[LayerReport] = []
@@ -100,20 +111,21 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
                 bar.update()
     finally:
         model.train(training)
+    _warn_of_starved_experts(reports)
     logger.info("Quantized %d layers in %.0f s.", len(reports), time.perf_counter() - start)
     return reports
 
 
 def _specs(name: str, blocks: nn.ModuleList, plan: Plan) -> dict[str, QuantSpec]:
-    wanted = None if plan.modules is None else {m for stage in plan.modules for m in stage}
     specs = {}
     for i, block in enumerate(blocks):
+        dense = routers(block) if plan.modules is None else set()
         for local in linears(block):
-            full = f"{name}.{i}.{local}"
-            spec = plan.checkpoint.for_module(full)
-            if spec is not None and (wanted is None or local in wanted):
-                specs[full] = spec
-    if wanted is not None:
+            spec = plan.spec_of(f"{name}.{i}", local)
+            if spec is not None and local not in dense:
+                specs[f"{name}.{i}.{local}"] = spec
+    if plan.modules is not None:
+        wanted = {m for stage in plan.modules for m in stage}
         known = {local for block in blocks for local in linears(block)}
         unknown = sorted(wanted - known)
         if unknown:
@@ -122,6 +134,30 @@ def _specs(name: str, blocks: nn.ModuleList, plan: Plan) -> dict[str, QuantSpec]
                 f"{', '.join(sorted(known))}"
             )
     return specs
+
+
+def _separate_experts(model: nn.Module, name: str, plan: Plan) -> None:
+    """Take the blocks' fused experts apart where any of them is to be quantized."""
+
+    def asked(full: str) -> bool:
+        index, _, local = full.removeprefix(f"{name}.").partition(".")
+        return plan.spec_of(f"{name}.{index}", local) is not None
+
+    found = layouts(model, name)
+    refuse_unknown(found, asked)
+    known = [layout for layout in found.values() if layout is not None]
+    if any(asked(layer) for layout in known for layer in layout.layers()):
+        unfuse_experts(model, known)
+
+
+def _warn_of_starved_experts(reports: list[LayerReport]) -> None:
+    starved = sorted({report.name.rpartition(".")[0] for report in reports if report.note})
+    if starved:
+        logger.warning(
+            "%d experts were sent few calibration tokens and lean on all tokens of their layer (%s%s); their reports "
+            "say how many. More, and more varied, calibration text gives them their own.",
+            len(starved), ", ".join(starved[:3]), ", ..." if len(starved) > 3 else "",
+        )  # fmt: skip
 
 
 class _Stream:
@@ -146,6 +182,19 @@ class _Stream:
         for window, hidden in enumerate(self.hiddens):
             yield self._block.input_of(layer, hidden, window)
 
+    def calls_of(self, module: str) -> tuple[Any, list[Call]]:
+        """A module of the block, and the arguments with which it is called, window by window."""
+        assert self._block is not None
+        called = self._block.block.module.get_submodule(module)
+        calls: list[Call] = []
+        handle = called.register_forward_pre_hook(lambda m, args: calls.append(args))
+        try:
+            for _ in self.inputs_of(module):
+                pass
+        finally:
+            handle.remove()
+        return called, calls
+
     def leave(self) -> None:
         """Finish the block."""
         assert self._block is not None
@@ -168,8 +217,9 @@ def _quantize_block(
     stream.enter(block, everything, set(everything) - set(targets))
     if exact is not None:
         exact.enter(twin(block), everything, everything)
-    groups = find_stages(block, stream.hiddens[0], targets) if targets else []
-    uncalled = sorted(set(targets) - {local for group in groups for local in group})
+    units = _units(block.module, targets)
+    groups = find_stages(block, stream.hiddens[0], units) if units else []
+    uncalled = sorted(set(units) - {local for group in groups for local in group})
     if uncalled:
         raise WalkError(
             f"{block.name}.{uncalled[0]} takes no part in the forward pass on the calibration text; exclude it with "
@@ -177,19 +227,51 @@ def _quantize_block(
         )
     phases = [[group] for group in groups] if plan.true_sequential else [groups]
     for phase in phases:
-        solved = {}
+        done: list[str] = []
+        solved: dict[str, QuantizedWeight] = {}
         for group in phase:
-            hessian = _hessian(stream, exact, group[0])
-            for local in group:
-                full = f"{block.name}.{local}"
-                solved[local] = solve_layer(full, targets[local], hessian, specs[full], plan.settings)
-        for local, (quantized, report) in solved.items():
-            _replace(block.module, local, targets[local], quantized)
-            yield report
-        stream.settle(solved)
+            for names, hessian, note in _hessians(stream, exact, units, group, targets, plan):
+                for local in names:
+                    full = f"{block.name}.{local}"
+                    solved[local], report = solve_layer(full, targets[local], hessian, specs[full], plan.settings)
+                    yield replace(report, note=note)
+                done += names
+                if plan.true_sequential:
+                    _replace_all(block.module, targets, solved)
+        _replace_all(block.module, targets, solved)
+        stream.settle(done)
+    own_memory(block.module)
     stream.leave()
     if exact is not None:
         exact.leave()
+
+
+def _units(block: nn.Module, targets: Iterable[str]) -> dict[str, nn.Module]:
+    """What is stopped at to calibrate layers: themselves, or the experts module that they are part of."""
+    owners = [name for name, module in block.named_modules() if isinstance(module, Experts)]
+    names = [next((o for o in owners if local.startswith(f"{o}.")), local) for local in targets]
+    return {name: block.get_submodule(name) for name in names}
+
+
+def _hessians(
+    stream: _Stream, exact: _Stream | None, units: dict[str, nn.Module], group: list[str], targets: Iterable[str],
+    plan: Plan,
+) -> Iterator[tuple[list[str], Hessian, str]]:  # fmt: skip
+    """The Hessians of units that read the same tensor: names of the layers each is for, and a note for their reports.
+
+    Experts are seen from the module that holds them: what enters it is kept for all windows, and every expert takes
+    its tokens from there, so that the block does not run again for each of them.
+    """
+    mixtures = [name for name in group if isinstance(units[name], Experts)]
+    plain = [name for name in group if name not in mixtures]
+    if plain:
+        yield plain, _hessian(stream, exact, plain[0]), ""
+    for name in mixtures:
+        experts, calls = stream.calls_of(name)
+        wanted = {local.removeprefix(f"{name}.") for local in targets if local.startswith(f"{name}.")}
+        dense = None if exact is None else exact.calls_of(name)
+        for parts, hessian, note in expert_hessians(experts, calls, dense, wanted, plan.min_expert_tokens):
+            yield [f"{name}.{part}" for part in parts], hessian, note
 
 
 def _hessian(stream: _Stream, exact: _Stream | None, layer: str) -> Hessian:
@@ -243,6 +325,12 @@ def _replace(root: nn.Module, name: str, layer: Any, quantized: QuantizedWeight)
     root.set_submodule(name, new)
 
 
+def _replace_all(root: nn.Module, layers: dict[str, Any], solved: dict[str, QuantizedWeight]) -> None:
+    while solved:
+        name, quantized = solved.popitem()
+        _replace(root, name, layers[name], quantized)
+
+
 def output_embedding(model: Any, plan: Plan) -> tuple[str, QuantSpec]:
     """Name and spec of a model's output embedding.
 
@@ -279,12 +367,3 @@ class _Whole(nn.Module):
 
     def forward(self, hidden: Tensor, **kwargs: object) -> object:
         return self.model(**kwargs)
-
-
-def _warn_of_fused_weights(blocks: nn.ModuleList) -> None:
-    fused = [name for name, p in blocks[0].named_parameters() if p.dim() == 3 and p.is_floating_point()]
-    if fused:
-        logger.warning(
-            "Expert weights that are fused into one tensor (%s) are not quantized; they stay in %s.",
-            ", ".join(fused), next(blocks[0].parameters()).dtype,
-        )  # fmt: skip

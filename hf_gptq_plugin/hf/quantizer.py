@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..calibrate.data import calibration_record, calibration_windows
 from ..calibrate.datafree import quantize_without_data
+from ..calibrate.experts import Layout, layouts, merges_into, unfuse_experts
 from ..calibrate.pipeline import LayerReport, Plan, quantize_model
 from ..calibrate.sources import CalibrationError, read_samples
 from ..calibrate.walk import LINEAR
@@ -61,7 +62,7 @@ class GptqQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(GPTQConfig.from_stock(quantization_config), **kwargs)
-        self._scales_dtypes: set[torch.dtype] = set()
+        self._separated: list[Layout] = []
         self.reports: list[LayerReport] = []
         self._windows: list[Tensor] = []
         self._record: dict[str, Any] | None = None
@@ -96,12 +97,27 @@ class GptqQuantizer(HfQuantizer):
                 "config.json says quant_method=gptq, but no tensor of the checkpoint ends in .qweight; "
                 "the weights are not quantized: remove quantization_config from config.json"
             )
-        names = renamed(model, modules)
+        self._separate_experts(model, modules)
+        names = renamed(model, modules, self)
         checkpoint = self.quantization_config.checkpoint
         for source, target in names.items():
             spec = checkpoint.for_module(source) or checkpoint.for_module(target) or checkpoint.spec
             self._replace_by_empty(model, source, target, spec, modules[source])
-        _require_all_tensors(model, headers)
+        _require_all_tensors(model, headers, self)
+
+    def _separate_experts(self, model: PreTrainedModel, modules: Mapping[str, Any]) -> None:
+        """Take fused experts apart where the checkpoint has codes for any of them."""
+        known = [layout for layout in layouts(model).values() if layout is not None]
+        fused = {f"{layout.name}.{parameter}" for layout in known for parameter in layout.fused}
+        rename = _renamer(model, model.state_dict(), self)
+        if any(rename(f"{module}.weight") in fused for module in modules):
+            unfuse_experts(model, known)
+            self._separated = known
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """Called by Transformers before it loads: the steps that would merge separated experts are left out."""
+        kept = [c for c in weight_conversions if not any(merges_into(c, layout) for layout in self._separated)]
+        return super().update_weight_conversions(kept, *args)
 
     def _replace_by_empty(
         self, model: nn.Module, source: str, target: str, spec: QuantSpec, tensors: Mapping[str, TensorInfo]
@@ -166,7 +182,10 @@ class GptqQuantizer(HfQuantizer):
         modules = config.modules_in_block_to_quantize
         if modules is not None:
             modules = [[m] if isinstance(m, str) else list(m) for m in modules]
-        plan = Plan(config.checkpoint, config.settings, config.true_sequential, modules, config.block_name_to_quantize)
+        plan = Plan(
+            config.checkpoint, config.settings, config.true_sequential, modules, config.block_name_to_quantize,
+            config.min_expert_tokens,
+        )  # fmt: skip
         if config.method == "gptq":
             self.reports = quantize_model(model, self._windows, plan)
         else:
@@ -193,7 +212,7 @@ def linear_shape(layer: Any) -> tuple[int, int]:
     return (shape[0], shape[1]) if isinstance(layer, Conv1D) else (shape[1], shape[0])
 
 
-def renamed(model: PreTrainedModel, modules: Mapping[str, Any]) -> dict[str, str]:
+def renamed(model: PreTrainedModel, modules: Mapping[str, Any], quantizer: HfQuantizer) -> dict[str, str]:
     """Names of a checkpoint's quantized modules to those of the model that it is loaded into.
 
     Raises:
@@ -201,7 +220,7 @@ def renamed(model: PreTrainedModel, modules: Mapping[str, Any]) -> dict[str, str
             belong to would be left with random weights.
     """
     expected = model.state_dict()
-    rename = _renamer(model, expected)
+    rename = _renamer(model, expected, quantizer)
     known = {name for name, _ in model.named_modules()}
     leaves = {name.rpartition(".")[2] for name in known}
     names = {}
@@ -214,29 +233,29 @@ def renamed(model: PreTrainedModel, modules: Mapping[str, Any]) -> dict[str, str
             raise CheckpointError(
                 f"the checkpoint holds codes for {source}, but {type(model).__name__} has no module of that name to "
                 "take them; load it with the class it was made from"
-                + (" (quantized experts are not supported yet)" if ".experts." in source else "")
+                + (", and with the config it was made with" if ".experts." in source else "")
             )
     return names
 
 
-def _renamer(model: PreTrainedModel, expected: dict[str, Any]) -> Callable[[str], str]:
+def _renamer(model: PreTrainedModel, expected: dict[str, Any], quantizer: HfQuantizer) -> Callable[[str], str]:
     """How Transformers will rename a checkpoint's keys when it loads them into `model`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    mapping = get_model_conversion_mapping(model)
+    mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     return lambda key: rename_source_key(key, renamings, converters, model.base_model_prefix, expected)[0]
 
 
-def _require_all_tensors(model: PreTrainedModel, headers: Mapping[str, TensorInfo]) -> None:
+def _require_all_tensors(model: PreTrainedModel, headers: Mapping[str, TensorInfo], quantizer: HfQuantizer) -> None:
     """Every tensor of the saved architecture must be in the files: nothing is left to be initialised.
 
     A head that a task adds (a classifier's) may be new, what produces the model's text may not.
     """
     expected = model.state_dict()
-    present = set(map(_renamer(model, expected), headers)) | set(headers)
+    present = set(map(_renamer(model, expected, quantizer), headers)) | set(headers)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for target, origin in tied.items():
         if origin in present or target in present:

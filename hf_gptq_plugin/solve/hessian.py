@@ -29,6 +29,7 @@ class Hessian:
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self._cross: Tensor | None = None
         self.tokens = 0
+        self._borrowed = 0
 
     def add(self, x: Tensor, exact: Tensor | None = None) -> None:
         """Add inputs.
@@ -45,6 +46,14 @@ class Hessian:
             _add_gram(self._cross, rows, self._rows(exact) - rows)
         self.tokens += rows.shape[0]
 
+    def lean_on(self, prior: Hessian, tokens: int) -> None:
+        """Take in another's means with the weight of this many tokens; `tokens` still counts what was added."""
+        self._sum += prior._sum * (tokens / prior.tokens)
+        if prior._cross is not None:
+            mine = torch.zeros_like(self._sum) if self._cross is None else self._cross
+            self._cross = mine + prior._cross * (tokens / prior.tokens)
+        self._borrowed += tokens
+
     def _rows(self, x: Tensor) -> Tensor:
         return x.detach().reshape(-1, x.shape[-1]).to(self._sum.device, torch.float32)
 
@@ -54,18 +63,19 @@ class Hessian:
         Raises:
             SolveError: no token was seen, or the inputs were not finite.
         """
-        if self.tokens == 0:
+        weight = self.tokens + self._borrowed
+        if weight == 0:
             raise SolveError("no calibration token reached this layer; use more or other calibration text")
         if not bool(torch.isfinite(self._sum).all()):
             raise SolveError(
                 "the layer's inputs are not finite on the calibration text (NaN or infinity); load the model in "
                 "float32 or bfloat16, and check its weights"
             )
-        return self._sum / self.tokens
+        return self._sum / weight
 
     def mean_cross(self) -> Tensor | None:
         """`C`, fp32 `[K, K]`; None where no exact inputs were given."""
-        return None if self._cross is None else self._cross / self.tokens
+        return None if self._cross is None else self._cross / (self.tokens + self._borrowed)
 
 
 def _add_gram(total: Tensor, left: Tensor, right: Tensor | None) -> None:

@@ -26,6 +26,21 @@ def test_bf16_inputs_are_summed_in_fp32() -> None:
     torch.testing.assert_close(hessian.mean().double(), truth, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("mine", [0, 3])
+def test_leaning_on_others(mine: int) -> None:
+    x, exact, other, exactly = torch.randn(mine, 4), torch.randn(mine, 4), torch.randn(6, 4), torch.randn(6, 4)
+    hessian, prior = Hessian(4), Hessian(4)
+    if mine:
+        hessian.add(x, exact)
+    prior.add(other, exactly)
+    hessian.lean_on(prior, 2)
+    assert hessian.tokens == mine
+    mean = (x.T @ x + 2 * prior.mean()) / (mine + 2)
+    cross = (x.T @ (exact - x) + 2 * prior.mean_cross()) / (mine + 2)
+    torch.testing.assert_close(hessian.mean(), mean)
+    torch.testing.assert_close(hessian.mean_cross(), cross)
+
+
 def test_nothing_seen_and_nothing_finite() -> None:
     hessian = Hessian(2)
     with pytest.raises(SolveError, match="no calibration token reached"):
