@@ -17,21 +17,12 @@ from transformers.pytorch_utils import Conv1D
 from ..format.grid import QuantizedWeight
 from ..format.spec import CheckpointConfig, QuantSpec
 from ..nn.linear import QuantLinear
-from ..solve.gptq import SolveReport, SolveSettings, solve
+from ..solve.gptq import SolveSettings, solve
 from ..solve.hessian import Hessian, SolveError
+from .report import LayerReport
 from .walk import Block, Resumable, WalkError, find_blocks, find_stages, linears, record_calls, twin
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What happened to one layer: its name, spec, the tokens its Hessian saw, and the solve."""
-
-    name: str
-    spec: QuantSpec
-    tokens: int
-    solve: SolveReport
 
 
 @dataclass(frozen=True)
@@ -216,7 +207,8 @@ def solve_layer(
             "%s: the Hessian was not positive definite with damp_percent=%g; solved with %g.",
             name, settings.damp_percent, report.damp_percent,
         )  # fmt: skip
-    return quantized, LayerReport(name, spec, hessian.tokens, report)
+    rows, columns = weight.shape
+    return quantized, LayerReport(name, spec, columns, rows, hessian.tokens, report)
 
 
 def dense_weight(layer: Any) -> Tensor:
