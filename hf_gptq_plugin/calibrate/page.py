@@ -53,7 +53,12 @@ def percent(value: float | None) -> str:
     """A fraction as a percentage of three digits."""
     if value is None:
         return "–"
-    return f"{100 * value:,.0f}%" if value >= 1 else f"{100 * value:.3g}%"
+    return f"{100 * value:,.0f}%" if value >= 0.9995 else f"{100 * value:#.3g}%"
+
+
+def round_percent(value: float | None) -> str:
+    """The same without zeros at the end, for values that are round."""
+    return "–" if value is None else f"{100 * value:.6g}%"
 
 
 def duration(seconds: float | None) -> str:
@@ -135,7 +140,8 @@ def _tiles(content: Mapping[str, Any]) -> str:
         f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(more)}</small></dd></div>'
         for name, value, more in tiles
     )
-    return f'<section class="tiles">{cells}</section>'
+    thirds = " thirds" if len(tiles) in (5, 6) else ""
+    return f'<section class="tiles{thirds}">{cells}</section>'
 
 
 def notices(content: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
@@ -147,7 +153,7 @@ def notices(content: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     if raised:
         most = max(r["damp_percent"] for r in raised)
         found.append((
-            f"Damping was raised above {percent(asked)} in {_count(len(raised), 'module')}, up to {percent(most)}: the "
+            f"Damping was raised above {round_percent(asked)} in {_count(len(raised), 'module')}, up to {round_percent(most)}: the "
             "Hessian was not positive definite. More, or more varied, calibration text helps.",
             raised,
         ))  # fmt: skip
@@ -197,13 +203,19 @@ def _hover(record: Record) -> str:
     return (
         f"{record['name']}\nrelative error {percent(record['relative_error'])}\n"
         f"loss {_general(record['loss'])} per token\n{_spec(record)}\n{record['tokens']:,} tokens, damping "
-        f"{percent(record['damp_percent'])}, {record['dead_columns']:,} dead inputs\nsolved in "
+        f"{round_percent(record['damp_percent'])}, {record['dead_columns']:,} dead inputs\nsolved in "
         f"{duration(record['seconds'])}"
     )
 
 
 def _general(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if 1e4 <= value < 1e9 else f"{value:.4g}"
+
+
+def _share(part: float, whole: float) -> str:
+    return "<1%" if 0 < part / whole < 0.005 else f"{part / whole:.0%}"
 
 
 # Of one type in one block, e.g. all experts: from the lowest error to the highest.
@@ -247,10 +259,10 @@ def _errors(records: list[Record], types: Mapping[str, str]) -> str:
         body += _panels(cells, kinds)
     worst = sorted((r for r in records if r["relative_error"]), key=lambda r: -r["relative_error"])[:_WORST]
     bars = [Bar(r["name"], r["relative_error"], percent(r["relative_error"]), _hover(r)) for r in worst]
-    second = _second(records, types)
+    losses = _losses(records, types)
     body += (
         '<div class="pair" style="margin-top:28px">'
-        f"<div><h3>Highest errors</h3>{bar_chart(bars, 'Modules with the highest relative error')}</div>{second}</div>"
+        f"<div><h3>Highest errors</h3>{bar_chart(bars, 'Modules with the highest relative error')}</div>{losses}</div>"
     )
     hint = (
         "Relative error of a module's output on the calibration text: tr(ΔHΔᵀ) / tr(WHWᵀ), 0% is exact and 100% as bad "
@@ -259,7 +271,7 @@ def _errors(records: list[Record], types: Mapping[str, str]) -> str:
     return _section("Error by block and module type", hint, body)
 
 
-def _second(records: list[Record], types: Mapping[str, str]) -> str:
+def _losses(records: list[Record], types: Mapping[str, str]) -> str:
     """Where the absolute error comes from."""
     sums: dict[str, float] = {}
     for r in records:
@@ -269,7 +281,7 @@ def _second(records: list[Record], types: Mapping[str, str]) -> str:
     if not total:
         return ""
     ranked = sorted(sums.items(), key=lambda item: -item[1])[:_WORST]
-    bars = [Bar(kind, loss, f"{_general(loss)} · {loss / total:.0%}") for kind, loss in ranked]
+    bars = [Bar(kind, loss, f"{_general(loss)} · {_share(loss, total)}") for kind, loss in ranked]
     chart = bar_chart(bars, "Absolute loss by module type")
     return f"<div><h3>Squared output error per token, tr(ΔHΔᵀ), summed by type</h3>{chart}</div>"
 
@@ -295,19 +307,23 @@ def _map(cells: Cells, kinds: list[str], blocks: list[int]) -> str:
 
 def _panels(cells: Cells, kinds: list[str]) -> str:
     scale = Scale.of([r["relative_error"] for group in cells.values() for r in group]).padded()
+    by_kind = {kind: {b: group for (k, b), group in sorted(cells.items()) if k == kind} for kind in kinds}
+    curves = {
+        kind: [(float(b), _median(g), _median_hover(g)) for b, g in groups.items()] for kind, groups in by_kind.items()
+    }
     panels = []
-    for kind in kinds:
-        groups = {block: group for (k, block), group in sorted(cells.items()) if k == kind}
-        lines = [Line([(b, _median(g), _median_hover(g)) for b, g in groups.items()])]
+    for kind, groups in by_kind.items():
+        if len(groups) == 1:
+            continue
+        lines = [Line(curve, "other") for other, curve in curves.items() if other != kind]
         key = ""
         if max(map(len, groups.values())) > 1:
-            worst = Line([(b, g[-1]["relative_error"], _hover(g[-1])) for b, g in groups.items()], "second")
-            lines.insert(0, worst)
-            key = '<span class="key main"></span>median<span class="key second"></span>worst'
+            lines.append(Line([(b, g[-1]["relative_error"], _hover(g[-1])) for b, g in groups.items()], "second"))
+            key = '<p class="keys"><span class="key main"></span>median<span class="key second"></span>worst</p>'
         chart = line_chart(
-            lines, scale, percent, f"Relative error of {kind} by block", "block", "relative error", (300.0, 150.0)
-        )
-        key = f'<p class="hint" style="margin:0 0 4px">{key}</p>' if key else ""
+            [*lines, Line(curves[kind])], scale, round_percent, f"Relative error of {kind} by block", "block",
+            "relative error", (300.0, 165.0),
+        )  # fmt: skip
         panels.append(f"<div><h3>{escape(kind)}</h3>{key}{chart}</div>")
     return f'<div class="panels">{"".join(panels)}</div>'
 
@@ -317,7 +333,7 @@ def _time(content: Mapping[str, Any]) -> str:
     solving = totals["solve_seconds"]
     kinds = sorted(content["types"], key=lambda t: -t["solve_seconds"])
     bars = [
-        Bar(t["type"], t["solve_seconds"], f"{duration(t['solve_seconds'])} · {t['solve_seconds'] / solving:.0%}")
+        Bar(t["type"], t["solve_seconds"], f"{duration(t['solve_seconds'])} · {_share(t['solve_seconds'], solving)}")
         for t in kinds
         if solving
     ]
@@ -403,15 +419,14 @@ def _types(content: Mapping[str, Any]) -> str:
     columns: list[Column] = [
         ("type", "", lambda t: t["type"], str),
         ("modules", "", lambda t: t["modules"], "{:,}".format),
-        ("bits", "", lambda t: ", ".join(map(str, t["bits"])), str),
-        ("median error", "%", lambda t: t["relative_error_median"], percent),
-        ("highest error", "%", lambda t: t["relative_error_worst"], percent),
+        ("bits", "per code", lambda t: ", ".join(map(str, t["bits"])), str),
+        ("error", "median", lambda t: t["relative_error_median"], percent),
+        ("error", "highest", lambda t: t["relative_error_worst"], percent),
         ("loss", "per token", lambda t: t["loss"], _general),
         ("tokens seen", "fewest–most", lambda t: _range(t["tokens_least"], t["tokens_most"]), str),
         ("solving", "", lambda t: t["solve_seconds"], duration),
-        ("at 16 bits", "", lambda t: t["bytes_16_bit"], size),
-        ("quantized", "", lambda t: t["bytes_quantized"], size),
-        ("bits per weight", "", lambda t: t["bits_per_weight"], "{:.2f}".format),
+        ("size", "quantized", lambda t: t["bytes_quantized"], size),
+        ("bits", "per weight", lambda t: t["bits_per_weight"], "{:.2f}".format),
     ]
     total = {**content["totals"], "type": "all"}
     table = _table([*content["types"], total], columns, False, lambda row, name: False)
@@ -429,7 +444,7 @@ def _facts(content: Mapping[str, Any]) -> str:
         if facts:
             rows = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(_fact(v))}</dd>" for k, v in facts.items())
             body += f'<div><h3>{escape(name)}</h3><dl class="facts">{rows}</dl></div>'
-    return _section("How it was made", "", f'<div class="pair">{body}</div>') if body else ""
+    return _section("How it was made", "", f'<div class="columns">{body}</div>') if body else ""
 
 
 def _fact(value: Any) -> str:
@@ -447,12 +462,12 @@ def _fact(value: Any) -> str:
 def _modules(records: list[Record], asked: float | None) -> str:
     columns: list[Column] = [
         ("module", "", lambda r: r["name"], str),
-        ("error", "%", lambda r: r["relative_error"], percent),
+        ("error", "", lambda r: r["relative_error"], percent),
         ("loss", "per token", lambda r: r["loss"], _general),
         ("bits", "", lambda r: r["bits"], str),
         ("group", "inputs", lambda r: r["group_size"], lambda v: "all" if v == -1 else str(v)),
         ("tokens", "", lambda r: r["tokens"], "{:,}".format),
-        ("damping", "%", lambda r: r["damp_percent"], percent),
+        ("damping", "", lambda r: r["damp_percent"], round_percent),
         ("dead inputs", "", lambda r: r["dead_columns"], "{:,}".format),
         ("solving", "s", lambda r: r["seconds"], "{:.3g}".format),
         ("inputs", "", lambda r: r["in_features"], "{:,}".format),

@@ -13,19 +13,21 @@ body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-a
 "Helvetica Neue",Arial,sans-serif;font-variant-numeric:tabular-nums}
 main{max-width:1060px;margin:0 auto;padding:40px 24px 64px}
 h1{font-size:30px;line-height:1.2;letter-spacing:-.02em;margin:4px 0 6px;overflow-wrap:anywhere}
-h2{font-size:18px;letter-spacing:-.01em;margin:0 0 2px}
+h2{font-size:18px;letter-spacing:-.01em;margin:0 0 14px}
+h2:has(+.hint){margin-bottom:2px}
 h3{font-size:13px;font-weight:600;margin:0 0 8px;overflow-wrap:anywhere}
 p{margin:0}
 .over-line{font-size:12px;font-weight:600;letter-spacing:.06em;text-transform:uppercase;color:var(--soft)}
 .lead,.hint{color:var(--soft)}
 .hint{font-size:13.5px;margin-bottom:16px;max-width:76ch}
 section{background:var(--card);border:1px solid var(--rule);border-radius:12px;padding:22px 24px;margin-top:20px}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(160px,1fr));gap:1px;padding:0;overflow:hidden;
-background:var(--rule)}
-.tile{background:var(--card);padding:16px 20px}
+.tiles{display:flex;flex-wrap:wrap;gap:1px;padding:0;overflow:hidden;background:var(--rule)}
+.tile{flex:1 1 calc(25% - 1px);background:var(--card);padding:16px 20px}
+.tiles.thirds .tile{flex-basis:calc(33.3% - 1px)}
 .tile dt{font-size:12.5px;color:var(--soft)}
-.tile dd{margin:2px 0 0;font-size:24px;font-weight:600;letter-spacing:-.02em;line-height:1.25}
-.tile dd small{display:block;font-size:12.5px;font-weight:400;letter-spacing:0;color:var(--soft)}
+.tile dd{margin:2px 0 0;font-size:24px;font-weight:600;letter-spacing:-.02em;line-height:1.25;white-space:nowrap}
+.tile dd small{display:block;font-size:12.5px;font-weight:400;letter-spacing:0;color:var(--soft);white-space:normal;
+overflow-wrap:anywhere}
 .notices{background:var(--warn-back);border-color:var(--warn-rule)}
 .notices ul{margin:8px 0 0;padding-left:20px}
 .notices li{margin:6px 0}
@@ -43,23 +45,28 @@ svg text.axis{font-size:11.5px}
 svg text.tick{font-size:11px;fill:var(--soft)}
 svg .grid{stroke:var(--rule);stroke-width:1}
 svg .heat{fill:var(--heat)}
+svg .legend{shape-rendering:crispEdges}
 svg rect.heat:hover{stroke:var(--ink);stroke-width:1.5}
 svg .line{fill:none;stroke-width:1.8;stroke-linejoin:round}
+svg .line.other{stroke:var(--before);stroke-width:1;opacity:.6}
 svg .line.main{stroke:var(--main)} svg .line.second{stroke:var(--second)}
 svg .dot.main{fill:var(--main)} svg .dot.second{fill:var(--second)}
 svg .area.main{fill:var(--main);opacity:.13}
 svg .touch{fill:transparent}
 svg .touch:hover{fill:var(--ink);fill-opacity:.18}
 svg .track{fill:var(--track)} svg .before{fill:var(--before)} svg .bar{fill:var(--main)}
+.keys{font-size:12.5px;color:var(--soft);margin-bottom:6px}
 .key{display:inline-block;width:10px;height:10px;border-radius:2px;margin:0 5px 0 14px}
 .key:first-child{margin-left:0}
 .key.before{background:var(--before)} .key.main{background:var(--main)} .key.second{background:var(--second)}
 .scroll{overflow-x:auto;margin:0 -24px;padding:0 24px}
 .tall{max-height:640px;overflow-y:auto;border-top:1px solid var(--rule);padding:0}
 table{border-collapse:collapse;width:100%;font-size:13px;white-space:nowrap}
-th,td{padding:6px 10px;text-align:right;border-bottom:1px solid var(--rule)}
+th,td{padding:6px 8px;text-align:right;border-bottom:1px solid var(--rule)}
 th:first-child,td:first-child{text-align:left;padding-left:0}
 .tall th:first-child,.tall td:first-child{padding-left:24px}
+th:last-child,td:last-child{padding-right:0}
+.tall th:last-child,.tall td:last-child{padding-right:24px}
 td.words{text-align:left;white-space:normal;min-width:140px}
 th{font-weight:600;color:var(--soft);vertical-align:bottom}
 th small{display:block;font-weight:400}
@@ -70,6 +77,8 @@ th[aria-sort=ascending] button:after{content:" ↑"} th[aria-sort=descending] bu
 tbody tr:hover td{background:var(--track)}
 td.flag{color:var(--warn);font-weight:600}
 code,td:first-child{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:12.5px}
+.columns{columns:2 320px;column-gap:40px}
+.columns>div{break-inside:avoid;padding-bottom:20px}
 .facts{display:grid;grid-template-columns:max-content 1fr;gap:4px 18px;margin:0;font-size:13.5px}
 .facts dt{color:var(--soft)}
 .facts dd{margin:0;overflow-wrap:anywhere}
@@ -78,8 +87,9 @@ padding:6px 12px;width:100%;max-width:340px;margin-bottom:14px}
 :focus-visible{outline:2px solid var(--main);outline-offset:2px}
 footer{color:var(--faint);font-size:12.5px;margin-top:20px}
 @media (max-width:640px){main{padding:24px 12px 48px}section{padding:18px 16px}h1{font-size:24px}
-.tiles{grid-template-columns:1fr 1fr;padding:0}.tile{padding:12px 16px}.tile dd{font-size:20px}
+.tiles{padding:0}.tiles .tile,.tiles.thirds .tile{flex-basis:calc(50% - 1px);padding:12px 16px}.tile dd{font-size:20px}
 .scroll{margin:0 -16px;padding:0 16px}.tall{padding:0}.tall th:first-child,.tall td:first-child{padding-left:16px}
+td:first-child{white-space:normal;overflow-wrap:anywhere;min-width:150px;font-size:11.5px;line-height:1.35}
 svg.wide{display:none}svg.narrow{display:block}}
 @media print{body{background:none}section{break-inside:avoid}.tall{max-height:none}input{display:none}}
 """

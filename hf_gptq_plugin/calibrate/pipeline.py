@@ -207,8 +207,8 @@ def solve_layer(
             "%s: the Hessian was not positive definite with damp_percent=%g; solved with %g.",
             name, settings.damp_percent, report.damp_percent,
         )  # fmt: skip
-    rows, columns = weight.shape
-    return quantized, LayerReport(name, spec, columns, rows, hessian.tokens, report)
+    out_features, in_features = weight.shape
+    return quantized, LayerReport(name, spec, hessian.tokens, report, in_features, out_features)
 
 
 def dense_weight(layer: Any) -> Tensor:

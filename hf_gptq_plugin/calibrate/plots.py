@@ -151,7 +151,7 @@ def heat_map(
             shape = dict(x=x, y=y, width=pitch - gap, height=height, rx=2.0 if gap == 2 else 0.0)
             out.append(tag("rect", _title(cell.title), **shape, class_="heat", fill_opacity=_opacity(place)))
             if pitch >= 52:
-                class_ = "value over" if _opacity(place) > 0.55 else "value"
+                class_ = "value over" if _opacity(place) > 0.65 else "value"
                 out.append(_text(x + (pitch - gap) / 2, y + height / 2 + 4, show(cell.value), "middle", class_))
     bottom = head + len(rows) * row_pitch
     every = max(1, math.ceil(30 / pitch))
@@ -164,7 +164,7 @@ def heat_map(
 
 
 def _opacity(place: float) -> float:
-    return 0.07 + 0.93 * min(max(place, 0.0), 1.0)
+    return 0.06 + 0.94 * min(max(place, 0.0), 1.0) ** 1.5
 
 
 def _legend(scale: Scale, show: Format, label: str, width: float) -> list[str]:
@@ -172,9 +172,8 @@ def _legend(scale: Scale, show: Format, label: str, width: float) -> list[str]:
     out = [_text(0, 11, label + (", logarithmic" if scale.log else ""), "start", "axis")]
     for i in range(steps):
         x = i * width / steps
-        out.append(
-            tag("rect", x=x, y=18, width=width / steps, height=7, class_="heat", fill_opacity=_opacity(i / (steps - 1)))
-        )
+        shape = dict(x=x, y=18, width=width / steps, height=7)
+        out.append(tag("rect", **shape, class_="heat legend", fill_opacity=_opacity(i / (steps - 1))))
     for place, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
         value = scale.low * (scale.high / scale.low) ** place if scale.log else scale.high * place
         out.append(_text(width * place, 38, show(value), anchor, "tick"))
@@ -187,7 +186,7 @@ class Line:
 
     Args:
         points: x, y, title.
-        class_: "main" or "second".
+        class_: "main" or "second"; "other" for a line without marks, for comparison.
         filled: fill the area below.
     """
 
@@ -211,7 +210,7 @@ def line_chart(
         size: width and height.
     """
     width, height = size
-    ticks = scale.ticks(5 if height > 150 else 4)
+    ticks = scale.ticks()
     left = max([len(show(t)) for t in ticks] or [1]) * _CHARACTER + 8
     top, bottom, right = 24.0, height - 34.0, width - 12.0
     xs = [x for line in lines for x, _, _ in line.points]
@@ -236,6 +235,8 @@ def line_chart(
             area = f"{path}L{places[-1][0]:.1f} {bottom:.1f}L{places[0][0]:.1f} {bottom:.1f}Z"
             out.append(tag("path", d=area, class_=f"area {line.class_}"))
         out.append(tag("path", d=path, class_=f"line {line.class_}"))
+        if line.class_ == "other":
+            continue
         seen = 2.2 if (right - left) / len(places) > 7 else 0.0
         for (x, y), (_, _, title) in zip(places, line.points, strict=True):
             if seen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,8 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
 from ..calibrate.data import CalibrationError, calibration_windows
-from ..calibrate.pipeline import LayerReport, Plan, quantize_model
+from ..calibrate.pipeline import Plan, quantize_model
+from ..calibrate.report import LayerReport
 from ..calibrate.walk import LINEAR
 from ..config import GPTQConfig
 from ..format.checkpoint import TensorInfo, agreed_format, check_shapes, quantized_modules, read_headers
@@ -60,7 +62,8 @@ class GptqQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(GPTQConfig.from_stock(quantization_config), **kwargs)
         self._scales_dtypes: set[torch.dtype] = set()
-        self.reports: list[LayerReport] = []
+        self.reports: list[LayerReport] = []  # of the calibration; empty where a quantized checkpoint was loaded
+        self.seconds = 0.0  # that it took
 
     @property
     def is_trainable(self) -> bool:
@@ -155,7 +158,9 @@ class GptqQuantizer(HfQuantizer):
         if modules is not None:
             modules = [[m] if isinstance(m, str) else list(m) for m in modules]
         plan = Plan(config.checkpoint, config.settings, config.true_sequential, modules, config.block_name_to_quantize)
+        start = time.perf_counter()
         self.reports = quantize_model(model, windows, plan)
+        self.seconds = time.perf_counter() - start
         if config.lm_head:
             _untie(model)
         config.record_calibration(tokens=sum(w.numel() for w in windows), windows=len(windows))
