@@ -66,6 +66,12 @@ def quantize(
     lm_head: Annotated[bool, typer.Option(help="Quantize the output embedding too.")] = False,
     dtype: Dtype = "auto",
     device_map: Annotated[str, typer.Option(help="Where the model is loaded, e.g. cpu, cuda, auto.")] = "cpu",
+    report: Annotated[bool, typer.Option(help="Write calibration.html, .json and .csv into OUT.")] = True,
+    eval_text: Annotated[
+        Path | None, typer.Option(help="Text file: measure perplexity before and after, for the report.")
+    ] = None,
+    eval_windows: Annotated[int, typer.Option(help="Windows of --eval-text, from the beginning; 0 for all.")] = 8,
+    eval_seqlen: Annotated[int, typer.Option(help="Tokens per window of --eval-text.")] = 2048,
 ) -> None:
     """Quantize MODEL and write a GPTQ checkpoint to OUT.
 
@@ -73,7 +79,10 @@ def quantize(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from .calibrate.report import Perplexity
     from .config import GPTQConfig
+    from .hf.evaluate import perplexity, text_windows
+    from .hf.report import write_report
     from .hf.saving import save_checkpoint
 
     start = time.perf_counter()
@@ -86,16 +95,27 @@ def quantize(
         raise ValueError(f"OUT={str(out)!r} is a file; name a folder")
     tokenizer = AutoTokenizer.from_pretrained(model)
     config.tokenizer = tokenizer
-    quantized: Any = AutoModelForCausalLM.from_pretrained(
-        model, quantization_config=config, dtype=_dtype(dtype), device_map=device_map
-    )
+    loading = {"dtype": _dtype(dtype), "device_map": device_map}
+    pieces, before = [], None
+    if eval_text is not None:
+        pieces = text_windows(tokenizer, read_text(eval_text), eval_seqlen, eval_windows or None)
+        before = perplexity(AutoModelForCausalLM.from_pretrained(model, **loading), pieces)
+    quantized: Any = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, **loading)
     save_checkpoint(quantized, out, tokenizer=tokenizer)
+    quality = None
+    if eval_text is not None:
+        tokens = sum(p.shape[1] for p in pieces)
+        quality = Perplexity(eval_text.name, len(pieces), eval_seqlen, tokens, before, perplexity(quantized, pieces))
+        console.print(f"Perplexity {quality.dense:.4f} before, {quality.quantized:.4f} after.")
+    page = write_report(out, quantized, quality) if report else None
     size = sum(f.stat().st_size for f in out.glob("*.safetensors"))
     layers = len(quantized.hf_quantizer.reports)
     console.print(
         f"Quantized {layers} layers to {bits} bit in {time.perf_counter() - start:.0f} s; "
         f"{out} holds {size / 1e6:.1f} MB of weights."
     )
+    if page is not None:
+        console.print(f"What the calibration did: {page}")
 
 
 @app.command("eval")

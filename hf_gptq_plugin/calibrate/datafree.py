@@ -13,7 +13,6 @@ from ..format.spec import QuantSpec
 from ..solve.hessian import SolveError
 from ..solve.rtn import round_to_nearest
 from .pipeline import (
-    LayerReport,
     Plan,
     _replace,
     _separate_experts,
@@ -21,6 +20,7 @@ from .pipeline import (
     dense_weight,
     output_embedding,
 )
+from .report import LayerReport
 from .walk import WalkError, find_blocks
 
 logger = logging.getLogger(__name__)
@@ -66,9 +66,11 @@ def quantize_without_data(model: nn.Module, plan: Plan, method: str) -> list[Lay
 
 def _quantize_layer(model: nn.Module, name: str, spec: QuantSpec, plan: Plan, method: str) -> LayerReport:
     layer = model.get_submodule(name)
+    weight = dense_weight(layer)
     try:
-        quantized, report = round_to_nearest(dense_weight(layer), spec, plan.settings, refine=method == "hqq")
+        quantized, report = round_to_nearest(weight, spec, plan.settings, refine=method == "hqq")
     except SolveError as error:
         raise SolveError(f"{name}: {error}") from None
     _replace(model, name, layer, quantized)
-    return LayerReport(name, spec, 0, report)
+    out_features, in_features = weight.shape
+    return LayerReport(name, spec, 0, report, in_features, out_features)

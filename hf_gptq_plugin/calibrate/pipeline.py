@@ -18,23 +18,13 @@ from ..format.grid import QuantizedWeight
 from ..format.spec import CheckpointConfig, QuantSpec
 from ..nn.experts import Experts
 from ..nn.linear import QuantLinear
-from ..solve.gptq import SolveReport, SolveSettings, solve
+from ..solve.gptq import SolveSettings, solve
 from ..solve.hessian import Hessian, SolveError
 from .experts import Call, expert_hessians, layouts, own_memory, refuse_unknown, routers, unfuse_experts
+from .report import LayerReport
 from .walk import Block, Resumable, WalkError, find_blocks, find_stages, linears, record_calls, twin
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What happened to one layer: its name, spec, the tokens its Hessian saw, the solve, and what was unusual."""
-
-    name: str
-    spec: QuantSpec
-    tokens: int
-    solve: SolveReport
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -298,7 +288,8 @@ def solve_layer(
             "%s: the Hessian was not positive definite with damp_percent=%g; solved with %g.",
             name, settings.damp_percent, report.damp_percent,
         )  # fmt: skip
-    return quantized, LayerReport(name, spec, hessian.tokens, report)
+    out_features, in_features = weight.shape
+    return quantized, LayerReport(name, spec, hessian.tokens, report, in_features, out_features)
 
 
 def dense_weight(layer: Any) -> Tensor:

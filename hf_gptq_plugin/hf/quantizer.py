@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from transformers.quantizers.base import HfQuantizer
 from ..calibrate.data import calibration_record, calibration_windows
 from ..calibrate.datafree import quantize_without_data
 from ..calibrate.experts import Layout, layouts, merges_into, unfuse_experts
-from ..calibrate.pipeline import LayerReport, Plan, quantize_model
+from ..calibrate.pipeline import Plan, quantize_model
+from ..calibrate.report import LayerReport
 from ..calibrate.sources import CalibrationError, read_samples
 from ..calibrate.walk import LINEAR
 from ..config import GPTQConfig
@@ -63,7 +65,8 @@ class GptqQuantizer(HfQuantizer):
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(GPTQConfig.from_stock(quantization_config), **kwargs)
         self._separated: list[Layout] = []
-        self.reports: list[LayerReport] = []
+        self.reports: list[LayerReport] = []  # of the calibration; empty where a quantized checkpoint was loaded
+        self.seconds = 0.0  # that it took
         self._windows: list[Tensor] = []
         self._record: dict[str, Any] | None = None
 
@@ -186,10 +189,12 @@ class GptqQuantizer(HfQuantizer):
             config.checkpoint, config.settings, config.true_sequential, modules, config.block_name_to_quantize,
             config.min_expert_tokens,
         )  # fmt: skip
+        start = time.perf_counter()
         if config.method == "gptq":
             self.reports = quantize_model(model, self._windows, plan)
         else:
             self.reports = quantize_without_data(model, plan, config.method)
+        self.seconds = time.perf_counter() - start
         if config.lm_head:
             _untie(model)
         config.record_calibration(self._record)

@@ -67,12 +67,14 @@ class SolveReport:
 
     Args:
         relative_error: `tr(ΔHΔᵀ) / tr(WHWᵀ)` with the damped Hessian; 0 is exact, 1 is as bad as zeros.
+        loss: `tr(ΔHΔᵀ)` itself, in squared units of the layer's output: summed over outputs, mean over tokens.
         damp_percent: the damping used.
         dead_columns: inputs that were never active; their weights are set to 0.
         seconds: wall time.
     """
 
     relative_error: float
+    loss: float
     damp_percent: float
     dead_columns: int
     seconds: float
@@ -157,6 +159,7 @@ def solve(
     energy = float(row_errors(original[:, order], factor.damped).sum())
     report = SolveReport(
         relative_error=error / max(energy, torch.finfo(torch.float32).tiny),
+        loss=error,
         damp_percent=factor.damp_percent,
         dead_columns=int(dead.sum()),
         seconds=time.perf_counter() - start,

@@ -58,4 +58,4 @@ def round_to_nearest(
     energy = (original.double() ** 2).sum()
     error = ((original - quantized.dequantize()).double() ** 2).sum()
     relative = float(error) / max(float(energy), torch.finfo(torch.float32).tiny)
-    return quantized, SolveReport(relative, 0.0, 0, time.perf_counter() - start)
+    return quantized, SolveReport(relative, float(error), 0.0, 0, time.perf_counter() - start)

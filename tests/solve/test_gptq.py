@@ -50,9 +50,10 @@ def test_error_is_the_quadratic_form() -> None:
     solved, report = solve(weight, hessian, QuantSpec(3, 16))
     damped = hessian.double() + report.damp_percent * hessian.diagonal().double().mean() * torch.eye(48)
     delta = weight.double() - solved.dequantize().double()
-    energy = ((weight.double() @ damped) * weight.double()).sum()
+    error, energy = (float(((w @ damped) * w).sum()) for w in (delta, weight.double()))
     # Scales are stored in fp16, but the solve already used the stored values.
-    assert report.relative_error == pytest.approx(float(((delta @ damped) * delta).sum() / energy), rel=1e-4)
+    assert report.loss == pytest.approx(error, rel=1e-4)
+    assert report.relative_error == pytest.approx(error / energy, rel=1e-4)
 
 
 @pytest.mark.parametrize("spec", [QuantSpec(4, 32), QuantSpec(2, 32, sym=False), QuantSpec(3, 100, desc_act=True)])
