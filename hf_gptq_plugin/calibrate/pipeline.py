@@ -202,12 +202,12 @@ def _quantize_block(
         stream: the windows as the quantized model carries them.
         exact: as the dense model does, where errors of earlier layers are to be made good.
     """
-    everything = linears(block.module)
-    targets = {local: layer for local, layer in everything.items() if f"{block.name}.{local}" in specs}
-    stream.enter(block, everything, set(everything) - set(targets))
+    layers = linears(block.module)
+    targets = {local: layer for local, layer in layers.items() if f"{block.name}.{local}" in specs}
+    everything, units = _units(block.module, layers), _units(block.module, targets)
+    stream.enter(block, everything, set(everything) - set(units))
     if exact is not None:
         exact.enter(twin(block), everything, everything)
-    units = _units(block.module, targets)
     groups = find_stages(block, stream.hiddens[0], units) if units else []
     uncalled = sorted(set(units) - {local for group in groups for local in group})
     if uncalled:
@@ -217,7 +217,6 @@ def _quantize_block(
         )
     phases = [[group] for group in groups] if plan.true_sequential else [groups]
     for phase in phases:
-        done: list[str] = []
         solved: dict[str, QuantizedWeight] = {}
         for group in phase:
             for names, hessian, note in _hessians(stream, exact, units, group, targets, plan):
@@ -225,11 +224,10 @@ def _quantize_block(
                     full = f"{block.name}.{local}"
                     solved[local], report = solve_layer(full, targets[local], hessian, specs[full], plan.settings)
                     yield replace(report, note=note)
-                done += names
                 if plan.true_sequential:
                     _replace_all(block.module, targets, solved)
         _replace_all(block.module, targets, solved)
-        stream.settle(done)
+        stream.settle(unit for group in phase for unit in group)
     own_memory(block.module)
     stream.leave()
     if exact is not None:
