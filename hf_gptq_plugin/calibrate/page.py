@@ -80,6 +80,14 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def amount(count: float) -> str:
+    """A large number with a suffix."""
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.4g} {unit}"
+    return str(count)
+
+
 def _count(number: int, what: str) -> str:
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
@@ -126,7 +134,7 @@ def _tiles(content: Mapping[str, Any]) -> str:
         ("Quantized weights", size(after), f"{before / after:.2f}× smaller than {size(before)} at 16 bits"),
         ("Bits per weight", f"{totals['bits_per_weight']:.2f}", "codes, scales, zeros and group index"),
         ("Median error", percent(totals["relative_error_median"]), f"highest {percent(totals['relative_error_worst'])}"),
-        ("Modules", f"{totals['modules']:,}", f"{totals['weights'] / 1e6:,.1f} M weights"),
+        ("Modules", f"{totals['modules']:,}", f"{amount(totals['weights'])} weights"),
     ]
     if data.get("tokens"):
         windows = f"{data['windows']:,} windows of up to {data['seqlen']:,}" if data.get("windows") else ""
@@ -173,6 +181,9 @@ def notices(content: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
             "Hessian rests on the damping. Use more calibration text.",
             sorted(few, key=lambda r: r["tokens"]),
         ))  # fmt: skip
+    blind = [r for r in records if not r["tokens"]]
+    if blind:
+        found.append((f"{_count(len(blind), 'module')} saw no calibration token.", blind))
     broken = [r for r in records if r["relative_error"] is None]
     if broken:
         found.append((f"The error of {_count(len(broken), 'module')} is not a finite number.", broken))
@@ -255,6 +266,10 @@ def _errors(records: list[Record], types: Mapping[str, str]) -> str:
     body = ""
     if cells:
         body += _map(cells, kinds, blocks)
+        outside = [r for r in records if place(r["name"]).block is None]
+        if outside:
+            listed = ", ".join(f"{r['name']} {percent(r['relative_error'])}" for r in outside)
+            body += f'<p class="keys">Outside of blocks: {escape(listed)}</p>'
     if len(blocks) >= _FEW_BLOCKS:
         body += _panels(cells, kinds)
     worst = sorted((r for r in records if r["relative_error"]), key=lambda r: -r["relative_error"])[:_WORST]
@@ -378,7 +393,7 @@ def _size(content: Mapping[str, Any]) -> str:
         per = 8 * after / (totals["weights"] + other)
         bar = Bar("whole model", after, f"{size(before)} → {size(after)} · {per:.2f} bits", "", before)
         whole = (
-            f"<div><h3>Whole model, the other {other / 1e6:,.1f} M parameters at 16 bits</h3>"
+            f"<div><h3>Whole model, the other {amount(other)} parameters at 16 bits</h3>"
             f"{bar_chart([_size_bar('quantized modules', totals), bar], 'Size of the whole model')}</div>"
         )
     chart = bar_chart(bars, "Size before and after by module type")
@@ -409,7 +424,9 @@ def _table(rows: Iterable[Record], columns: list[Column], sortable: bool, flag: 
             exact = "" if value is None else str(value)
             classes = "flag" if flag(row, name) else "words" if name == "note" else ""
             class_ = f' class="{classes}"' if classes else ""
-            cells += f'<td{class_} data-v="{escape(exact)}">{escape("–" if value is None else show(value))}</td>'
+            text = escape("–" if value is None else show(value))
+            text = text if cells else text.replace(".", ".<wbr>")  # names
+            cells += f'<td{class_} data-v="{escape(exact)}">{text}</td>'
         body.append(f"<tr>{cells}</tr>")
     table = "<table id='modules'>" if sortable else "<table>"
     return f"{table}<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
