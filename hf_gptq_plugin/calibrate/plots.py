@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
 _SPAN = 100  # ratio that a heat map's colours cover at most, so that one outlier does not take all of them
 LOG_FROM = 8  # an axis is logarithmic where the largest value is so many times the smallest
@@ -151,7 +152,7 @@ def heat_map(
                 continue
             x, place = left + c * pitch, scale(cell.value)
             # Opacity, so that one ramp serves a light and a dark page.
-            shape = dict(x=x, y=y, width=pitch - gap, height=height, rx=2.0 if gap == 2 else 0.0)
+            shape: dict[str, Any] = dict(x=x, y=y, width=pitch - gap, height=height, rx=2.0 if gap == 2 else 0.0)
             out.append(tag("rect", _title(cell.title), **shape, class_="heat", fill_opacity=_opacity(place)))
             if pitch >= 52:
                 class_ = "value over" if _opacity(place) > 0.65 else "value"
@@ -175,7 +176,7 @@ def _legend(scale: Scale, cut: bool, show: Format, label: str, width: float) -> 
     out = [_text(0, 11, label + (", logarithmic" if scale.log else ""), "start", "axis")]
     for i in range(steps):
         x = i * width / steps
-        shape = dict(x=x, y=18, width=width / steps, height=7)
+        shape: dict[str, Any] = dict(x=x, y=18, width=width / steps, height=7)
         out.append(tag("rect", **shape, class_="heat legend", fill_opacity=_opacity(i / (steps - 1))))
     for place, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
         value = scale.low * (scale.high / scale.low) ** place if scale.log else scale.high * place
