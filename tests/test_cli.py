@@ -107,6 +107,25 @@ def test_files_of_rows_and_methods_without_data(hf_gptq: Run, model: Path, text:
     assert meta["solver"]["method"] == "hqq" and "calibration" not in meta
 
 
+def test_quantize_reports(hf_gptq: Run, model: Path, text: Path, tmp_path: Path) -> None:
+    base = ("--bits", 3, "--group-size", 32, "--calibration", text, "--samples", 4, "--seqlen", 64)
+    base += ("--dtype", "float32")  # that of `eval`
+    windows = ("--eval-text", text, "--eval-windows", 2, "--eval-seqlen", 32)
+    done = hf_gptq("quantize", model, tmp_path / "out", *base, *windows)
+    assert done.code == 0, done.err
+    assert "calibration.html" in done.out.replace("\n", "")
+    quality = json.loads((tmp_path / "out" / "calibration.json").read_text())["perplexity"]
+    assert {k: quality[k] for k in ("text", "windows", "seqlen", "tokens")} == {
+        "text": text.name, "windows": 2, "seqlen": 32, "tokens": 64
+    }  # fmt: skip
+    for folder, key in ((model, "dense"), (tmp_path / "out", "quantized")):
+        by_itself = hf_gptq("eval", folder, "--text", text, "--windows", 2, "--seqlen", 32, "--json")
+        assert quality[key] == pytest.approx(json.loads(by_itself.out)["perplexity"], rel=1e-5)
+    assert quality["dense"] != quality["quantized"]
+    assert hf_gptq("quantize", model, tmp_path / "bare", *base, "--no-report").code == 0
+    assert not list((tmp_path / "bare").glob("calibration.*"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -115,6 +134,7 @@ def test_files_of_rows_and_methods_without_data(hf_gptq: Run, model: Path, text:
         (("--group-size", 0), "group_size=0 is not supported"),
         (("--calibration", "missing.txt"), "dataset='missing.txt' is neither a file nor the name of a data set"),
         (("--samples", 0), "samples=0 must be an integer of at least 1"),
+        (("--eval-text", "missing.txt"), "missing.txt is neither a file"),
         (("--dtype", "int8"), "--dtype='int8' is not supported"),
         (("--format", "marlin"), "checkpoint_format='marlin' is not supported"),
     ],

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from html import escape
 from typing import Any
 
+from .numbers import amount, counted, duration, general, percent, round_percent, share, size, span
 from .page_style import CSS, SCRIPT
 from .places import place, type_names
 from .plots import Bar, Cell, Line, Scale, bar_chart, heat_map, line_chart
@@ -49,45 +50,6 @@ def render(content: Mapping[str, Any]) -> str:
     )
 
 
-def percent(value: float | None) -> str:
-    """A fraction as a percentage of three digits."""
-    if value is None:
-        return "–"
-    return f"{100 * value:,.0f}%" if value >= 0.9995 else f"{100 * value:#.3g}%"
-
-
-def round_percent(value: float | None) -> str:
-    """The same without zeros at the end, for values that are round."""
-    return "–" if value is None else f"{100 * value:.6g}%"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as people say them."""
-    if seconds is None:
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    if seconds < 3600:
-        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
-    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
-
-
-def size(count: float) -> str:
-    """Bytes, in powers of 1000."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}" if count < 10 * factor else f"{count / factor:.1f} {unit}"
-    return f"{count:.0f} B"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
-
-
-def _range(low: int, high: int) -> str:
-    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
-
-
 def _spec(record: Record) -> str:
     group = "one group" if record["group_size"] == -1 else f"groups of {record['group_size']}"
     kind = "symmetric" if record["sym"] else "asymmetric"
@@ -117,6 +79,7 @@ def _weights(record: Record) -> int:
 def _tiles(content: Mapping[str, Any]) -> str:
     totals, data, quality = content["totals"], content["data"], content["perplexity"]
     before, after = totals["bytes_16_bit"], totals["bytes_quantized"]
+    worst = f"highest {percent(totals['relative_error_worst'])}"
     tiles = []
     if quality and quality["quantized"] is not None:
         dense = quality["dense"]
@@ -125,8 +88,8 @@ def _tiles(content: Mapping[str, Any]) -> str:
     tiles += [
         ("Quantized weights", size(after), f"{before / after:.2f}× smaller than {size(before)} at 16 bits"),
         ("Bits per weight", f"{totals['bits_per_weight']:.2f}", "codes, scales, zeros and group index"),
-        ("Median error", percent(totals["relative_error_median"]), f"highest {percent(totals['relative_error_worst'])}"),
-        ("Modules", f"{totals['modules']:,}", f"{totals['weights'] / 1e6:,.1f} M weights"),
+        ("Median error", percent(totals["relative_error_median"]), worst),
+        ("Modules", f"{totals['modules']:,}", f"{amount(totals['weights'])} weights"),
     ]
     if data.get("tokens"):
         windows = f"{data['windows']:,} windows of up to {data['seqlen']:,}" if data.get("windows") else ""
@@ -153,15 +116,16 @@ def notices(content: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     if raised:
         most = max(r["damp_percent"] for r in raised)
         found.append((
-            f"Damping was raised above {round_percent(asked)} in {_count(len(raised), 'module')}, up to {round_percent(most)}: the "
-            "Hessian was not positive definite. More, or more varied, calibration text helps.",
+            f"Damping was raised above {round_percent(asked)} in {counted(len(raised), 'module')}, up to "
+            f"{round_percent(most)}: the Hessian was not positive definite. More, or more varied, calibration text "
+            "helps.",
             raised,
         ))  # fmt: skip
     dead = [r for r in records if r["dead_columns"]]
     if dead:
         total = sum(r["dead_columns"] for r in dead)
         found.append((
-            f"{_count(total, 'input')} of {_count(len(dead), 'module')} were 0 on every calibration token; their "
+            f"{counted(total, 'input')} of {counted(len(dead), 'module')} were 0 on every calibration token; their "
             "weights were set to 0.",
             dead,
         ))  # fmt: skip
@@ -169,16 +133,19 @@ def notices(content: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     if few:
         least = min(r["tokens"] for r in few)
         found.append((
-            f"{_count(len(few), 'module')} saw fewer tokens than they have inputs (the fewest: {least:,}); their "
+            f"{counted(len(few), 'module')} saw fewer tokens than they have inputs (the fewest: {least:,}); their "
             "Hessian rests on the damping. Use more calibration text.",
             sorted(few, key=lambda r: r["tokens"]),
         ))  # fmt: skip
+    blind = [r for r in records if not r["tokens"]]
+    if blind:
+        found.append((f"{counted(len(blind), 'module')} saw no calibration token.", blind))
     broken = [r for r in records if r["relative_error"] is None]
     if broken:
-        found.append((f"The error of {_count(len(broken), 'module')} is not a finite number.", broken))
+        found.append((f"The error of {counted(len(broken), 'module')} is not a finite number.", broken))
     for note in dict.fromkeys(r["note"] for r in records if r["note"]):
         noted = [r for r in records if r["note"] == note]
-        found.append((f"{_count(len(noted), 'module')}: {note}", noted))
+        found.append((f"{counted(len(noted), 'module')}: {note}", noted))
     return [(text, [r["name"] for r in modules]) for text, modules in found]
 
 
@@ -202,20 +169,10 @@ def _notices(content: Mapping[str, Any]) -> str:
 def _hover(record: Record) -> str:
     return (
         f"{record['name']}\nrelative error {percent(record['relative_error'])}\n"
-        f"loss {_general(record['loss'])} per token\n{_spec(record)}\n{record['tokens']:,} tokens, damping "
+        f"loss {general(record['loss'])} per token\n{_spec(record)}\n{record['tokens']:,} tokens, damping "
         f"{round_percent(record['damp_percent'])}, {record['dead_columns']:,} dead inputs\nsolved in "
         f"{duration(record['seconds'])}"
     )
-
-
-def _general(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value:,.0f}" if 1e4 <= value < 1e9 else f"{value:.4g}"
-
-
-def _share(part: float, whole: float) -> str:
-    return "<1%" if 0 < part / whole < 0.005 else f"{part / whole:.0%}"
 
 
 # Of one type in one block, e.g. all experts: from the lowest error to the highest.
@@ -243,7 +200,7 @@ def _median_hover(group: list[Record]) -> str:
     parts = group[0]["name"].split(".")
     return (
         f"{len(group)} modules like {'.'.join(parts)}\nrelative error {percent(errors[0])} to {percent(errors[-1])}, "
-        f"median {percent(_median(group))}\n{_range(min(tokens), max(tokens))} tokens\nsolved in "
+        f"median {percent(_median(group))}\n{span(min(tokens), max(tokens))} tokens\nsolved in "
         f"{duration(sum(r['seconds'] for r in group))}"
     )
 
@@ -255,15 +212,18 @@ def _errors(records: list[Record], types: Mapping[str, str]) -> str:
     body = ""
     if cells:
         body += _map(cells, kinds, blocks)
+        outside = [r for r in records if place(r["name"]).block is None]
+        if outside:
+            listed = ", ".join(f"{r['name']} {percent(r['relative_error'])}" for r in outside)
+            body += f'<p class="keys outside">Outside of blocks: {escape(listed)}</p>'
     if len(blocks) >= _FEW_BLOCKS:
         body += _panels(cells, kinds)
-    worst = sorted((r for r in records if r["relative_error"]), key=lambda r: -r["relative_error"])[:_WORST]
+    worst = sorted((r for r in records if r["relative_error"] is not None), key=lambda r: -r["relative_error"])[:_WORST]
     bars = [Bar(r["name"], r["relative_error"], percent(r["relative_error"]), _hover(r)) for r in worst]
     losses = _losses(records, types)
-    body += (
-        '<div class="pair" style="margin-top:28px">'
-        f"<div><h3>Highest errors</h3>{bar_chart(bars, 'Modules with the highest relative error')}</div>{losses}</div>"
-    )
+    if bars:
+        chart = bar_chart(bars, "Modules with the highest relative error")
+        body += f'<div class="pair apart"><div><h3>Highest errors</h3>{chart}</div>{losses}</div>'
     hint = (
         "Relative error of a module's output on the calibration text: tr(ΔHΔᵀ) / tr(WHWᵀ), 0% is exact and 100% as bad "
         "as a weight of zeros. Hover for the module."
@@ -281,7 +241,7 @@ def _losses(records: list[Record], types: Mapping[str, str]) -> str:
     if not total:
         return ""
     ranked = sorted(sums.items(), key=lambda item: -item[1])[:_WORST]
-    bars = [Bar(kind, loss, f"{_general(loss)} · {_share(loss, total)}") for kind, loss in ranked]
+    bars = [Bar(kind, loss, f"{general(loss)} · {share(loss, total)}") for kind, loss in ranked]
     chart = bar_chart(bars, "Absolute loss by module type")
     return f"<div><h3>Squared output error per token, tr(ΔHΔᵀ), summed by type</h3>{chart}</div>"
 
@@ -333,15 +293,14 @@ def _time(content: Mapping[str, Any]) -> str:
     solving = totals["solve_seconds"]
     kinds = sorted(content["types"], key=lambda t: -t["solve_seconds"])
     bars = [
-        Bar(t["type"], t["solve_seconds"], f"{duration(t['solve_seconds'])} · {_share(t['solve_seconds'], solving)}")
+        Bar(t["type"], t["solve_seconds"], f"{duration(t['solve_seconds'])} · {share(t['solve_seconds'], solving)}")
         for t in kinds
-        if solving
     ]
     unit, factor = ("s", 1) if solving < 300 else ("min", 60) if solving < 18_000 else ("h", 3600)
     points, sofar = [], 0.0
     for i, record in enumerate(records, 1):
         sofar += record["seconds"] or 0.0
-        points.append((float(i), sofar / factor, f"{record['name']}\n{duration(sofar)} after {_count(i, 'module')}"))
+        points.append((float(i), sofar / factor, f"{record['name']}\n{duration(sofar)} after {counted(i, 'module')}"))
     chart = line_chart(
         [Line(points, filled=True)],
         Scale(0.0, max(points[-1][1], 1e-9), False).padded(),
@@ -378,7 +337,7 @@ def _size(content: Mapping[str, Any]) -> str:
         per = 8 * after / (totals["weights"] + other)
         bar = Bar("whole model", after, f"{size(before)} → {size(after)} · {per:.2f} bits", "", before)
         whole = (
-            f"<div><h3>Whole model, the other {other / 1e6:,.1f} M parameters at 16 bits</h3>"
+            f"<div><h3>Whole model, the other {amount(other)} parameters at 16 bits</h3>"
             f"{bar_chart([_size_bar('quantized modules', totals), bar], 'Size of the whole model')}</div>"
         )
     chart = bar_chart(bars, "Size before and after by module type")
@@ -389,7 +348,7 @@ def _size(content: Mapping[str, Any]) -> str:
 def _size_bar(name: str, sums: Mapping[str, Any]) -> Bar:
     before, after = sums["bytes_16_bit"], sums["bytes_quantized"]
     text = f"{size(before)} → {size(after)} · {sums['bits_per_weight']:.2f} bits"
-    return Bar(name, after, text, f"{name}: {_count(sums['modules'], 'module')}, {sums['weights']:,} weights", before)
+    return Bar(name, after, text, f"{name}: {counted(sums['modules'], 'module')}, {sums['weights']:,} weights", before)
 
 
 Column = tuple[str, str, Callable[[Record], Any], Callable[[Any], str]]
@@ -409,7 +368,9 @@ def _table(rows: Iterable[Record], columns: list[Column], sortable: bool, flag: 
             exact = "" if value is None else str(value)
             classes = "flag" if flag(row, name) else "words" if name == "note" else ""
             class_ = f' class="{classes}"' if classes else ""
-            cells += f'<td{class_} data-v="{escape(exact)}">{escape("–" if value is None else show(value))}</td>'
+            text = escape("–" if value is None else show(value))
+            text = text if cells else text.replace(".", ".<wbr>")  # names
+            cells += f'<td{class_} data-v="{escape(exact)}">{text}</td>'
         body.append(f"<tr>{cells}</tr>")
     table = "<table id='modules'>" if sortable else "<table>"
     return f"{table}<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
@@ -422,8 +383,8 @@ def _types(content: Mapping[str, Any]) -> str:
         ("bits", "per code", lambda t: ", ".join(map(str, t["bits"])), str),
         ("error", "median", lambda t: t["relative_error_median"], percent),
         ("error", "highest", lambda t: t["relative_error_worst"], percent),
-        ("loss", "per token", lambda t: t["loss"], _general),
-        ("tokens seen", "fewest–most", lambda t: _range(t["tokens_least"], t["tokens_most"]), str),
+        ("loss", "per token", lambda t: t["loss"], general),
+        ("tokens seen", "fewest–most", lambda t: span(t["tokens_least"], t["tokens_most"]), str),
         ("solving", "", lambda t: t["solve_seconds"], duration),
         ("size", "quantized", lambda t: t["bytes_quantized"], size),
         ("bits", "per weight", lambda t: t["bits_per_weight"], "{:.2f}".format),
@@ -463,7 +424,7 @@ def _modules(records: list[Record], asked: float | None) -> str:
     columns: list[Column] = [
         ("module", "", lambda r: r["name"], str),
         ("error", "", lambda r: r["relative_error"], percent),
-        ("loss", "per token", lambda r: r["loss"], _general),
+        ("loss", "per token", lambda r: r["loss"], general),
         ("bits", "", lambda r: r["bits"], str),
         ("group", "inputs", lambda r: r["group_size"], lambda v: "all" if v == -1 else str(v)),
         ("tokens", "", lambda r: r["tokens"], "{:,}".format),

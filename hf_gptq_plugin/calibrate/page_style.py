@@ -35,6 +35,7 @@ overflow-wrap:anywhere}
 .notices h2{color:var(--warn)}
 .fine{color:var(--good);font-size:14px;margin-top:14px}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,380px),1fr));gap:24px 40px}
+.apart{margin-top:28px}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,290px),1fr));gap:24px 28px;margin-top:24px}
 svg.chart{display:block;width:100%;height:auto;overflow:visible}
 svg.narrow{display:none}
@@ -56,6 +57,7 @@ svg .touch{fill:transparent}
 svg .touch:hover{fill:var(--ink);fill-opacity:.18}
 svg .track{fill:var(--track)} svg .before{fill:var(--before)} svg .bar{fill:var(--main)}
 .keys{font-size:12.5px;color:var(--soft);margin-bottom:6px}
+.outside{margin-top:10px}
 .key{display:inline-block;width:10px;height:10px;border-radius:2px;margin:0 5px 0 14px}
 .key:first-child{margin-left:0}
 .key.before{background:var(--before)} .key.main{background:var(--main)} .key.second{background:var(--second)}
@@ -76,7 +78,8 @@ th button:hover,th[aria-sort] button{color:var(--ink)}
 th[aria-sort=ascending] button:after{content:" ↑"} th[aria-sort=descending] button:after{content:" ↓"}
 tbody tr:hover td{background:var(--track)}
 td.flag{color:var(--warn);font-weight:600}
-code,td:first-child{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:12.5px}
+code,td:first-child{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
+font-size:12.5px}
 .columns{columns:2 320px;column-gap:40px}
 .columns>div{break-inside:avoid;padding-bottom:20px}
 .facts{display:grid;grid-template-columns:max-content 1fr;gap:4px 18px;margin:0;font-size:13.5px}

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Any
 
+_SPAN = 100  # ratio that a heat map's colours cover at most, so that one outlier does not take all of them
 LOG_FROM = 8  # an axis is logarithmic where the largest value is so many times the smallest
 _CHARACTER = 6.6  # pixels of an average character at the size that charts write in
 Format = Callable[[float], str]
@@ -130,14 +132,16 @@ def heat_map(
         axis: what columns are.
         narrow: for a phone: row names stand above their cells.
     """
-    scale = Scale.of([cell.value for cell in cells.values()])
+    scale = full = Scale.of([cell.value for cell in cells.values()])
+    if full.log:
+        scale = Scale(max(full.low, full.high / _SPAN), full.high, True)
     width = 360.0 if narrow else 960.0
     left = 0.0 if narrow else min(max(map(len, rows)) * _CHARACTER + 14, 250.0)
     pitch = min((width - left) / len(columns), 110.0)
     gap = 2.0 if pitch > 9 else 1.0 if pitch > 4 else 0.0
     height, head, above = (20.0, 52.0, 18.0) if narrow else (26.0, 46.0, 0.0)
     row_pitch = height + above + 2
-    out = _legend(scale, show, label, width if narrow else 300.0)
+    out = _legend(scale, scale != full, show, label, width if narrow else 300.0)
     for r, row in enumerate(rows):
         y = head + r * row_pitch + above
         name = shorten(row, int((width if narrow else left - 12) / _CHARACTER))
@@ -148,7 +152,7 @@ def heat_map(
                 continue
             x, place = left + c * pitch, scale(cell.value)
             # Opacity, so that one ramp serves a light and a dark page.
-            shape = dict(x=x, y=y, width=pitch - gap, height=height, rx=2.0 if gap == 2 else 0.0)
+            shape: dict[str, Any] = dict(x=x, y=y, width=pitch - gap, height=height, rx=2.0 if gap == 2 else 0.0)
             out.append(tag("rect", _title(cell.title), **shape, class_="heat", fill_opacity=_opacity(place)))
             if pitch >= 52:
                 class_ = "value over" if _opacity(place) > 0.65 else "value"
@@ -167,16 +171,16 @@ def _opacity(place: float) -> float:
     return 0.06 + 0.94 * min(max(place, 0.0), 1.0) ** 1.5
 
 
-def _legend(scale: Scale, show: Format, label: str, width: float) -> list[str]:
+def _legend(scale: Scale, cut: bool, show: Format, label: str, width: float) -> list[str]:
     steps = 48
     out = [_text(0, 11, label + (", logarithmic" if scale.log else ""), "start", "axis")]
     for i in range(steps):
         x = i * width / steps
-        shape = dict(x=x, y=18, width=width / steps, height=7)
+        shape: dict[str, Any] = dict(x=x, y=18, width=width / steps, height=7)
         out.append(tag("rect", **shape, class_="heat legend", fill_opacity=_opacity(i / (steps - 1))))
     for place, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
         value = scale.low * (scale.high / scale.low) ** place if scale.log else scale.high * place
-        out.append(_text(width * place, 38, show(value), anchor, "tick"))
+        out.append(_text(width * place, 38, ("≤ " if cut and not place else "") + show(value), anchor, "tick"))
     return out
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..format.checkpoint import write_json, written_whole
+from ..format.checkpoint import written_whole
 from ..format.spec import QuantSpec
 from ..solve.gptq import SolveReport
 from .page import render
@@ -20,7 +20,7 @@ from .places import type_names
 FILES = ("calibration.csv", "calibration.json", "calibration.html")
 VERSION = 1  # of calibration.json
 
-_SPEC = {"bits": "bits", "group_size": "group_size", "sym": "sym", "desc_act": "desc_act", "format": "checkpoint_format"}
+_SPEC = {name: name for name in ("bits", "group_size", "sym", "desc_act")} | {"format": "checkpoint_format"}
 _SOLVE = ("relative_error", "loss", "damp_percent", "dead_columns", "seconds")
 
 
@@ -108,14 +108,14 @@ def from_record(record: Mapping[str, Any]) -> LayerReport:
     """
     try:
         spec = QuantSpec(**{name: record[key] for key, name in _SPEC.items()})
-        solve = SolveReport(**{key: math.nan if record[key] is None else record[key] for key in _SOLVE})
+        numbers: dict[str, Any] = {key: math.nan if record[key] is None else record[key] for key in _SOLVE}
         rest = {name: record[name] for name in ("name", "tokens", "in_features", "out_features", "note")}
     except KeyError as error:
         raise ValueError(
             f"the record of {record.get('name', 'a layer')!r} has no field {error}; it was written by another version: "
             "calibrate again"
         ) from None
-    return LayerReport(spec=spec, solve=solve, **rest)
+    return LayerReport(spec=spec, solve=SolveReport(**numbers), **rest)
 
 
 def write_report(folder: str | Path, reports: Sequence[LayerReport], header: Header | None = None) -> Path:
@@ -143,7 +143,7 @@ def write_report(folder: str | Path, reports: Sequence[LayerReport], header: Hea
             writer = csv.DictWriter(file, list(content["modules"][0]))
             writer.writeheader()
             writer.writerows(content["modules"])
-        write_json(staging / FILES[1], content)
+        (staging / FILES[1]).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         (staging / FILES[2]).write_text(render(content), encoding="utf-8")
     return Path(folder) / FILES[2]
 
