@@ -12,6 +12,7 @@ from .. import native
 from ..format.grid import QuantizedWeight, natural_groups
 from ..format.spec import QuantSpec
 from .hessian import SolveError, factorize
+from .linalg import total
 from .refine import descend, propagate, refit_scales, row_errors
 from .scales import METHODS, choose_scales
 
@@ -156,7 +157,7 @@ def solve(
         group=group,
         spec=spec,
     )
-    energy = float(row_errors(original[:, order], factor.damped).sum())
+    energy = total(row_errors(original[:, order], factor.damped))
     report = SolveReport(
         relative_error=error / max(energy, torch.finfo(torch.float32).tiny),
         loss=error,
@@ -178,7 +179,7 @@ def _refine(
         if settings.refit:
             scales = refit_scales(weight, damped, codes, scales, zeros, width, settings.scales_dtype, errors)
         codes, errors = descend(weight, damped, codes, scales, zeros, group, spec.bits, 1 if settings.descent else 0)
-    return codes, scales, float(errors.sum())
+    return codes, scales, total(errors)
 
 
 def _solve_order(diagonal: Tensor, spec: QuantSpec, order: str) -> Tensor:
@@ -221,7 +222,7 @@ def solve_columns(
                 codes.data_ptr(), errors.data_ptr(), rows, columns, scales.shape[1], bits, blocksize,
             )
         )  # fmt: skip
-        return codes, float(errors.sum())
+        return codes, total(errors)
     return _solve_columns_reference(work, upper, scales, zeros, group, bits)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import native
+from .linalg import add_gram, inverse_factor, total
 
 DAMP_LIMIT = 10.0  # times the mean of the diagonal; beyond it the damping would drown the data
 
@@ -39,11 +39,11 @@ class Hessian:
             exact: `x*`, `[..., K]`; at every call or at none.
         """
         rows = self._rows(x)
-        _add_gram(self._sum, rows, None)
+        add_gram(self._sum, rows)
         if exact is not None:
             if self._cross is None:
                 self._cross = torch.zeros_like(self._sum)
-            _add_gram(self._cross, rows, self._rows(exact) - rows)
+            add_gram(self._cross, rows, self._rows(exact) - rows)
         self.tokens += rows.shape[0]
 
     def lean_on(self, prior: Hessian, tokens: int) -> None:
@@ -78,23 +78,6 @@ class Hessian:
         return None if self._cross is None else self._cross / (self.tokens + self._borrowed)
 
 
-def _add_gram(total: Tensor, left: Tensor, right: Tensor | None) -> None:
-    """`total += leftᵀ · right`, fp32 `[T, K]` both; right None stands for left. The native sum has the same bits
-    whatever the number of threads."""
-    library = native.library()
-    if library is None or total.device.type != "cpu" or left.shape[0] == 0:
-        total.addmm_(left.T, left if right is None else right)
-        return
-    left = left if left.stride(1) == 1 else left.contiguous()
-    right = right if right is None or right.stride(1) == 1 else right.contiguous()
-    native.check(
-        library.hf_gptq_gram(
-            left.data_ptr(), left.stride(0), native.pointer(right), 0 if right is None else right.stride(0),
-            left.shape[0], *total.shape, total.data_ptr(),
-        )
-    )  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Factor:
     """The upper Cholesky factor of the inverse of a damped Hessian.
@@ -111,12 +94,8 @@ class Factor:
 
 
 def factorize(hessian: Tensor, order: Tensor, damp_percent: float) -> Factor:
-    """Damp, reorder and factorize.
-
-    With the rows and columns reversed, an ordinary Cholesky factor is the reverse one, `H = R Rᵀ` with `R` upper
-    triangular. Then `H⁻¹ = R⁻ᵀ R⁻¹`, so `R⁻¹` is the factor that is wanted: one factorization and one triangular
-    inverse where the usual way takes a Cholesky, an inverse and a Cholesky. Where the matrix is not positive
-    definite in fp32, the damping is raised tenfold until it is.
+    """Damp, reorder and factorize. Where the matrix is not positive definite in fp32, the damping is raised tenfold
+    until it is.
 
     Args:
         hessian: fp32 `[K, K]`, zero on the diagonal only for dead columns, which stay out of the mean and
@@ -131,21 +110,15 @@ def factorize(hessian: Tensor, order: Tensor, damp_percent: float) -> Factor:
     diagonal = damped.diagonal()
     dead = diagonal == 0
     live = diagonal[~dead]
-    mean = live.mean() if live.numel() else diagonal.new_ones(())
-    damped = damped.clone()
+    mean = total(live) / live.numel() if live.numel() else 1.0
     damped.diagonal()[dead] = mean
-    size = damped.shape[0]
     used = damp_percent
     while used <= DAMP_LIMIT:
         trial = damped.clone()
         trial.diagonal().add_(used * mean)
-        lower, info = torch.linalg.cholesky_ex(trial.flip(0, 1))
-        if int(info) == 0:
-            reverse = lower.flip(0, 1)
-            eye = torch.eye(size, dtype=trial.dtype, device=trial.device)
-            upper = torch.linalg.solve_triangular(reverse, eye, upper=True)
-            if bool(torch.isfinite(upper).all()):
-                return Factor(upper.contiguous(), trial, used)
+        upper = inverse_factor(trial)
+        if upper is not None:
+            return Factor(upper, trial, used)
         used *= 10
     raise SolveError(
         f"the Hessian is not positive definite even with damping {DAMP_LIMIT:g} × its mean; "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from .linalg import matmul, solve_symmetric
 
 _ROWS = 512  # rows whose [G, G] systems are held at once
 
@@ -32,7 +33,7 @@ def propagate(weight: Tensor, cross: Tensor, inverse_factor: Tensor, order: Tens
     References:
         Li et al. 2025 (GPTAQ); Arai & Ichikawa 2025 (QEP).
     """
-    moved = (weight @ cross.T)[:, order] @ inverse_factor.T @ inverse_factor
+    moved = matmul(matmul(matmul(weight, cross.T)[:, order], inverse_factor.T), inverse_factor)
     out = weight.clone()
     out[:, order] += strength * moved
     return out
@@ -121,15 +122,15 @@ def refit_scales(
     for a in range(0, len(weight), _ROWS):
         rows = slice(a, a + _ROWS)
         q = codes[rows].float() - zeros[rows][:, group]
-        matrix = q.new_empty(len(q), groups, groups)
+        matrix = q.new_zeros(len(q), groups, groups)  # on and above the diagonal
         for g in range(groups):
-            part = slice(g * width, (g + 1) * width)
-            matrix[:, g] = _group_sums((q[:, part] @ hessian[part]) * q, width)
-        right = _group_sums((weight[rows] @ hessian) * q, width)
+            part, rest = slice(g * width, (g + 1) * width), slice(g * width, None)
+            matrix[:, g, g:] = _group_sums(matmul(q[:, part], hessian[part, rest]) * q[:, rest], width)
+        right = _group_sums(matmul(weight[rows], hessian) * q, width)
         # Codes that are all zero in a group leave its scale undetermined: the ridge keeps the system regular.
         diagonal = matrix.diagonal(dim1=1, dim2=2)
         diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny
-        fitted = torch.linalg.solve(matrix.double(), right.double()).to(dtype).float()
+        fitted = solve_symmetric(matrix.double(), right.double()).to(dtype).float()
         usable = (torch.isfinite(fitted) & (fitted.abs() >= torch.finfo(dtype).tiny)).all(1)
         fitted = torch.where(usable[:, None], fitted, scales[rows])
         better = row_errors(weight[rows] - q * fitted[:, group], hessian) < errors[rows]
@@ -139,7 +140,7 @@ def refit_scales(
 
 def row_errors(delta: Tensor, hessian: Tensor) -> Tensor:
     """`Δ H Δᵀ` of every row, float64 `[N]`; delta fp32 `[N, K]`."""
-    return ((delta @ hessian) * delta).sum(1, dtype=torch.float64)
+    return (matmul(delta, hessian) * delta).sum(1, dtype=torch.float64)
 
 
 def _values(q: Tensor, scales: Tensor, zeros: Tensor, group: Tensor) -> Tensor:

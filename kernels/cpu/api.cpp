@@ -190,6 +190,10 @@ const char* hf_gptq_error_string(int error) {
     case HF_GPTQ_ERROR_PIVOT:
       return "a diagonal element of U is zero, infinite or NaN, or one of H is not positive and "
              "finite";
+    case HF_GPTQ_ERROR_NOT_POSITIVE_DEFINITE:
+      return "the matrix is not positive definite";
+    case HF_GPTQ_ERROR_MODE:
+      return "mode must be 0 (store), 1 (add) or 2 (add, symmetric)";
     default:
       return "unknown error code";
   }
@@ -287,12 +291,32 @@ int hf_gptq_scale_search(const float* W, const float* h, const int32_t* group_st
                                            scale_dtype, scales, zeros, zero_min});
 }
 
-int hf_gptq_gram(const float* A, int64_t a_row_stride, const float* B, int64_t b_row_stride,
-                 int64_t T, int64_t Ka, int64_t Kb, float* C) {
-  if (T < 0 || Ka < 1 || Kb < 1 || (!B && Ka != Kb)) return HF_GPTQ_ERROR_SHAPE;
-  if (T == 0) return HF_GPTQ_OK;
-  if (!A || !C) return HF_GPTQ_ERROR_NULL_POINTER;
-  return dispatch().kernels->gram({A, a_row_stride, B, b_row_stride, T, Ka, Kb, C});
+int hf_gptq_matmul(const float* A, int64_t a_row_stride, int64_t a_column_stride, const float* B,
+                   int64_t b_row_stride, int64_t b_column_stride, int64_t M, int64_t N, int64_t K,
+                   float* C, int64_t c_row_stride, int32_t mode) {
+  const bool symmetric = mode == HF_GPTQ_MATMUL_ADD_SYMMETRIC;
+  if (mode < HF_GPTQ_MATMUL_STORE || mode > HF_GPTQ_MATMUL_ADD_SYMMETRIC) return HF_GPTQ_ERROR_MODE;
+  if (M < 0 || N < 0 || K < 0 || c_row_stride < N || (symmetric && M != N)) {
+    return HF_GPTQ_ERROR_SHAPE;
+  }
+  if (M == 0 || N == 0) return HF_GPTQ_OK;
+  if (!C || (K > 0 && (!A || !B))) return HF_GPTQ_ERROR_NULL_POINTER;
+  return dispatch().kernels->matmul({A, a_row_stride, a_column_stride, B, b_row_stride,
+                                     b_column_stride, M, N, K, C, c_row_stride,
+                                     mode != HF_GPTQ_MATMUL_STORE, symmetric, symmetric});
+}
+
+int hf_gptq_factorize(const float* H, int64_t K, float* U) {
+  if (!H || !U) return HF_GPTQ_ERROR_NULL_POINTER;
+  if (K < 1) return HF_GPTQ_ERROR_SHAPE;
+  return dispatch().kernels->factorize({H, K, U});
+}
+
+int hf_gptq_solve_symmetric(double* A, double* b, int64_t count, int64_t G) {
+  if (count < 0 || G < 1) return HF_GPTQ_ERROR_SHAPE;
+  if (count == 0) return HF_GPTQ_OK;
+  if (!A || !b) return HF_GPTQ_ERROR_NULL_POINTER;
+  return dispatch().kernels->solve_symmetric({A, b, count, G});
 }
 
 int hf_gptq_descend(const float* W, const float* H, const float* scales, const float* zeros,

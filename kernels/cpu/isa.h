@@ -4,16 +4,18 @@
 // translation unit, none of it may be merged by the linker.
 #include "dequantize.h"
 #include "descend.h"
-#include "gram.h"
+#include "factorize.h"
 #include "kernels.h"
 #include "linear.h"
+#include "matmul.h"
 #include "scale_search.h"
 #include "solve.h"
+#include "systems.h"
 
 namespace hf_gptq {
 
 extern const Kernels HF_GPTQ_KERNELS;
-const Kernels HF_GPTQ_KERNELS = {HF_GPTQ_ISA,  linear, dequantize, solve,
-                                 scale_search, gram,   descend};
+const Kernels HF_GPTQ_KERNELS = {HF_GPTQ_ISA, linear,    dequantize,      solve,  scale_search,
+                                 matmul,      factorize, solve_symmetric, descend};
 
 }  // namespace hf_gptq

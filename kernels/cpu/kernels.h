@@ -68,14 +68,32 @@ struct ScaleSearchArguments {
   int zero_min;
 };
 
-// As the parameters of hf_gptq_gram.
-struct GramArguments {
-  const float* A;
-  int64_t A_stride;
-  const float* B;
-  int64_t B_stride;
-  int64_t T, Ka, Kb;  // T >= 1
-  float* C;
+// C = A B, or C += A B.
+struct MatmulArguments {
+  const float* A;  // element (m, k) at m * A_row + k * A_column
+  int64_t A_row, A_column;
+  const float* B;  // element (k, n) at k * B_row + n * B_column
+  int64_t B_row, B_column;
+  int64_t M, N, K;  // M, N >= 1; K >= 0
+  float* C;         // [M, N], rows C_row apart
+  int64_t C_row;
+  bool accumulate;  // C += A B
+  bool lower;       // M = N, and C is read and written on and below the diagonal only
+  bool mirror;      // with lower: in the end, copy what is below the diagonal to above it
+};
+
+// As the parameters of hf_gptq_factorize.
+struct FactorizeArguments {
+  const float* H;
+  int64_t K;
+  float* U;
+};
+
+// As the parameters of hf_gptq_solve_symmetric.
+struct SystemsArguments {
+  double* A;
+  double* b;
+  int64_t count, G;
 };
 
 // As the parameters of hf_gptq_descend.
@@ -99,7 +117,9 @@ struct Kernels {
   int (*dequantize)(const DequantizeArguments&);
   int (*solve)(const SolveArguments&);
   int (*scale_search)(const ScaleSearchArguments&);
-  int (*gram)(const GramArguments&);
+  int (*matmul)(const MatmulArguments&);
+  int (*factorize)(const FactorizeArguments&);
+  int (*solve_symmetric)(const SystemsArguments&);
   int (*descend)(const DescendArguments&);
 };
 

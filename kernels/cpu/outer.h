@@ -1,4 +1,5 @@
-// Sums of outer products, the core of a matrix product with both operands in packed panels.
+// Sums of outer products, the core of every matrix product here, with both operands in packed
+// panels.
 // Internal linkage, see isa.h.
 #ifndef HF_GPTQ_CPU_OUTER_H_
 #define HF_GPTQ_CPU_OUTER_H_
@@ -68,6 +69,54 @@ void pack_panels(const float* src, int64_t src_stride, int64_t rows, int64_t col
       for (int64_t r = row; r < end; ++r) {
         for (int64_t c = 0; c < kWidth; ++c) {
           panel[r * kWidth + c] = j + c < columns ? src[r * src_stride + j + c] : 0.0f;
+        }
+      }
+    }
+  }
+}
+
+// panel[r, c] = column[c * column_stride + r] for r, c < 4.
+template <int kWidth>
+HF_GPTQ_INLINE void transpose_4x4(const float* column, int64_t column_stride, float* panel) {
+  Vec4 c[4];
+  HF_GPTQ_UNROLL
+  for (int i = 0; i < 4; ++i) memcpy(&c[i], column + i * column_stride, sizeof c[i]);
+  const Vec4 low02 = HF_GPTQ_SHUFFLE_4(c[0], c[2], 0, 4, 1, 5);
+  const Vec4 low13 = HF_GPTQ_SHUFFLE_4(c[1], c[3], 0, 4, 1, 5);
+  const Vec4 high02 = HF_GPTQ_SHUFFLE_4(c[0], c[2], 2, 6, 3, 7);
+  const Vec4 high13 = HF_GPTQ_SHUFFLE_4(c[1], c[3], 2, 6, 3, 7);
+  const Vec4 r[4] = {
+      HF_GPTQ_SHUFFLE_4(low02, low13, 0, 4, 1, 5), HF_GPTQ_SHUFFLE_4(low02, low13, 2, 6, 3, 7),
+      HF_GPTQ_SHUFFLE_4(high02, high13, 0, 4, 1, 5), HF_GPTQ_SHUFFLE_4(high02, high13, 2, 6, 3, 7)};
+  HF_GPTQ_UNROLL
+  for (int i = 0; i < 4; ++i) memcpy(panel + i * kWidth, &r[i], sizeof r[i]);
+}
+
+// The same from columns that are not adjacent: element (row, column) at
+// row * row_stride + column * column_stride of src. Fast for row_stride = 1.
+template <int kWidth>
+void pack_panels_transposed(const float* src, int64_t row_stride, int64_t column_stride,
+                            int64_t rows, int64_t columns, float* panels, int64_t panel_stride) {
+  // A cache line of each column at a time: columns are often a multiple of 4 KiB apart, where few
+  // of them fit in the cache together, so a line must not be needed twice.
+  constexpr int64_t kRows = 16;
+  for (int64_t j = 0; j < columns; j += kWidth, panels += panel_stride) {
+    const int64_t width = min64(kWidth, columns - j);
+    for (int64_t row = 0; row < rows; row += kRows) {
+      const int64_t count = min64(kRows, rows - row);
+      const float* block = src + row * row_stride + j * column_stride;
+      float* panel = panels + row * kWidth;
+      if (width < kWidth) memset(panel, 0, count * kWidth * sizeof(float));
+      int64_t c = 0;
+      for (; c + 4 <= width && count == kRows && row_stride == 1; c += 4) {
+        for (int64_t r = 0; r < kRows; r += 4) {
+          transpose_4x4<kWidth>(block + c * column_stride + r, column_stride,
+                                panel + r * kWidth + c);
+        }
+      }
+      for (; c < width; ++c) {
+        for (int64_t r = 0; r < count; ++r) {
+          panel[r * kWidth + c] = block[r * row_stride + c * column_stride];
         }
       }
     }

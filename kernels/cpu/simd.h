@@ -37,6 +37,16 @@ typedef float VecF __attribute__((vector_size(4 * kLanes)));
 typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
 
+// Four lanes, whatever the instruction set, for transposing. i, j, k, l number those of a, then
+// b's.
+typedef float Vec4 __attribute__((vector_size(16)));
+#ifdef __clang__
+#define HF_GPTQ_SHUFFLE_4(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+typedef int32_t VecI4 __attribute__((vector_size(16)));
+#define HF_GPTQ_SHUFFLE_4(a, b, i, j, k, l) __builtin_shuffle(a, b, (VecI4){i, j, k, l})
+#endif
+
 HF_GPTQ_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 HF_GPTQ_INLINE VecF load(const float* p) {

@@ -23,12 +23,22 @@
 extern "C" {
 #endif
 
-#define HF_GPTQ_ABI_VERSION 2
+#define HF_GPTQ_ABI_VERSION 3
 
 enum hf_gptq_dtype {
   HF_GPTQ_FP32 = 0,
   HF_GPTQ_FP16 = 1,
   HF_GPTQ_BF16 = 2,
+};
+
+// What hf_gptq_matmul does with C.
+enum hf_gptq_matmul_mode {
+  HF_GPTQ_MATMUL_STORE = 0,          // C = A B
+  HF_GPTQ_MATMUL_ADD = 1,            // C += A B
+  HF_GPTQ_MATMUL_ADD_SYMMETRIC = 2,  // C += A B, where C and A B are known to be symmetric, M = N:
+                                     // only what is on and below the diagonal is read and
+                                     // computed, then mirrored above it. C is exactly symmetric,
+                                     // for about half the work
 };
 
 enum hf_gptq_error {
@@ -49,6 +59,8 @@ enum hf_gptq_error {
   HF_GPTQ_ERROR_SCALE_FINITE = 12,  // solve, descend: a scale is infinite or NaN
   HF_GPTQ_ERROR_PIVOT = 13,         // solve: a diagonal element of U is zero, infinite or NaN;
                                     // descend: one of H is not positive and finite
+  HF_GPTQ_ERROR_NOT_POSITIVE_DEFINITE = 14,  // factorize: H is not, or not in fp32
+  HF_GPTQ_ERROR_MODE = 15,                   // matmul: mode is not an hf_gptq_matmul_mode
 };
 
 // A quantized weight matrix of N outputs and K inputs:
@@ -85,7 +97,7 @@ HF_GPTQ_API int32_t hf_gptq_abi_version(void);
 // Static text for an error code; never NULL.
 HF_GPTQ_API const char* hf_gptq_error_string(int error);
 
-// "abi=2,compiler=gcc,version=12.2.0,isa=avx512f+avx2+portable,sanitize=0".
+// "abi=3,compiler=gcc,version=12.2.0,isa=avx512f+avx2+portable,sanitize=0".
 HF_GPTQ_API const char* hf_gptq_build_info(void);
 
 // The instruction set in use: "avx512f", "avx2" (with FMA and F16C) or "portable". It is the best
@@ -138,23 +150,46 @@ HF_GPTQ_API int hf_gptq_repack(const int32_t* src,        // words, see layout.h
                                int64_t dst_row_stride,    // N or 16
                                int64_t R, int64_t N);     // >= 1
 
-// C[i, j] += sum over t of A[t, i] * B[t, j], in fp32. For each (i, j), as avx512f and avx2 do it:
+// C = A B or C += A B in fp32, transposes being a matter of strides. For each (m, n), as avx512f
+// and avx2 do it:
 //
-//   for t0 = 0, 256, 512, .. below T:
-//     sum = 0;  for t = t0 .. min(t0 + 256, T) - 1:  sum = fma(A[t, i], B[t, j], sum)
-//     C[i, j] += sum
+//   C[m, n] = 0                                                  if C is not added to
+//   for k0 = 0, 256, 512, .. below K:
+//     sum = 0;  for k = k0 .. min(k0 + 256, K) - 1:  sum = fma(A[m, k], B[k, n], sum)
+//     C[m, n] += sum
 //
-// "portable" rounds product and sum of each fma separately.
+// "portable" rounds product and sum of each fma separately. An element of C has the same bits
+// whatever M, N, the strides and the number of threads are.
+HF_GPTQ_API int hf_gptq_matmul(const float* A,           // [M, K]
+                               int64_t a_row_stride,     // elements from A[m, k] to A[m + 1, k]
+                               int64_t a_column_stride,  // elements from A[m, k] to A[m, k + 1]
+                               const float* B,           // [K, N]
+                               int64_t b_row_stride,     // elements
+                               int64_t b_column_stride,  // elements
+                               int64_t M, int64_t N, int64_t K,  // >= 0
+                               float* C,                         // [M, N], see hf_gptq_matmul_mode
+                               int64_t c_row_stride,             // elements, >= N
+                               int32_t mode);                    // hf_gptq_matmul_mode
+
+// The upper triangular U with H^-1 = U^T U, in fp32: H = R R^T with R upper triangular, U = R^-1.
 //
-// With B NULL, B is A and Kb must equal Ka. Then C is read on and above the diagonal only, and the
-// result is mirrored below it: C is exactly symmetric, for about half the work.
-HF_GPTQ_API int hf_gptq_gram(const float* A,          // [T, Ka], rows a_row_stride apart
-                             int64_t a_row_stride,    // elements
-                             const float* B,          // [T, Kb], rows b_row_stride apart, or NULL
-                             int64_t b_row_stride,    // elements; read only with B
-                             int64_t T,               // >= 0; 0 changes nothing
-                             int64_t Ka, int64_t Kb,  // >= 1
-                             float* C);               // inout [Ka, Kb]
+// Blocks of 192 rows, from the last to the first, and in them groups of 12 rows. R of a group is
+// found column by column, from the last to the first; all else that is subtracted in finding R and
+// U is summed as in hf_gptq_matmul over the rows of a block or of the groups below in one.
+// avx512f and avx2 give the same bits; "portable" rounds product and sum of each fma separately.
+// HF_GPTQ_ERROR_NOT_POSITIVE_DEFINITE leaves U undefined.
+HF_GPTQ_API int hf_gptq_factorize(const float* H,  // [K, K]; above the diagonal never read
+                                  int64_t K,       // >= 1
+                                  float* U);       // out [K, K], zeros below the diagonal
+
+// Solves `count` symmetric systems A x = b in fp64, each by itself: Gaussian elimination without
+// pivoting, every operation rounded by itself, the same bits for every instruction set. A system
+// that has a zero pivot gives infinities or NaN.
+HF_GPTQ_API int hf_gptq_solve_symmetric(double* A,  // [count, G, G], destroyed; below the diagonal
+                                                    // never read
+                                        double* b,  // inout [count, G]; x in the end
+                                        int64_t count,  // >= 0
+                                        int64_t G);     // >= 1
 
 // The GPTQ column loop (Frantar et al., 2022). Independently for each row r, in fp32, every
 // operation rounded by itself (no fma):

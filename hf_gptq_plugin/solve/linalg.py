@@ -1,0 +1,158 @@
+"""Dense linear algebra whose bits do not depend on the number of threads, which BLAS does not promise.
+
+Everything falls back to PyTorch where the native library is missing or a tensor is not on the CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+
+import torch
+from torch import Tensor
+
+from .. import native
+
+_STORE, _ADD, _ADD_SYMMETRIC = 0, 1, 2  # enum hf_gptq_matmul_mode
+_NOT_POSITIVE_DEFINITE = 14  # enum hf_gptq_error
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """`a · b`, fp32 `[M, N]`, without gradient. A row has the same bits whatever the other rows are.
+
+    Args:
+        a: fp32 `[M, K]`, any strides.
+        b: fp32 `[K, N]`, any strides.
+
+    Raises:
+        ValueError: other dtypes or shapes.
+    """
+    _require(a, b)
+    library = _library_for(a, b)
+    if library is None:
+        return a @ b
+    out = a.new_empty(a.shape[0], b.shape[1])
+    _product(library, a, b, out, _STORE)
+    return out
+
+
+def add_gram(total: Tensor, left: Tensor, right: Tensor | None = None) -> None:
+    """`total += leftᵀ · right` in place.
+
+    Args:
+        total: fp32 `[Ka, Kb]`, contiguous; symmetric if right is None.
+        left: fp32 `[T, Ka]`, any strides.
+        right: fp32 `[T, Kb]`, any strides; None stands for left, and takes about half the time.
+
+    Raises:
+        ValueError: other dtypes, shapes or strides.
+    """
+    other = left if right is None else right
+    _require(left.T, other)
+    shape = (left.shape[1], other.shape[1])
+    if total.dtype != torch.float32 or total.shape != shape or not total.is_contiguous():
+        raise ValueError(f"total is {total.dtype} {tuple(total.shape)}; it must be float32 {shape}, contiguous")
+    library = _library_for(total, left, other)
+    if library is None:
+        total.addmm_(left.T, other)
+    else:
+        _product(library, left.T, other, total, _ADD_SYMMETRIC if right is None else _ADD)
+
+
+def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`x · weightᵀ`: what `torch.nn.functional.linear` computes, in fp32 on the CPU without gradient natively.
+
+    Args:
+        x: `[..., K]`.
+        weight: `[N, K]`.
+
+    Returns:
+        `[..., N]`; a row has the same bits whatever the other rows are.
+    """
+    library = _library_for(x, weight)
+    graph = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if library is None or graph or not x.dtype == weight.dtype == torch.float32 or weight.dim() != 2:
+        return torch.nn.functional.linear(x, weight)
+    return matmul(x.reshape(-1, x.shape[-1]), weight.T).view(*x.shape[:-1], len(weight))
+
+
+def inverse_factor(matrix: Tensor) -> Tensor | None:
+    """The upper triangular `U` with `matrix⁻¹ = Uᵀ · U`; None where the matrix is not positive definite in fp32.
+
+    With the rows and columns reversed, an ordinary Cholesky factor is the reverse one, `H = R Rᵀ` with `R` upper
+    triangular. Then `H⁻¹ = R⁻ᵀ R⁻¹`, so `U = R⁻¹` is the factor that is wanted: one factorization and one triangular
+    inverse where the usual way takes a Cholesky, an inverse and a Cholesky.
+
+    Args:
+        matrix: fp32 `[K, K]`, symmetric.
+
+    Raises:
+        ValueError: another dtype or shape.
+    """
+    if matrix.dtype != torch.float32 or matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
+        raise ValueError(f"matrix is {matrix.dtype} {tuple(matrix.shape)}; it must be float32 and square")
+    library = _library_for(matrix)
+    if library is None:
+        upper = _inverse_factor_reference(matrix)
+    else:
+        matrix = matrix.contiguous()
+        upper = torch.empty_like(matrix)
+        code = library.hf_gptq_factorize(matrix.data_ptr(), len(matrix), upper.data_ptr())
+        if code == _NOT_POSITIVE_DEFINITE:
+            return None
+        native.check(code)
+    return upper if upper is not None and bool(torch.isfinite(upper).all()) else None
+
+
+def _inverse_factor_reference(matrix: Tensor) -> Tensor | None:
+    lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    if int(info) != 0:
+        return None
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True).contiguous()
+
+
+def solve_symmetric(matrices: Tensor, right: Tensor) -> Tensor:
+    """`x` with `A x = b` of many small systems, in float64 and without pivoting, as positive definite ones allow.
+
+    Args:
+        matrices: `A`, float64 `[n, G, G]`, symmetric; below the diagonal never read.
+        right: `b`, float64 `[n, G]`.
+
+    Returns:
+        float64 `[n, G]`; a singular system gives values that are not finite, or mean nothing.
+    """
+    library = _library_for(matrices, right)
+    if library is None:
+        upper = matrices.triu()
+        return torch.linalg.solve_ex(upper + upper.triu(1).mT, right[..., None]).result[..., 0]
+    matrices = matrices.clone(memory_format=torch.contiguous_format)
+    right = right.clone(memory_format=torch.contiguous_format)
+    native.check(library.hf_gptq_solve_symmetric(matrices.data_ptr(), right.data_ptr(), *right.shape))
+    return right
+
+
+def total(values: Tensor) -> float:
+    """The sum of all elements, rounded once: no order of summation, no number of threads changes it."""
+    return math.fsum(values.flatten().tolist())
+
+
+def _require(a: Tensor, b: Tensor) -> None:
+    if not a.dtype == b.dtype == torch.float32 or a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
+        raise ValueError(
+            f"cannot multiply {a.dtype} {tuple(a.shape)} by {b.dtype} {tuple(b.shape)}; both must be float32 matrices, "
+            "and the columns of the one as many as the rows of the other"
+        )
+
+
+def _library_for(*tensors: Tensor) -> ctypes.CDLL | None:
+    return native.library() if all(t.device.type == "cpu" for t in tensors) else None
+
+
+def _product(library: ctypes.CDLL, a: Tensor, b: Tensor, out: Tensor, mode: int) -> None:
+    native.check(
+        library.hf_gptq_matmul(
+            a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), a.shape[0], b.shape[1], a.shape[1],
+            out.data_ptr(), out.stride(0), mode,
+        )
+    )  # fmt: skip
