@@ -56,6 +56,7 @@ def header(model: PreTrainedModel, perplexity: Perplexity | None = None) -> Head
             "python": platform.python_version(),
         },
         settings={
+            "method": config.method,
             "preset": config.preset,
             **spec,
             "dynamic": config.dynamic,
@@ -63,7 +64,7 @@ def header(model: PreTrainedModel, perplexity: Perplexity | None = None) -> Head
             "true_sequential": config.true_sequential,
             **{name: _plain(value) for name, value in settings.items()},
         },
-        data=config.meta["calibration"],
+        data=config.meta.get("calibration", {}),
         perplexity=perplexity,
         seconds=quantizer.seconds,
         other_parameters=_dense_parameters(model),
