@@ -1,0 +1,60 @@
+"""Work on calibration windows side by side, each in one thread, with the same bits for any number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def in_order(work: Callable[[Item], Result], items: Iterable[Item], parallel: bool = True) -> Iterator[Result]:
+    """`map(work, items)`, as many items at a time as torch has threads; each item is worked on by one thread.
+
+    Torch splits single operations among threads at places that depend on their number, and so does rounding. Within
+    `work` every operation is therefore done by one thread. Gradient mode and autocast are `work`'s own business: new
+    threads begin with torch's defaults.
+
+    Args:
+        work: safe to run in several threads at once.
+        items: taken in batches.
+        parallel: False works on one item at a time in the calling thread, with all of torch's threads: for an
+            accelerator.
+    """
+    if not parallel:
+        yield from map(work, items)
+        return
+    threads = torch.get_num_threads()
+    remaining = iter(items)
+    while batch := list(islice(remaining, threads)):
+        with _single_threaded(threads):
+            if threads == 1 or len(batch) == 1:
+                results = [work(item) for item in batch]
+            else:
+                results = list(_workers(threads).map(work, batch))
+        # Outside: what the caller does between items may use all threads.
+        yield from results
+
+
+def _workers(threads: int) -> ThreadPoolExecutor:
+    global _pool
+    if _pool is None or _pool._max_workers < threads:
+        _pool = ThreadPoolExecutor(threads, thread_name_prefix="calibrate", initializer=torch.set_num_threads, initargs=(1,))
+    return _pool
+
+
+@contextmanager
+def _single_threaded(threads: int) -> Iterator[None]:
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

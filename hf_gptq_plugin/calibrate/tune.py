@@ -1,0 +1,290 @@
+"""Tune quantized layers by gradient descent on what they are for: a block's output, or the whole model's.
+
+Two stages, after Chen et al. 2024 (EfficientQAT): block by block, scales and rounding learn to give the dense block's
+output; then, over all blocks, scales alone learn to give the dense model's output. Rounding is learned as AutoRound
+does (Cheng et al. 2023), by a straight-through estimate. What comes out is a plain checkpoint.
+
+Every window runs in one thread and gradients are added up in the order of the windows, so the result has the same
+bits for any number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..format.grid import QuantizedWeight
+from ..nn.linear import QuantLinear
+from .threads import in_order
+from .walk import Block, forward_replaced
+
+Loss = Callable[[Tensor, int], tuple[float, Tensor]]
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """How much and how fast.
+
+    Args:
+        block_epochs: passes over the calibration windows per block, for its rounding and scales; 0 leaves it out.
+        model_epochs: passes over the windows for the whole model's scales; 0 leaves it out. It holds all quantized
+            blocks in memory.
+        batch: windows per step.
+        scale_rate: the largest step of a scale, as a fraction of the layer's mean scale.
+        rounding_rate: the largest step of a weight, in units of its scale.
+    """
+
+    block_epochs: int = 0
+    model_epochs: int = 0
+    batch: int = 4
+    scale_rate: float = 2e-3
+    rounding_rate: float = 2e-2
+
+    def __post_init__(self) -> None:
+        for name in ("block_epochs", "model_epochs"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name}={value!r} must be an integer of at least 0")
+
+
+class TunedLayer:
+    """A quantized layer while it learns.
+
+    Its weight is `(round(latent) - zero) * scale`; the gradient of `round` is taken to be 1.
+
+    Args:
+        layer: the layer to begin with.
+        dense: its weight before it was quantized, `[N, K]`: rounding is learned from there, as far as it stays within
+            the half step that rounds to the present codes. None to keep codes.
+    """
+
+    def __init__(self, layer: QuantLinear, dense: Tensor | None) -> None:
+        self.layer = layer
+        self.start = layer.quantized_weight()
+        self.group = self.start.group.long()
+        self.highest = float(2**self.start.spec.bits - 1)
+        self.zeros = self.start.zeros.T.float().contiguous()
+        self.scales = self.start.scales.T.float().contiguous()
+        self.codes = self.start.codes
+        self.latent: Tensor | None = None
+        if dense is not None:
+            codes = self.codes.float()
+            wanted = dense.float() / self._spread(self.scales) + self._spread(self.zeros)
+            self.latent = codes + (wanted - codes).clamp(-0.49, 0.49)
+        self._moments: dict[str, tuple[Tensor, Tensor]] = {}
+        self._mean_scale = float(self.scales.abs().mean())
+        self._steps = 0
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The present weight `[N, K]`."""
+        return ((self._present_codes() - self._spread(self.zeros)) * self._spread(self.scales)).to(dtype)
+
+    def step(self, gradient: Tensor, settings: TuneSettings, decay: float) -> None:
+        """Go one step down.
+
+        Args:
+            gradient: fp32 `[N, K]`, of the loss by the weight.
+            settings: rates.
+            decay: 0 to 1, times the rates.
+        """
+        self._steps += 1
+        levels = self._present_codes() - self._spread(self.zeros)
+        by_scale = torch.zeros_like(self.scales).index_add_(1, self.group, gradient * levels)
+        by_latent = gradient * self._spread(self.scales) if self.latent is not None else None
+        least = torch.finfo(self.start.scales.dtype).tiny
+        moved = self.scales - self._direction("scales", by_scale) * (settings.scale_rate * decay * self._mean_scale)
+        # A scale that would cross zero or become subnormal stays.
+        self.scales = torch.where((moved.abs() >= least) & (moved.sign() == self.scales.sign()), moved, self.scales)
+        if by_latent is not None and self.latent is not None:
+            self.latent -= self._direction("latent", by_latent) * (settings.rounding_rate * decay)
+            self.latent.clamp_(-0.49, self.highest + 0.49)
+
+    def finished(self) -> QuantLinear:
+        """The layer that was learned."""
+        scales = self.scales.T.contiguous().to(self.start.scales.dtype)
+        codes = self._present_codes().to(torch.uint8)
+        learned = QuantizedWeight(codes, scales, self.start.zeros, self.start.group, self.start.spec)
+        made = QuantLinear.from_quantized(learned, self.layer.bias, self.layer.dtype)
+        return made.train(self.layer.training)
+
+    def _present_codes(self) -> Tensor:
+        return self.codes.float() if self.latent is None else self.latent.round().clamp_(0, self.highest)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """`[N, G]` to `[N, K]`."""
+        return values[:, self.group]
+
+    def _direction(self, name: str, gradient: Tensor) -> Tensor:
+        """Adam's."""
+        if name not in self._moments:
+            self._moments[name] = (torch.zeros_like(gradient), torch.zeros_like(gradient))
+        first, second = self._moments[name]
+        first.lerp_(gradient, 0.1)
+        second.mul_(0.95).addcmul_(gradient, gradient, value=0.05)
+        root = (second / (1 - 0.95**self._steps)).sqrt_().add_(1e-20)
+        return first / (1 - 0.9**self._steps) / root
+
+
+def tune(
+    blocks: Sequence[Block], layers: Sequence[Mapping[str, TunedLayer]], hiddens: Sequence[Tensor], loss: Loss,
+    epochs: int, settings: TuneSettings, seed: int = 0, progress: Callable[[float], None] | None = None,
+) -> None:  # fmt: skip
+    """Let layers learn. Activations are kept at the borders of blocks only; within, they are computed twice.
+
+    Args:
+        blocks: a chain.
+        layers: per block, its layers by name. They are changed; the blocks themselves are not.
+        hiddens: what enters the first block, per window.
+        loss: of what leaves the last block for a window `[1, tokens, width]`: the value and its gradient.
+        epochs: passes over the windows.
+        settings: rates.
+        seed: of the order of windows.
+        progress: called after every step with the step's mean loss.
+    """
+    dtype = compute_dtype(hiddens[0].device)
+    batch = min(settings.batch, len(hiddens))
+    order = torch.Generator().manual_seed(seed)
+    steps = epochs * (len(hiddens) // batch)
+    done = 0
+    with _weights_handed_in(blocks, layers):
+        for _ in range(epochs):
+            for chosen in torch.randperm(len(hiddens), generator=order).split(batch):
+                if len(chosen) < batch:
+                    continue
+                weights = [{name: t.weight(dtype) for name, t in part.items()} for part in layers]
+                value, gradients = _gradients(blocks, weights, hiddens, loss, chosen.tolist(), dtype)
+                # The first steps are small: Adam does not know the gradients' size yet.
+                decay = min(1.0, (done + 1) / 4) * 0.5 * (1 + math.cos(math.pi * done / steps))
+                for part, found in zip(layers, gradients, strict=True):
+                    for name, gradient in found.items():
+                        part[name].step(gradient / batch, settings, decay)
+                done += 1
+                if progress is not None:
+                    progress(value / batch)
+
+
+def _gradients(
+    blocks: Sequence[Block], weights: list[dict[str, Tensor]], hiddens: Sequence[Tensor], loss: Loss,
+    windows: list[int], dtype: torch.dtype,
+) -> tuple[float, list[dict[str, Tensor]]]:  # fmt: skip
+    """The loss and its gradients by every weight, summed over windows."""
+
+    def forward(window: int) -> tuple[float, Tensor, list[Tensor]]:
+        entered = [hiddens[window]]
+        for block, handed in zip(blocks, weights, strict=True):
+            with torch.no_grad(), _handing(handed), _computing(dtype, entered[-1].device):
+                entered.append(block.run(entered[-1], window))
+        value, gradient = loss(entered.pop(), window)
+        return value, gradient, entered
+
+    passes = list(in_order(forward, windows))
+    slopes = [gradient for _, gradient, _ in passes]
+    sums: list[dict[str, Tensor]] = []
+    for i in reversed(range(len(blocks))):
+
+        def backward(place: int, i: int = i) -> tuple[Tensor, dict[str, Tensor]]:
+            entered = passes[place][2].pop()
+            return _block_gradients(blocks[i], weights[i], entered, windows[place], slopes[place], dtype)
+
+        total: dict[str, Tensor] = {}
+        for place, (slope, found) in enumerate(in_order(backward, range(len(windows)))):
+            slopes[place] = slope
+            for name, gradient in found.items():
+                total[name] = total[name].add_(gradient) if name in total else gradient.float()
+        sums.append(total)
+    return sum(value for value, _, _ in passes), sums[::-1]
+
+
+def _block_gradients(
+    block: Block, weights: dict[str, Tensor], entered: Tensor, window: int, slope: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """From the gradient by a block's output those by its input and by its weights, for one window."""
+    leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+    x = entered.detach().requires_grad_()
+    with torch.enable_grad(), _handing(leaves), _computing(dtype, x.device):
+        out = block.run(x, window)
+    slope_in, *found = torch.autograd.grad(out, [x, *leaves.values()], slope.to(out.dtype), allow_unused=True)
+    return slope_in, {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
+
+
+_handed = threading.local()
+
+
+@contextmanager
+def _handing(weights: Mapping[str, Tensor]) -> Iterator[None]:
+    _handed.weights = weights
+    try:
+        yield
+    finally:
+        del _handed.weights
+
+
+@contextmanager
+def _weights_handed_in(blocks: Iterable[Block], layers: Iterable[Mapping[str, TunedLayer]]) -> Iterator[None]:
+    """Let the blocks' layers compute with the weights that their thread was handed."""
+
+    def forward_of(name: str, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            weight = _handed.weights[name]
+            out = nn.functional.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+            return out.to(x.dtype)
+
+        return forward
+
+    with ExitStack() as stack:
+        for block, part in zip(blocks, layers, strict=True):
+            for name, tuned in part.items():
+                stack.enter_context(forward_replaced(tuned.layer, forward_of(name, tuned.layer.bias)))
+        yield
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What matrices are multiplied in: bf16 where the processor does so faster than fp32."""
+    if device.type != "cpu":
+        return torch.bfloat16
+    fast: Any = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.bfloat16 if fast() else torch.float32
+
+
+@contextmanager
+def _computing(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
+        yield
+
+
+def output_loss(target: Callable[[int], Tensor]) -> Loss:
+    """Squared error of hidden states, relative to the mean square of the target's window.
+
+    Args:
+        target: what the dense block gave for a window, `[1, tokens, width]`.
+    """
+
+    def loss(hidden: Tensor, window: int) -> tuple[float, Tensor]:
+        wanted = target(window).float()
+        difference = hidden.float() - wanted
+        size = float(wanted.square().mean()) + 1e-30
+        value = float(difference.square().mean()) / size
+        return value, difference * (2 / (size * difference.numel()))
+
+    return loss
+
+
+def divergence(student: Tensor, teacher: Tensor) -> tuple[float, Tensor]:
+    """Mean `KL(teacher | student)` per token, and its gradient by the student's logits.
+
+    Args:
+        student, teacher: logits `[..., vocabulary]`.
+    """
+    log_student = torch.log_softmax(student.float(), -1)
+    log_teacher = torch.log_softmax(teacher.float(), -1)
+    tokens = student.numel() // student.shape[-1]
+    probable = log_teacher.exp()
+    value = float((probable * (log_teacher - log_student)).sum()) / tokens
+    return value, (log_student.exp_() - probable) / tokens
