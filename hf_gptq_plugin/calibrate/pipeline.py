@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from ..format.spec import CheckpointConfig, QuantSpec
 from ..nn.linear import QuantLinear
 from ..solve.gptq import SolveReport, SolveSettings, solve
 from ..solve.hessian import Hessian, SolveError
-from .walk import Block, Resumable, WalkError, find_blocks, find_stages, linears, record_calls, twin
+from .chains import find_chains
+from .walk import Block, Chain, Resumable, WalkError, WholeModel, find_stages, linears, record_calls, twin
 
 logger = logging.getLogger(__name__)
 
@@ -73,28 +75,19 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
         SolveError: a layer that cannot be solved, by name.
     """
     start = time.perf_counter()
-    name, blocks = find_blocks(model, plan.block_name)
-    specs = _specs(name, blocks, plan)
-    if not specs:
-        raise WalkError(
-            f"no linear layer of {name} is left to quantize; loosen dynamic or modules_in_block_to_quantize"
-        )
-    _warn_of_fused_weights(blocks)
     training = model.training
     model.eval()
     reports: list[LayerReport] = []
     try:
-        chain, hiddens = record_calls(model, name, blocks, windows)
-        stream = _Stream(hiddens)
-        exact = _Stream(list(hiddens)) if plan.settings.propagation else None
+        chains = find_chains(model, windows[0], plan.block_name)
+        specs = _specs(chains, plan)
+        _warn_of_fused_weights(chains)
         layers = len(specs) + int(plan.checkpoint.lm_head)
         with tqdm(total=layers, desc="Quantizing", unit="layer", smoothing=0.05) as bar:
-            for block in chain:
-                for report in _quantize_block(block, stream, exact, specs, plan):
-                    reports.append(report)
-                    bar.update()
-                    bar.set_postfix_str(f"{report.name}, error {report.solve.relative_error:.2%}")
-                block.calls.clear()
+            for report in _quantize_chains(model, chains, windows, specs, plan):
+                reports.append(report)
+                bar.update()
+                bar.set_postfix_str(f"{report.name}, error {report.solve.relative_error:.2%}")
             if plan.checkpoint.lm_head:
                 reports.append(_quantize_head(model, windows, plan))
                 bar.update()
@@ -104,24 +97,59 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
     return reports
 
 
-def _specs(name: str, blocks: nn.ModuleList, plan: Plan) -> dict[str, QuantSpec]:
+def _specs(chains: list[Chain], plan: Plan) -> dict[str, QuantSpec]:
     wanted = None if plan.modules is None else {m for stage in plan.modules for m in stage}
-    specs = {}
-    for i, block in enumerate(blocks):
-        for local in linears(block):
-            full = f"{name}.{i}.{local}"
-            spec = plan.checkpoint.for_module(full)
-            if spec is not None and (wanted is None or local in wanted):
+    listed = " and ".join(chain.name for chain in chains)
+    specs: dict[str, QuantSpec] = {}
+    known: set[str] = set()
+    owners: dict[int, str] = {}
+    for chain in chains:
+        for block_name, block in chain.blocks.items():
+            for local, layer in linears(block).items():
+                full = f"{block_name}.{local}"
+                known.add(local)
+                spec = plan.checkpoint.for_module(full)
+                if spec is None or (wanted is not None and local not in wanted):
+                    continue
+                owner = owners.setdefault(id(layer.weight), full)
+                if owner != full:
+                    raise WalkError(
+                        f"{owner} and {full} share one weight and cannot be quantized apart; exclude both with "
+                        'dynamic={"-:<regex>": {}}'
+                    )
                 specs[full] = spec
-    if wanted is not None:
-        known = {local for block in blocks for local in linears(block)}
-        unknown = sorted(wanted - known)
-        if unknown:
-            raise WalkError(
-                f"modules_in_block_to_quantize names {unknown[0]!r}; the blocks of {name} have "
-                f"{', '.join(sorted(known))}"
-            )
+    if wanted is not None and not wanted <= known:
+        raise WalkError(
+            f"modules_in_block_to_quantize names {min(wanted - known)!r}; the blocks of {listed} have "
+            f"{', '.join(sorted(known))}"
+        )
+    if not specs:
+        raise WalkError(
+            f"no linear layer of {listed} is left to quantize; loosen dynamic or modules_in_block_to_quantize"
+        )
     return specs
+
+
+def _quantize_chains(
+    model: nn.Module, chains: list[Chain], windows: list[Tensor], specs: dict[str, QuantSpec], plan: Plan
+) -> Iterator[LayerReport]:
+    """Quantize chain after chain: what a later one is called with comes from those before it, quantized for the
+    stream and dense for the exact one."""
+    finished: list[tuple[Chain, list[Tensor]]] = []
+    finished_exact: list[tuple[Chain, list[Tensor]]] = []
+    for chain in chains:
+        blocks, hiddens = record_calls(model, chain, windows, finished)
+        stream = _Stream(hiddens)
+        exact, twins = None, blocks
+        if plan.settings.propagation:
+            twins, hiddens = record_calls(model, chain, windows, finished_exact)
+            exact = _Stream(hiddens)
+            finished_exact.append((chain, exact.hiddens))
+        for block, dense in zip(blocks, twins, strict=True):
+            yield from _quantize_block(block, dense, stream, exact, specs, plan)
+            block.calls.clear()
+            dense.calls.clear()
+        finished.append((chain, stream.hiddens))
 
 
 class _Stream:
@@ -155,25 +183,27 @@ class _Stream:
 
 
 def _quantize_block(
-    block: Block, stream: _Stream, exact: _Stream | None, specs: dict[str, QuantSpec], plan: Plan
+    block: Block, dense: Block, stream: _Stream, exact: _Stream | None, specs: dict[str, QuantSpec], plan: Plan
 ) -> Iterable[LayerReport]:
     """Quantize one block and send the streams through it.
 
     Args:
+        block: with what the quantized model calls it with.
+        dense: with what the dense model calls it with.
         stream: the windows as the quantized model carries them.
         exact: as the dense model does, where errors of earlier layers are to be made good.
     """
     everything = linears(block.module)
-    targets = {local: layer for local, layer in everything.items() if f"{block.name}.{local}" in specs}
+    targets = {local: layer for local, layer in everything.items() if block.full(local) in specs}
+    groups = find_stages(block, stream.hiddens[0], targets) if targets else []
     stream.enter(block, everything, set(everything) - set(targets))
     if exact is not None:
-        exact.enter(twin(block), everything, everything)
-    groups = find_stages(block, stream.hiddens[0], targets) if targets else []
+        exact.enter(twin(replace(dense, repeated=block.repeated)), everything, everything)
     uncalled = sorted(set(targets) - {local for group in groups for local in group})
     if uncalled:
         raise WalkError(
-            f"{block.name}.{uncalled[0]} takes no part in the forward pass on the calibration text; exclude it with "
-            'dynamic={"-:<regex>": {}}'
+            f"{block.full(uncalled[0])} is not called in the forward pass on the calibration text; exclude it with "
+            f'dynamic={{"-:.*{re.escape(uncalled[0])}$": {{}}}}'
         )
     phases = [[group] for group in groups] if plan.true_sequential else [groups]
     for phase in phases:
@@ -181,7 +211,7 @@ def _quantize_block(
         for group in phase:
             hessian = _hessian(stream, exact, group[0])
             for local in group:
-                full = f"{block.name}.{local}"
+                full = block.full(local)
                 solved[local] = solve_layer(full, targets[local], hessian, specs[full], plan.settings)
         for local, (quantized, report) in solved.items():
             _replace(block.module, local, targets[local], quantized)
@@ -251,28 +281,17 @@ def _quantize_head(model: Any, windows: list[Tensor], plan: Plan) -> LayerReport
         raise WalkError(f"lm_head=True, but {type(model).__name__} has no linear output embedding")
     name = next(n for n, m in model.named_modules() if m is head)
     spec = plan.checkpoint.for_module(name) or plan.checkpoint.spec
-    calls = [((), {"input_ids": ids[None].to(head.weight.device), "use_cache": False}) for ids in windows]
     stream = _Stream([torch.empty(0)] * len(windows))
-    stream.enter(Block("", _Whole(model), calls), [f"model.{name}"], ())
-    hessian = _hessian(stream, None, f"model.{name}")
+    stream.enter(WholeModel.reading(model, windows), [name], ())
+    hessian = _hessian(stream, None, name)
     quantized, report = solve_layer(name, head, hessian, spec, plan.settings)
     _replace(model, name, head, quantized)
     return report
 
 
-class _Whole(nn.Module):
-    """A model as a block that ignores the hidden states it is handed."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, hidden: Tensor, **kwargs: object) -> object:
-        return self.model(**kwargs)
-
-
-def _warn_of_fused_weights(blocks: nn.ModuleList) -> None:
-    fused = [name for name, p in blocks[0].named_parameters() if p.dim() == 3 and p.is_floating_point()]
+def _warn_of_fused_weights(chains: list[Chain]) -> None:
+    blocks = [next(iter(chain.blocks.values())) for chain in chains]
+    fused = [n for block in blocks for n, p in block.named_parameters() if p.dim() == 3 and p.is_floating_point()]
     if fused:
         logger.warning(
             "Expert weights that are fused into one tensor (%s) are not quantized; they stay in %s.",
