@@ -12,16 +12,11 @@ from tqdm.auto import tqdm
 from ..format.spec import QuantSpec
 from ..solve.hessian import SolveError
 from ..solve.rtn import round_to_nearest
-from .pipeline import (
-    Plan,
-    _replace,
-    _separate_experts,
-    _specs,
-    dense_weight,
-    output_embedding,
-)
+from .blocks import dense_weight, replace_layer
+from .chains import find_chains
+from .pipeline import find_specs, output_embedding, separate_experts
+from .plan import Plan
 from .report import LayerReport
-from .walk import WalkError, find_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +39,9 @@ def quantize_without_data(model: nn.Module, plan: Plan, method: str) -> list[Lay
         SolveError: weights that are not finite, by name.
     """
     start = time.perf_counter()
-    name, blocks = find_blocks(model, plan.block_name)
-    _separate_experts(model, name, plan)
-    specs = _specs(name, blocks, plan)
-    if not specs:
-        raise WalkError(
-            f"no linear layer of {name} is left to quantize; loosen dynamic or modules_in_block_to_quantize"
-        )
+    chains = find_chains(model, torch.zeros(1, dtype=torch.int64), plan.block_name)
+    separate_experts(model, chains, plan)
+    specs = find_specs(chains, plan)
     if plan.checkpoint.lm_head:
         head, spec = output_embedding(model, plan)
         specs[head] = spec
@@ -71,6 +62,6 @@ def _quantize_layer(model: nn.Module, name: str, spec: QuantSpec, plan: Plan, me
         quantized, report = round_to_nearest(weight, spec, plan.settings, refine=method == "hqq")
     except SolveError as error:
         raise SolveError(f"{name}: {error}") from None
-    _replace(model, name, layer, quantized)
+    replace_layer(model, name, layer, quantized)
     out_features, in_features = weight.shape
     return LayerReport(name, spec, 0, report, in_features, out_features)

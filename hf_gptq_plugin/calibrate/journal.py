@@ -155,26 +155,39 @@ class Hiddens(Sequence[Tensor]):
     """Hidden states, one tensor per window: in memory, on disk, or both.
 
     Args:
-        count: windows.
+        values: to begin with.
         folder: where they are written; None to keep them in memory only.
         sequence: what tells them from other hidden states in the folder; letters, digits and dashes.
         in_memory: whether they are kept in memory, too.
     """
 
-    def __init__(self, count: int, folder: Path | None = None, sequence: str = "", in_memory: bool = True) -> None:
+    def __init__(
+        self, values: Iterable[Tensor] = (), folder: Path | None = None, sequence: str = "", in_memory: bool = True
+    ) -> None:
         self.sequence = sequence
         self._folder = folder
-        self._values: list[Tensor | None] = [None] * count
         self._in_memory = in_memory or folder is None
+        self._values: list[Tensor | None] = []
+        self._device = torch.device("cpu")
+        for value in values:
+            self.append(value)
 
     @classmethod
-    def of(cls, values: Iterable[Tensor], *args: Any, **kwargs: Any) -> Hiddens:
-        """From tensors; arguments as the constructor's, without count."""
-        values = list(values)
-        made = cls(len(values), *args, **kwargs)
-        for window, value in enumerate(values):
-            made[window] = value
+    def written(cls, folder: Path, sequence: str, in_memory: bool, device: torch.device) -> Hiddens:
+        """Those that an earlier process wrote."""
+        made = cls((), folder, sequence, in_memory)
+        made._device = device
+        count = sum(1 for _ in folder.glob(f"{sequence}.*.hidden"))
+        made._values = [None] * count
         return made
+
+    def append(self, value: Tensor) -> None:
+        """Add the next window's, `[1, tokens, width]`."""
+        self._device = value.device
+        if self._folder is not None:
+            with _named_errors(self._folder):
+                write_tensor(self._path(len(self._values)), value)
+        self._values.append(value if self._in_memory else None)
 
     def __len__(self) -> int:
         return len(self._values)
@@ -182,37 +195,27 @@ class Hiddens(Sequence[Tensor]):
     def __getitem__(self, window: Any) -> Any:
         value = self._values[window]
         if value is None:
-            value = _read_tensor(self._path(window))
+            value = read_tensor(self._path(window)).to(self._device)
             if self._in_memory:
                 self._values[window] = value
         return value
 
-    def __setitem__(self, window: int, value: Tensor) -> None:
-        if self._in_memory:
-            self._values[window] = value
-        if self._folder is not None:
-            with _named_errors(self._folder):
-                _write_tensor(self._path(window), value)
-
     def __iter__(self) -> Iterator[Tensor]:
         return (self[window] for window in range(len(self)))
 
-    def drop(self) -> None:
-        """Forget what is on disk."""
-        if self._folder is not None:
-            for window in range(len(self)):
-                self._path(window).unlink(missing_ok=True)
-
     def _path(self, window: int) -> Path:
-        assert self._folder is not None
+        if self._folder is None:
+            raise RuntimeError("these hidden states are in memory only")
         return self._folder / f"{self.sequence}.{window:06d}.hidden"
 
 
-def _write_tensor(path: Path, value: Tensor) -> None:
+def write_tensor(path: Path, value: Tensor) -> None:
+    """Write one tensor to a file of its own."""
     save_file({"hidden": value.detach().cpu().contiguous()}, path)
 
 
-def _read_tensor(path: Path) -> Tensor:
+def read_tensor(path: Path) -> Tensor:
+    """What `write_tensor` wrote, on the CPU."""
     try:
         with safe_open(path, framework="pt") as handle:
             return handle.get_tensor("hidden").clone()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +108,13 @@ class FileTensors(Mapping[str, Tensor]):
         with safe_open(self._file, framework="pt") as tensors:
             return tensors.get_tensor(self._prefix + name).clone()
 
-    def __iter__(self) -> Iterable[str]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[str]:
         with safe_open(self._file, framework="pt") as tensors:
             names = [key.removeprefix(self._prefix) for key in tensors.keys() if key.startswith(self._prefix)]
         return iter(names)
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(list(iter(self)))
 
 
 def execution_device(module: nn.Module) -> torch.device:

@@ -1,64 +1,48 @@
-"""Quantize a model in place: block by block, and in a block layer by layer in the order in which they run."""
+"""Quantize a model in place, block by block, and go on where an earlier process was stopped."""
 
 from __future__ import annotations
 
-import itertools
 import logging
+import shutil
+import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+import weakref
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D
 
 from ..format.grid import QuantizedWeight
-from ..format.spec import CheckpointConfig, QuantSpec
-from ..nn.experts import Experts
+from ..format.spec import QuantSpec
 from ..nn.linear import QuantLinear
-from ..solve.gptq import SolveSettings, solve
-from ..solve.hessian import Hessian, SolveError
-from .experts import Call, expert_hessians, layouts, own_memory, refuse_unknown, routers, unfuse_experts
-from .report import LayerReport
-from .walk import Block, Resumable, WalkError, find_blocks, find_stages, linears, record_calls, twin
+from ..version import __version__
+from . import processes
+from .blocks import layer_hessian, quantize_block, replace_layer, solve_layer
+from .chains import find_chains
+from .experts import layouts, refuse_unknown, routers, unfuse_experts
+from .journal import Hiddens, Journal, fingerprint
+from .offload import FileTensors, Offloaded, attach, execution_device
+from .plan import Plan
+from .report import LayerReport, from_record, to_record
+from .stream import Stream
+from .threads import single_threaded
+from .tune import TunedLayer, model_loss, tune
+from .walk import Block, Chain, WalkError, WholeModel, linears, record_calls
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to quantize, and how.
-
-    Args:
-        checkpoint: specs of the modules.
-        settings: of the solver.
-        true_sequential: let every layer see its quantized predecessors within the block.
-        modules: only these names within a block, in lists as the stock config has them; None for all.
-        block_name: name of the list of blocks; None to find it.
-        min_expert_tokens: experts that the router sends fewer tokens lean on all of their layer, see
-            `expert_hessians`; None for twice a layer's in_features.
-    """
-
-    checkpoint: CheckpointConfig
-    settings: SolveSettings
-    true_sequential: bool = True
-    modules: list[list[str]] | None = None
-    block_name: str | None = None
-    min_expert_tokens: int | None = None
-
-    def spec_of(self, block: str, local: str) -> QuantSpec | None:
-        """The spec of a block's layer; None where it is not to be quantized."""
-        wanted = self.modules is None or any(local in stage for stage in self.modules)
-        return self.checkpoint.for_module(f"{block}.{local}") if wanted else None
 
 
 @torch.no_grad()
 def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[LayerReport]:
     """Replace a model's linear layers by quantized ones.
 
-    Every layer is solved on the inputs it will meet, those that the layers already quantized produce.
+    Every layer is solved on the inputs it will meet, those that the layers already quantized produce. Where several
+    processes run this on the same model (`torch.distributed` is initialized), each reads a share of the windows, and
+    all end with the same layers.
 
     Args:
         model: a Transformers model; its blocks' linear layers (and its output embedding, where asked) are replaced
@@ -72,30 +56,25 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
     Raises:
         WalkError: a structure that is not understood, or nothing to quantize.
         SolveError: a layer that cannot be solved, by name.
+        JournalError: the journal's folder cannot be written.
     """
     start = time.perf_counter()
-    name, blocks = find_blocks(model, plan.block_name)
-    _separate_experts(model, name, plan)
-    specs = _specs(name, blocks, plan)
-    if not specs:
-        raise WalkError(
-            f"no linear layer of {name} is left to quantize; loosen dynamic or modules_in_block_to_quantize"
-        )
     training = model.training
     model.eval()
-    reports: list[LayerReport] = []
     try:
-        chain, hiddens = record_calls(model, name, blocks, windows)
-        stream = _Stream(hiddens)
-        exact = _Stream(list(hiddens)) if plan.settings.propagation else None
+        windows = processes.share(windows)
+        chains = find_chains(model, windows[0], plan.block_name)
+        journal = _journal(model, windows, plan)
+        separate_experts(model, chains, plan)
+        specs = find_specs(chains, plan)
         layers = len(specs) + int(plan.checkpoint.lm_head)
-        with tqdm(total=layers, desc="Quantizing", unit="layer", smoothing=0.05) as bar:
-            for block in chain:
-                for report in _quantize_block(block, stream, exact, specs, plan):
-                    reports.append(report)
-                    bar.update()
-                    bar.set_postfix_str(f"{report.name}, error {report.solve.relative_error:.2%}")
-                block.calls.clear()
+        shown = processes.rank() == 0
+        reports: list[LayerReport] = []
+        with tqdm(total=layers, desc="Quantizing", unit="layer", smoothing=0.05, disable=not shown) as bar:
+            for report in _quantize_chains(model, chains, windows, specs, plan, journal):
+                reports.append(report)
+                bar.update()
+                bar.set_postfix_str(f"{report.name}, error {report.solve.relative_error:.2%}")
             if plan.checkpoint.lm_head:
                 reports.append(_quantize_head(model, windows, plan))
                 bar.update()
@@ -106,34 +85,67 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
     return reports
 
 
-def _specs(name: str, blocks: nn.ModuleList, plan: Plan) -> dict[str, QuantSpec]:
-    specs = {}
-    for i, block in enumerate(blocks):
-        dense = routers(block) if plan.modules is None else set()
-        for local in linears(block):
-            spec = plan.spec_of(f"{name}.{i}", local)
-            if spec is not None and local not in dense:
-                specs[f"{name}.{i}.{local}"] = spec
-    if plan.modules is not None:
-        wanted = {m for stage in plan.modules for m in stage}
-        known = {local for block in blocks for local in linears(block)}
-        unknown = sorted(wanted - known)
-        if unknown:
-            raise WalkError(
-                f"modules_in_block_to_quantize names {unknown[0]!r}; the blocks of {name} have "
-                f"{', '.join(sorted(known))}"
-            )
+def _journal(model: nn.Module, windows: list[Tensor], plan: Plan) -> Journal | None:
+    """The journal to write; in low memory there must be one, for as long as the model lives."""
+    if processes.count() > 1 and plan.journal is not None:
+        logger.warning("Several processes calibrate: they keep no journal, and cannot go on after an interruption.")
+    folder = plan.journal if processes.count() == 1 else None
+    if folder is None:
+        if not plan.low_memory:
+            return None
+        folder = Path(tempfile.mkdtemp(prefix="hf-gptq-"))
+        weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+    job = {**asdict(replace(plan, journal=None)), "version": __version__, "torch": torch.__version__}
+    return Journal(folder, fingerprint(model, windows, job))
+
+
+def find_specs(chains: list[Chain], plan: Plan) -> dict[str, QuantSpec]:
+    """What is to be quantized: layers' full names and specs.
+
+    Raises:
+        WalkError: nothing at all, or names that do not exist.
+    """
+    specs: dict[str, QuantSpec] = {}
+    known: set[str] = set()
+    owners: dict[int, str] = {}
+    listed = " and ".join(chain.name for chain in chains)
+    for chain in chains:
+        for block_name, block in chain.blocks.items():
+            dense = routers(block) if plan.modules is None else set()
+            for local, layer in linears(block).items():
+                full = f"{block_name}.{local}"
+                known.add(local)
+                spec = plan.spec_of(block_name, local)
+                if spec is None or local in dense:
+                    continue
+                owner = owners.setdefault(id(layer.weight), full)
+                if owner != full:
+                    raise WalkError(
+                        f"{owner} and {full} share one weight and cannot be quantized apart; exclude both with "
+                        'dynamic={"-:<regex>": {}}'
+                    )
+                specs[full] = spec
+    wanted = {m for stage in plan.modules or [] for m in stage}
+    if not wanted <= known:
+        raise WalkError(
+            f"modules_in_block_to_quantize names {min(wanted - known)!r}; the blocks of {listed} have "
+            f"{', '.join(sorted(known))}"
+        )
+    if not specs:
+        raise WalkError(
+            f"no linear layer of {listed} is left to quantize; loosen dynamic or modules_in_block_to_quantize"
+        )
     return specs
 
 
-def _separate_experts(model: nn.Module, name: str, plan: Plan) -> None:
+def separate_experts(model: nn.Module, chains: list[Chain], plan: Plan) -> None:
     """Take the blocks' fused experts apart where any of them is to be quantized."""
 
     def asked(full: str) -> bool:
-        index, _, local = full.removeprefix(f"{name}.").partition(".")
-        return plan.spec_of(f"{name}.{index}", local) is not None
+        block = next(b for chain in chains for b in chain.blocks if full.startswith(f"{b}."))
+        return plan.spec_of(block, full.removeprefix(f"{block}.")) is not None
 
-    found = layouts(model, name)
+    found = {n: layout for chain in chains for block in chain.blocks for n, layout in layouts(model, block).items()}
     refuse_unknown(found, asked)
     known = [layout for layout in found.values() if layout is not None]
     if any(asked(layer) for layout in known for layer in layout.layers()):
@@ -150,174 +162,128 @@ def _warn_of_starved_experts(reports: list[LayerReport]) -> None:
         )  # fmt: skip
 
 
-class _Stream:
-    """The calibration windows on their way through the blocks: the hidden states that enter the next one."""
-
-    def __init__(self, hiddens: list[Tensor]) -> None:
-        self.hiddens = hiddens
-        self._block: Resumable | None = None
-
-    def enter(self, block: Block, targets: Iterable[str], final: Iterable[str]) -> None:
-        """Begin a block."""
-        self._block = Resumable(block, targets, final)
-
-    def settle(self, names: Iterable[str]) -> None:
-        """Say that these layers of the block will not change any more."""
-        assert self._block is not None
-        self._block.final.update(names)
-
-    def inputs_of(self, layer: str) -> Iterator[Tensor | None]:
-        """What enters a layer of the block, window by window."""
-        assert self._block is not None
-        for window, hidden in enumerate(self.hiddens):
-            yield self._block.input_of(layer, hidden, window)
-
-    def calls_of(self, module: str) -> tuple[Any, list[Call]]:
-        """A module of the block, and the arguments with which it is called, window by window."""
-        assert self._block is not None
-        called = self._block.block.module.get_submodule(module)
-        calls: list[Call] = []
-        handle = called.register_forward_pre_hook(lambda m, args: calls.append(args))
-        try:
-            for _ in self.inputs_of(module):
-                pass
-        finally:
-            handle.remove()
-        return called, calls
-
-    def leave(self) -> None:
-        """Finish the block."""
-        assert self._block is not None
-        for window, hidden in enumerate(self.hiddens):
-            self.hiddens[window] = self._block.output(hidden, window)
-        self._block = None
-
-
-def _quantize_block(
-    block: Block, stream: _Stream, exact: _Stream | None, specs: dict[str, QuantSpec], plan: Plan
-) -> Iterable[LayerReport]:
-    """Quantize one block and send the streams through it.
-
-    Args:
-        stream: the windows as the quantized model carries them.
-        exact: as the dense model does, where errors of earlier layers are to be made good.
-    """
-    layers = linears(block.module)
-    targets = {local: layer for local, layer in layers.items() if f"{block.name}.{local}" in specs}
-    everything, units = _units(block.module, layers), _units(block.module, targets)
-    stream.enter(block, everything, set(everything) - set(units))
-    if exact is not None:
-        exact.enter(twin(block), everything, everything)
-    groups = find_stages(block, stream.hiddens[0], units) if units else []
-    uncalled = sorted(set(units) - {local for group in groups for local in group})
-    if uncalled:
-        raise WalkError(
-            f"{block.name}.{uncalled[0]} takes no part in the forward pass on the calibration text; exclude it with "
-            'dynamic={"-:<regex>": {}}'
-        )
-    phases = [[group] for group in groups] if plan.true_sequential else [groups]
-    for phase in phases:
-        solved: dict[str, QuantizedWeight] = {}
-        for group in phase:
-            for names, hessian, note in _hessians(stream, exact, units, group, targets, plan):
-                for local in names:
-                    full = f"{block.name}.{local}"
-                    solved[local], report = solve_layer(full, targets[local], hessian, specs[full], plan.settings)
-                    yield replace(report, note=note)
-                if plan.true_sequential:
-                    _replace_all(block.module, targets, solved)
-        _replace_all(block.module, targets, solved)
-        stream.settle(unit for group in phase for unit in group)
-    own_memory(block.module)
-    stream.leave()
-    if exact is not None:
-        exact.leave()
+def _quantize_chains(
+    model: nn.Module, chains: list[Chain], windows: list[Tensor], specs: dict[str, QuantSpec], plan: Plan,
+    journal: Journal | None,
+) -> Iterator[LayerReport]:  # fmt: skip
+    """Quantize chain after chain: what a later one is called with comes from those before it, quantized for the
+    stream and dense for the exact one."""
+    finished: list[tuple[Chain, Hiddens]] = []
+    finished_exact: list[tuple[Chain, Hiddens]] = []
+    sequences: dict[str, str] = {}  # of hidden states that an interrupted run goes on from
+    for number, chain in enumerate(chains):
+        with single_threaded():
+            blocks, entries = record_calls(model, chain, windows, finished)
+            twins, exact_entries = blocks, entries
+            if plan.needs_exact and finished_exact:
+                twins, exact_entries = record_calls(model, chain, windows, finished_exact)
+        stream = _stream(f"quantized-{number}", entries, blocks, plan, journal)
+        exact = _stream(f"dense-{number}", exact_entries, blocks, plan, journal) if plan.needs_exact else None
+        calls = [block.calls for block in blocks]
+        for block, dense in zip(blocks, twins, strict=True):
+            if journal is not None and block.name in journal.blocks:
+                yield from _restore(block.module, block.name, journal)
+            else:
+                offloaded = Offloaded(block.module)
+                offloaded.bring()
+                reports = []
+                for report in quantize_block(block, dense, stream, exact, specs, plan):
+                    reports.append(report)
+                    yield report
+                if journal is not None:
+                    sequences |= {f"quantized-{number}": stream.hiddens.sequence}
+                    if exact is not None:
+                        sequences |= {f"dense-{number}": exact.hiddens.sequence}
+                    _write(journal, block.name, offloaded, reports, sequences)
+            block.calls, dense.calls = [], []
+        finished.append((chain, stream.hiddens))
+        if exact is not None:
+            finished_exact.append((chain, exact.hiddens))
+            if number == len(chains) - 1 and plan.tuning.model_epochs:
+                for block, recorded in zip(blocks, calls, strict=True):
+                    block.calls = recorded
+                _tune_model(model, chain, blocks, entries, exact.hiddens, windows, specs, plan)
 
 
-def _units(block: nn.Module, targets: Iterable[str]) -> dict[str, nn.Module]:
-    """What is stopped at to calibrate layers: themselves, or the experts module that they are part of."""
-    owners = [name for name, module in block.named_modules() if isinstance(module, Experts)]
-    names = [next((o for o in owners if local.startswith(f"{o}.")), local) for local in targets]
-    return {name: block.get_submodule(name) for name in names}
+def _stream(name: str, entries: list[Tensor], blocks: list[Block], plan: Plan, journal: Journal | None) -> Stream:
+    """A stream at the chain's first block, or where an earlier process has left it."""
+    if journal is None:
+        return Stream(entries)
+    in_memory = not plan.low_memory
+    position = sum(block.name in journal.blocks for block in blocks)
+    if not position:
+        return Stream(entries, name, journal.folder, in_memory)
+    left = Hiddens.written(journal.folder, journal.streams()[name], in_memory, entries[0].device)
+    return Stream(left, name, journal.folder, in_memory, position)
 
 
-def _hessians(
-    stream: _Stream, exact: _Stream | None, units: dict[str, nn.Module], group: list[str], targets: Iterable[str],
-    plan: Plan,
-) -> Iterator[tuple[list[str], Hessian, str]]:  # fmt: skip
-    """The Hessians of units that read the same tensor: names of the layers each is for, and a note for their reports.
-
-    Experts are seen from the module that holds them: what enters it is kept for all windows, and every expert takes
-    its tokens from there, so that the block does not run again for each of them.
-    """
-    mixtures = [name for name in group if isinstance(units[name], Experts)]
-    plain = [name for name in group if name not in mixtures]
-    if plain:
-        yield plain, _hessian(stream, exact, plain[0]), ""
-    for name in mixtures:
-        experts, calls = stream.calls_of(name)
-        wanted = {local.removeprefix(f"{name}.") for local in targets if local.startswith(f"{name}.")}
-        dense = None if exact is None else exact.calls_of(name)
-        for parts, hessian, note in expert_hessians(experts, calls, dense, wanted, plan.min_expert_tokens):
-            yield [f"{name}.{part}" for part in parts], hessian, note
+def _write(
+    journal: Journal, name: str, offloaded: Offloaded, reports: list[LayerReport], sequences: dict[str, str]
+) -> None:
+    """Note a block that is done, and let the file hold its layers from now on if it was offloaded before."""
+    layers = {n: m for n, m in offloaded.block.named_modules() if isinstance(m, QuantLinear)}
+    prefix = f"{name}." if name else ""
+    tensors = {f"{prefix}{n}.{leaf}": t for n, m in layers.items() for leaf, t in m.state_dict().items()}
+    file = journal.write_block(name, tensors)
+    journal.commit(name, file, map(to_record, reports), sequences)
+    offloaded.send(file, layers, prefix)
 
 
-def _hessian(stream: _Stream, exact: _Stream | None, layer: str) -> Hessian:
-    hessian: Hessian | None = None
-    twins = exact.inputs_of(layer) if exact is not None else itertools.repeat(None)
-    for x, dense in zip(stream.inputs_of(layer), twins, strict=False):
-        if x is not None:
-            hessian = hessian or Hessian(x.shape[-1], x.device)
-            hessian.add(x, exact=dense)
-    return hessian or Hessian(1)
+def _restore(module: nn.Module, name: str, journal: Journal) -> list[LayerReport]:
+    """Put the layers that an earlier process has solved into a block."""
+    reports = [from_record(record) for record in journal.records(name)]
+    prefix = f"{name}." if name else ""
+    offloaded = Offloaded(module)
+    for report in reports:
+        local = report.name.removeprefix(prefix)
+        layer: Any = module.get_submodule(local)
+        dtype = layer.weight.dtype
+        if offloaded.active:
+            spec_layer = QuantLinear(report.in_features, report.out_features, report.spec, dtype=dtype)
+            attach(
+                module,
+                local,
+                spec_layer.train(layer.training),
+                journal.file(name),
+                report.name,
+                execution_device(layer),
+            )
+        else:
+            device = layer.weight.device
+            tensors = {leaf: value.to(device) for leaf, value in FileTensors(journal.file(name), report.name).items()}
+            bias = tensors.pop("bias", None)
+            quantized = QuantizedWeight.unpack(**tensors, spec=report.spec)
+            made = QuantLinear.from_quantized(quantized, bias, dtype)
+            module.set_submodule(local, made.train(layer.training))
+    return reports
 
 
-def solve_layer(
-    name: str, layer: nn.Module, hessian: Hessian, spec: QuantSpec, settings: SolveSettings
-) -> tuple[QuantizedWeight, LayerReport]:
-    """Solve one layer; errors name it."""
-    weight = dense_weight(layer)
-    try:
-        quantized, report = solve(weight, hessian.mean(), spec, settings, hessian.mean_cross())
-    except SolveError as error:
-        raise SolveError(f"{name}: {error}") from None
-    if report.damp_percent > settings.damp_percent:
-        logger.warning(
-            "%s: the Hessian was not positive definite with damp_percent=%g; solved with %g.",
-            name, settings.damp_percent, report.damp_percent,
-        )  # fmt: skip
-    out_features, in_features = weight.shape
-    return quantized, LayerReport(name, spec, hessian.tokens, report, in_features, out_features)
+def _tune_model(
+    model: nn.Module, chain: Chain, blocks: list[Block], entries: list[Tensor], target: Hiddens, windows: list[Tensor],
+    specs: dict[str, QuantSpec], plan: Plan,
+) -> None:  # fmt: skip
+    """Let all scales of the last chain learn to give the dense model's output."""
+    if isinstance(blocks[0], WholeModel):
+        logger.warning("model_epochs has no effect: %s is walked as one piece.", chain.name)
+        return
+    layers = []
+    for block in blocks:
+        names = [local for local in linears(block.module) if block.full(local) in specs]
+        layers.append({local: TunedLayer(block.module.get_submodule(local), None) for local in names})  # type: ignore[arg-type]
+    steps = plan.tuning.steps(len(windows), plan.tuning.model_epochs)
+    with (
+        tqdm(total=steps, desc="Tuning", unit="step", disable=processes.rank() != 0) as bar,
+        model_loss(model, chain, blocks, windows, target) as loss,
+    ):
 
+        def progress(value: float) -> None:
+            bar.update()
+            bar.set_postfix_str(f"loss {value:.4f}")
 
-def dense_weight(layer: Any) -> Tensor:
-    """A layer's weight as `[N, K]`, brought back where accelerate offloaded it."""
-    from accelerate.utils import align_module_device
-
-    with align_module_device(layer):
-        weight = layer.weight.detach()
-        return (weight.T if isinstance(layer, Conv1D) else weight).clone()
-
-
-def _replace(root: nn.Module, name: str, layer: Any, quantized: QuantizedWeight) -> None:
-    """Put a QuantLinear in the place of `layer`, on the same device and with the same offloading."""
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-    from accelerate.utils import align_module_device
-
-    with align_module_device(layer):
-        bias = layer.bias if isinstance(layer.bias, Tensor) else None
-        new = QuantLinear.from_quantized(quantized, bias, layer.weight.dtype)
-    new.train(layer.training)
-    hook = getattr(layer, "_hf_hook", None)
-    if isinstance(hook, AlignDevicesHook) and hook.offload:
-        add_hook_to_module(new, AlignDevicesHook(execution_device=hook.execution_device, offload=True))
-    root.set_submodule(name, new)
-
-
-def _replace_all(root: nn.Module, layers: dict[str, Any], solved: dict[str, QuantizedWeight]) -> None:
-    while solved:
-        name, quantized = solved.popitem()
-        _replace(root, name, layers[name], quantized)
+        tune(blocks, layers, entries, loss, plan.tuning.model_epochs, plan.tuning, progress=progress)
+    for block, part in zip(blocks, layers, strict=True):
+        for local, tuned in part.items():
+            block.module.set_submodule(local, tuned.finished())
 
 
 def output_embedding(model: Any, plan: Plan) -> tuple[str, QuantSpec]:
@@ -338,21 +304,8 @@ def _quantize_head(model: Any, windows: list[Tensor], plan: Plan) -> LayerReport
     """Quantize the output embedding on the hidden states that the quantized model gives it."""
     name, spec = output_embedding(model, plan)
     head = model.get_submodule(name)
-    calls = [((), {"input_ids": ids[None].to(head.weight.device), "use_cache": False}) for ids in windows]
-    stream = _Stream([torch.empty(0)] * len(windows))
-    stream.enter(Block("", _Whole(model), calls), [f"model.{name}"], ())
-    hessian = _hessian(stream, None, f"model.{name}")
-    quantized, report = solve_layer(name, head, hessian, spec, plan.settings)
-    _replace(model, name, head, quantized)
+    stream = Stream([torch.empty(0)] * len(windows))
+    stream.enter(WholeModel.reading(model, windows), [name], ())
+    quantized, report = solve_layer(name, head, layer_hessian(stream, None, name), spec, plan.settings)
+    replace_layer(model, name, head, quantized)
     return report
-
-
-class _Whole(nn.Module):
-    """A model as a block that ignores the hidden states it is handed."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, hidden: Tensor, **kwargs: object) -> object:
-        return self.model(**kwargs)

@@ -35,7 +35,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], parallel: bo
     threads = torch.get_num_threads()
     remaining = iter(items)
     while batch := list(islice(remaining, threads)):
-        with _single_threaded(threads):
+        with single_threaded():
             if threads == 1 or len(batch) == 1:
                 results = [work(item) for item in batch]
             else:
@@ -47,12 +47,14 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], parallel: bo
 def _workers(threads: int) -> ThreadPoolExecutor:
     global _pool
     if _pool is None or _pool._max_workers < threads:
-        _pool = ThreadPoolExecutor(threads, thread_name_prefix="calibrate", initializer=torch.set_num_threads, initargs=(1,))
+        _pool = ThreadPoolExecutor(threads, "calibrate", initializer=torch.set_num_threads, initargs=(1,))
     return _pool
 
 
 @contextmanager
-def _single_threaded(threads: int) -> Iterator[None]:
+def single_threaded() -> Iterator[None]:
+    """Let torch use one thread, for bits that do not depend on how many there are."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield

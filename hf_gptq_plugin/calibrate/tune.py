@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from ..format.grid import QuantizedWeight
 from ..nn.linear import QuantLinear
+from . import processes
 from .threads import in_order
-from .walk import Block, forward_replaced
+from .walk import Block, Chain, forward_replaced, split_call, text_inputs
 
 Loss = Callable[[Tensor, int], tuple[float, Tensor]]
 
@@ -52,6 +53,10 @@ class TuneSettings:
             value = getattr(self, name)
             if type(value) is not int or value < 0:
                 raise ValueError(f"{name}={value!r} must be an integer of at least 0")
+
+    def steps(self, windows: int, epochs: int) -> int:
+        """Steps in so many passes over so many windows."""
+        return epochs * (windows // min(self.batch, windows))
 
 
 class TunedLayer:
@@ -151,9 +156,9 @@ def tune(
     dtype = compute_dtype(hiddens[0].device)
     batch = min(settings.batch, len(hiddens))
     order = torch.Generator().manual_seed(seed)
-    steps = epochs * (len(hiddens) // batch)
+    steps = settings.steps(len(hiddens), epochs)
     done = 0
-    with _weights_handed_in(blocks, layers):
+    with _weights_handed_in(layers):
         for _ in range(epochs):
             for chosen in torch.randperm(len(hiddens), generator=order).split(batch):
                 if len(chosen) < batch:
@@ -164,7 +169,8 @@ def tune(
                 decay = min(1.0, (done + 1) / 4) * 0.5 * (1 + math.cos(math.pi * done / steps))
                 for part, found in zip(layers, gradients, strict=True):
                     for name, gradient in found.items():
-                        part[name].step(gradient / batch, settings, decay)
+                        mean = processes.sum_in_place(gradient).div_(batch * processes.count())
+                        part[name].step(mean, settings, decay)
                 done += 1
                 if progress is not None:
                     progress(value / batch)
@@ -198,6 +204,8 @@ def _gradients(
             slopes[place] = slope
             for name, gradient in found.items():
                 total[name] = total[name].add_(gradient) if name in total else gradient.float()
+        for name in weights[i].keys() - total.keys():  # an expert that no window came to
+            total[name] = torch.zeros_like(weights[i][name], dtype=torch.float32)
         sums.append(total)
     return sum(value for value, _, _ in passes), sums[::-1]
 
@@ -227,7 +235,7 @@ def _handing(weights: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _weights_handed_in(blocks: Iterable[Block], layers: Iterable[Mapping[str, TunedLayer]]) -> Iterator[None]:
+def _weights_handed_in(layers: Iterable[Mapping[str, TunedLayer]]) -> Iterator[None]:
     """Let the blocks' layers compute with the weights that their thread was handed."""
 
     def forward_of(name: str, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -239,7 +247,7 @@ def _weights_handed_in(blocks: Iterable[Block], layers: Iterable[Mapping[str, Tu
         return forward
 
     with ExitStack() as stack:
-        for block, part in zip(blocks, layers, strict=True):
+        for part in layers:
             for name, tuned in part.items():
                 stack.enter_context(forward_replaced(tuned.layer, forward_of(name, tuned.layer.bias)))
         yield
@@ -288,3 +296,60 @@ def divergence(student: Tensor, teacher: Tensor) -> tuple[float, Tensor]:
     probable = log_teacher.exp()
     value = float((probable * (log_teacher - log_student)).sum()) / tokens
     return value, (log_student.exp_() - probable) / tokens
+
+
+@contextmanager
+def model_loss(
+    model: nn.Module, chain: Chain, blocks: Sequence[Block], windows: Sequence[Tensor], target: Sequence[Tensor]
+) -> Iterator[Loss]:
+    """The loss of the hidden states that leave a model's last chain: `divergence` of the logits that the model makes
+    of them, or, where it makes none, `output_loss`.
+
+    While the context lasts, the model's blocks can still be run by themselves.
+
+    Args:
+        model: a Transformers model.
+        chain: its last chain.
+        blocks: the chain's.
+        windows: token ids `[tokens]`.
+        target: what left the last block of the dense model, per window.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    if not isinstance(head, nn.Module):
+        yield output_loss(lambda window: target[window])
+        return
+    replayed = threading.local()
+
+    def stub(own: Callable[..., Any], place: int) -> Callable[..., Any]:
+        output, rest = chain.stubs[place].output, chain.stubs[place].rest
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            leaving = getattr(replayed, "hidden", None)
+            if leaving is None:
+                return own(*args, **kwargs)
+            out = leaving if place == len(blocks) - 1 else split_call(args, kwargs)[0]
+            return out if output is None else (out, *rest)
+
+        return forward
+
+    def logits(hidden: Tensor, window: int) -> Tensor:
+        replayed.hidden = hidden
+        try:
+            with _computing(compute_dtype(hidden.device), hidden.device):
+                return model(**text_inputs(model, windows[window])).logits
+        finally:
+            del replayed.hidden
+
+    def loss(hidden: Tensor, window: int) -> tuple[float, Tensor]:
+        with torch.no_grad():
+            wanted = logits(target[window], window)
+        with torch.enable_grad():
+            entered = hidden.detach().requires_grad_()
+            given = logits(entered, window)
+        value, slope = divergence(given.detach(), wanted)
+        return value, torch.autograd.grad(given, entered, slope.to(given.dtype))[0]
+
+    with ExitStack() as stack:
+        for place, block in enumerate(blocks):
+            stack.enter_context(forward_replaced(block.module, stub(block.module.forward, place)))
+        yield loss

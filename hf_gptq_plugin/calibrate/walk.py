@@ -1,20 +1,22 @@
-"""Find what to quantize in a model, and run it piece by piece, by structure and not by a list of names.
+"""Run a model block by block, and a block layer by layer, by structure and not by a list of names.
 
-A model is a chain of blocks: the largest list of modules that holds linear layers. What each block is called with
-(masks, position embeddings) differs from model to model and from layer to layer, so it is recorded from the model's
-own forward pass, with the blocks themselves replaced by stubs that hand their input on.
+What each block is called with (masks, position embeddings, an encoder's output) differs from model to model and from
+layer to layer, so it is recorded from the model's own forward pass, with the blocks themselves replaced by stubs that
+hand their input on. Which blocks there are is found in chains.py.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
 LINEAR = (nn.Linear, Conv1D)
@@ -24,25 +26,27 @@ class WalkError(RuntimeError):
     """A model whose structure the walk does not understand; the message says which option helps."""
 
 
-class _Stop(Exception):
-    """Ends a forward pass once it has shown what it was run for."""
-
-
 @dataclass
 class Block:
-    """One block of the chain.
+    """One block of a chain.
 
     Args:
         name: its name in the model, e.g. "model.layers.3".
         module: the block.
         calls: one per calibration window: the block's arguments, without the hidden states.
         output: index of the hidden states in what the block returns; None where it returns them bare.
+        repeated: its linear layers that run more than once in a pass, by name; `find_stages` fills it.
     """
 
     name: str
     module: nn.Module
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     output: int | None = None
+    repeated: frozenset[str] = frozenset()
+
+    def full(self, local: str) -> str:
+        """The name in the model of a module of the block."""
+        return f"{self.name}.{local}" if self.name else local
 
     def run(self, hidden: Tensor, window: int) -> Tensor:
         """The block's hidden states `[1, tokens, width]` from those of the block before."""
@@ -54,6 +58,50 @@ class Block:
         return out if self.output is None else out[self.output]
 
 
+class WholeModel(Block):
+    """A model as its only block: its calls hold everything, and the hidden states it is handed pass it by."""
+
+    @classmethod
+    def reading(cls, model: nn.Module, windows: Iterable[Tensor]) -> WholeModel:
+        """The model with what it is called with to read windows of token ids `[tokens]`."""
+        return cls("", model, [((), text_inputs(model, ids)) for ids in windows])
+
+    def run(self, hidden: Tensor, window: int) -> Tensor:
+        """One forward pass of the model."""
+        self.module(**self.calls[window][1])
+        return hidden
+
+
+@dataclass(frozen=True)
+class Stub:
+    """What stands in for a block while its chain is recorded.
+
+    Args:
+        output: see `Block`.
+        rest: what the block returns behind the hidden states, for a model that looks at it.
+        live: blocks further down are called with something of `rest`, so it is computed for every window.
+    """
+
+    output: int | None = None
+    rest: tuple[Any, ...] = ()
+    live: bool = False
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Blocks of which each takes the hidden states that the one before it returned.
+
+    Args:
+        name: of the list that holds them, e.g. "model.layers".
+        blocks: by name, in the order in which they run. Not all of the list's need be among them.
+        stubs: one per block; none where the blocks are no plain chain, so that the model runs as one piece.
+    """
+
+    name: str
+    blocks: dict[str, nn.Module]
+    stubs: tuple[Stub, ...] = ()
+
+
 def linears(module: nn.Module) -> dict[str, Any]:
     """The layers below `module` that can be quantized, by name: `[N, K]` matrices of floats."""
     return {
@@ -63,62 +111,68 @@ def linears(module: nn.Module) -> dict[str, Any]:
     }
 
 
-def find_blocks(model: nn.Module, name: str | None = None) -> tuple[str, nn.ModuleList]:
-    """The list of blocks to quantize: `name`, or the one that holds the most weights in linear layers.
+def text_inputs(model: Any, ids: Tensor) -> dict[str, Any]:
+    """What a model is called with to read a window of text.
 
-    Raises:
-        WalkError: no such list, naming those there are.
+    An encoder-decoder model's encoder reads the window, and its decoder the same window moved right by one, behind
+    its start token: BART's own rule for text without a target, and T5's shape of training.
+
+    Args:
+        model: a Transformers model.
+        ids: `[tokens]`.
     """
-    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
-    if name is not None:
-        if name not in lists:
-            raise WalkError(
-                f"block_name_to_quantize={name!r} is not a list of modules; this model has {', '.join(lists)}"
-            )
-        return name, lists[name]
-    outermost = {n: m for n, m in lists.items() if not any(n.startswith(other + ".") for other in lists if other != n)}
-    sizes = {n: sum(int(layer.weight.numel()) for layer in linears(m).values()) for n, m in outermost.items()}
-    best = max(sizes, key=lambda n: sizes[n], default="")
-    if not sizes.get(best):
-        raise WalkError(
-            f"{type(model).__name__} has no list of blocks with linear layers; name one with block_name_to_quantize"
-        )
-    return best, lists[best]
+    takes = inspect.signature(model.forward).parameters
+    inputs: dict[str, Any] = {"input_ids": ids[None].to(input_device(model))}
+    if "use_cache" in takes:
+        inputs["use_cache"] = False
+    if "decoder_input_ids" in takes:
+        known = [getattr(model.config, f"{kind}_token_id", None) for kind in ("decoder_start", "bos", "pad")]
+        start = next((token for token in known if isinstance(token, int)), 0)
+        inputs["decoder_input_ids"] = inputs["input_ids"].roll(1, 1)
+        inputs["decoder_input_ids"][:, 0] = start
+    return inputs
 
 
 @torch.no_grad()
 def record_calls(
-    model: nn.Module, name: str, blocks: nn.ModuleList, windows: list[Tensor]
+    model: nn.Module, chain: Chain, windows: list[Tensor], finished: Sequence[tuple[Chain, Sequence[Tensor]]] = ()
 ) -> tuple[list[Block], list[Tensor]]:
-    """Record what every block is called with, for every window.
+    """Record what every block of a chain is called with, for every window.
 
     Args:
-        model: takes `input_ids` `[1, tokens]`.
-        name: the list's name in the model.
-        blocks: the list.
+        model: a Transformers model.
+        chain: one of `find_chains`.
         windows: token ids `[tokens]`.
+        finished: the chains that run before this one, each with the hidden states that left it, per window. They do
+            not run again: the last of their blocks hands these on.
 
     Returns:
         The blocks, and the hidden states that enter the first one, per window.
     """
-    recorded = [Block(f"{name}.{i}", module, []) for i, module in enumerate(blocks)]
-    device = input_device(model)
-
-    def forward(ids: Tensor) -> None:
-        model(input_ids=ids[None].to(device), use_cache=False)
-
-    rest = _record_outputs(recorded, lambda: forward(windows[0][:8]))
+    if not chain.stubs:
+        return [WholeModel.reading(model, windows)], [torch.empty(0)] * len(windows)
+    recorded = [
+        Block(name, module, [], stub.output)
+        for (name, module), stub in zip(chain.blocks.items(), chain.stubs, strict=True)
+    ]
     entries: list[Tensor] = []
     with ExitStack() as stack:
-        for i, block in enumerate(recorded):
-            stack.enter_context(_stubbed(block, rest[i], entries if i == 0 else None))
+        for done, hiddens in finished:
+            leaving = iter(hiddens)
+            for i, (module, stub) in enumerate(zip(done.blocks.values(), done.stubs, strict=True)):
+                last = i == len(done.stubs) - 1
+                stack.enter_context(forward_replaced(module, _replayed(stub, leaving if last else None)))
+        for i, (block, stub) in enumerate(zip(recorded, chain.stubs, strict=True)):
+            recorder = _recorder(block, stub, entries if i == 0 else None)
+            stack.enter_context(forward_replaced(block.module, recorder))
         for ids in windows:
-            forward(ids)
+            model(**text_inputs(model, ids))
     for block in recorded:
         if len(block.calls) != len(windows):
             raise WalkError(
-                f"{block.name} was called {len(block.calls)} times in {len(windows)} forward passes; blocks that the "
-                "model skips or shares cannot be walked yet"
+                f"{block.name} was called {len(block.calls)} times in {len(windows)} forward passes; blocks that run "
+                "for some texts and not for others cannot be calibrated; exclude them with "
+                'dynamic={"-:<regex>": {}}'
             )
     return recorded, entries
 
@@ -132,52 +186,48 @@ def input_device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
 
-def _record_outputs(blocks: list[Block], forward: Callable[[], None]) -> list[tuple[Any, ...]]:
-    """Learn where each block's output holds the hidden states; returns what else stands behind them."""
-    rest: list[tuple[Any, ...]] = [()] * len(blocks)
-    seen: set[int] = set()
-
-    def remember(i: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            seen.add(i)
-            if isinstance(output, tuple):
-                blocks[i].output = 0
-                rest[i] = output[1:]
-
-        return hook
-
-    handles = [block.module.register_forward_hook(remember(i)) for i, block in enumerate(blocks)]
-    try:
-        forward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    if len(seen) != len(blocks):
-        missing = next(block.name for i, block in enumerate(blocks) if i not in seen)
-        raise WalkError(f"{missing} takes no part in the model's forward pass on text")
-    return rest
+def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """A block's arguments as its hidden states and the others, without caches: a block runs many times."""
+    args = tuple(None if isinstance(value, Cache) else value for value in args)
+    kwargs = {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()}
+    if "hidden_states" in kwargs:
+        return kwargs["hidden_states"], args, {**kwargs, "hidden_states": None}
+    return (args[0] if args else None), args[1:], kwargs
 
 
-@contextmanager
-def _stubbed(block: Block, rest: tuple[Any, ...], entries: list[Tensor] | None) -> Iterator[None]:
+def _recorder(block: Block, stub: Stub, entries: list[Tensor] | None) -> Callable[..., Any]:
+    own = block.module.forward
+
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if "hidden_states" in kwargs:
-            hidden = kwargs["hidden_states"]
-            kept = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-            block.calls.append((args, {**kept, "hidden_states": None}))
-        else:
-            hidden = args[0]
-            block.calls.append((args[1:], kwargs))
+        hidden, others, named = split_call(args, kwargs)
+        block.calls.append((others, named))
         if entries is not None:
             entries.append(hidden)
-        return hidden if block.output is None else (hidden, *rest)
+        if stub.output is None:
+            return hidden
+        rest = stub.rest
+        if stub.live:
+            # On zeros: `find_chains` has made sure that what others need of it does not depend on the text.
+            nothing = torch.zeros_like(hidden)
+            out = own(*others, **{**named, "hidden_states": nothing}) if "hidden_states" in named else None
+            rest = (own(nothing, *others, **named) if out is None else out)[1:]
+        return (hidden, *rest)
 
-    with _forward_replaced(block.module, forward):
-        yield
+    return forward
+
+
+def _replayed(stub: Stub, leaving: Iterator[Tensor] | None) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = split_call(args, kwargs)[0]
+        out = hidden if leaving is None else next(leaving).to(hidden.device)
+        return out if stub.output is None else (out, *stub.rest)
+
+    return forward
 
 
 @contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module run another function while the context lasts."""
     own = vars(module).get("forward")  # accelerate puts one there, too
     module.forward = forward  # type: ignore[method-assign]
     try:
@@ -199,14 +249,17 @@ def find_stages(block: Block, hidden: Tensor, targets: dict[str, nn.Module]) -> 
         targets: its linear layers by name.
 
     Returns:
-        Lists of names, in order of execution. Layers that were not called are missing.
+        Lists of names, in order of execution. Layers that were not called are missing; those that were called more
+        than once stand where they ran first, and are noted in the block.
     """
     stages: list[list[str]] = []
+    repeated: set[str] = set()
     inputs: list[Tensor] = []  # kept alive, so that identity means sameness
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if any(name in stage for stage in stages):
+                repeated.add(name)
                 return
             for stage, x in zip(stages, inputs, strict=True):
                 if x is args[0]:
@@ -223,83 +276,8 @@ def find_stages(block: Block, hidden: Tensor, targets: dict[str, nn.Module]) -> 
     finally:
         for handle in handles:
             handle.remove()
+    block.repeated = frozenset(repeated)
     return stages
-
-
-class Resumable:
-    """A block whose forward pass goes on, at each call, from where the last one stopped.
-
-    A submodule that has run to its end with all of its linear layers final is not run again: what it returned for a
-    window is kept and handed out, and what its parts returned is dropped. So however often the pass is stopped to look
-    at an input, every linear layer computes once.
-
-    Args:
-        block: the block; its forward must not depend on anything but its arguments.
-        targets: names of the linear layers that will be looked at.
-        final: names of those that will not change any more. Add to it as layers become final.
-    """
-
-    def __init__(self, block: Block, targets: Iterable[str], final: Iterable[str] = ()) -> None:
-        self.block = block
-        self.final = set(final)
-        self._targets = tuple(targets)
-        self._kept: list[dict[tuple[str, int], Any]] = [{} for _ in block.calls]
-
-    def input_of(self, layer: str, hidden: Tensor, window: int) -> Tensor | None:
-        """What enters `layer` for a window; None where the pass does not come to it."""
-        try:
-            self._run(hidden, window, layer)
-        except _Stop as stop:
-            return stop.args[0]
-        return None
-
-    def output(self, hidden: Tensor, window: int) -> Tensor:
-        """The block's hidden states for a window; forgets what was kept for it."""
-        out = self._run(hidden, window, None)
-        self._kept[window].clear()
-        return out
-
-    @torch.no_grad()
-    def _run(self, hidden: Tensor, window: int, until: str | None) -> Tensor:
-        counts: dict[str, int] = {}
-        with ExitStack() as stack:
-            for name, module in self.block.module.named_modules():
-                covered = [t for t in self._targets if t == name or t.startswith(f"{name}.")]
-                if name and covered:
-                    finished = self.final.issuperset(covered)
-                    wrapper = self._wrapper(name, module.forward, finished, self._kept[window], counts, until)
-                    stack.enter_context(_forward_replaced(module, wrapper))
-            return self.block.run(hidden, window)
-
-    @staticmethod
-    def _wrapper(
-        name: str, own: Callable[..., Any], finished: bool, kept: dict[tuple[str, int], Any],
-        counts: dict[str, int], until: str | None,
-    ) -> Callable[..., Any]:  # fmt: skip
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            key = (name, counts.setdefault(name, 0))
-            counts[name] += 1
-            if key in kept:
-                return _copied(kept[key])
-            if name == until:
-                raise _Stop(args[0])
-            out = own(*args, **kwargs)
-            if finished:
-                for part in [k for k in kept if k[0].startswith(f"{name}.")]:
-                    del kept[part]
-                kept[key] = _copied(out)
-            return out
-
-        return forward
-
-
-def _copied(value: Any) -> Any:
-    """A copy of what a module returned: its caller may write into it."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, (tuple, list)):
-        return type(value)(map(_copied, value))
-    return value
 
 
 def twin(block: Block) -> Block:

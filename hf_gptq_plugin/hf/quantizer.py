@@ -19,7 +19,8 @@ from transformers.quantizers.base import HfQuantizer
 from ..calibrate.data import calibration_record, calibration_windows
 from ..calibrate.datafree import quantize_without_data
 from ..calibrate.experts import Layout, layouts, merges_into, unfuse_experts
-from ..calibrate.pipeline import Plan, quantize_model
+from ..calibrate.pipeline import quantize_model
+from ..calibrate.plan import Plan
 from ..calibrate.report import LayerReport
 from ..calibrate.sources import CalibrationError, read_samples
 from ..calibrate.walk import LINEAR

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,18 @@ class Hessian:
             mine = torch.zeros_like(self._sum) if self._cross is None else self._cross
             self._cross = mine + prior._cross * (tokens / prior.tokens)
         self._borrowed += tokens
+
+    def combine(self, sum_in_place: Callable[[Tensor], Tensor], sum_of: Callable[[int], int]) -> None:
+        """Add up with what others have seen.
+
+        Args:
+            sum_in_place: turns a tensor into the sum over all.
+            sum_of: the sum over all of an integer.
+        """
+        sum_in_place(self._sum)
+        if self._cross is not None:
+            sum_in_place(self._cross)
+        self.tokens, self._borrowed = sum_of(self.tokens), sum_of(self._borrowed)
 
     def _rows(self, x: Tensor) -> Tensor:
         return x.detach().reshape(-1, x.shape[-1]).to(self._sum.device, torch.float32)

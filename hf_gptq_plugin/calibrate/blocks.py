@@ -1,0 +1,201 @@
+"""Quantize one block: its layers in the order in which they run, each on the inputs that it will meet."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..format.grid import QuantizedWeight
+from ..format.spec import QuantSpec
+from ..nn.experts import Experts
+from ..nn.linear import QuantLinear
+from ..solve.gptq import SolveSettings, solve
+from ..solve.hessian import Hessian, SolveError
+from ..solve.linalg import dense_linear
+from . import processes
+from .experts import expert_hessians, own_memory
+from .plan import Plan
+from .report import LayerReport
+from .stream import Stream
+from .tune import TunedLayer, output_loss, tune
+from .walk import Block, WalkError, WholeModel, find_stages, linears, twin
+
+logger = logging.getLogger(__name__)
+
+
+def quantize_block(
+    block: Block, dense: Block, stream: Stream, exact: Stream | None, specs: dict[str, QuantSpec], plan: Plan
+) -> Iterator[LayerReport]:
+    """Quantize one block and send the streams through it.
+
+    Args:
+        block: with what the quantized model calls it with.
+        dense: with what the dense model calls it with.
+        stream: the windows as the quantized model carries them.
+        exact: as the dense model does, where errors of earlier layers are to be made good.
+        specs: of the layers to quantize, by full name.
+        plan: how.
+
+    Yields:
+        A report per layer, as soon as it is solved.
+    """
+    everything = linears(block.module)
+    targets = {local: layer for local, layer in everything.items() if block.full(local) in specs}
+    stream.enter(block, everything, set(everything) - set(targets))
+    if exact is not None:
+        exact.enter(_fast(twin(dense)), everything, everything)
+    units = _units(block.module, targets)
+    groups = find_stages(block, stream.hiddens[0], units) if units else []
+    uncalled = sorted(set(units) - {local for group in groups for local in group})
+    if uncalled:
+        raise WalkError(
+            f"{block.full(uncalled[0])} is not called in the forward pass on the calibration text; exclude it with "
+            f'dynamic={{"-:.*{re.escape(uncalled[0])}$": {{}}}}'
+        )
+    learning = plan.tuning.block_epochs > 0 and bool(targets) and not isinstance(block, WholeModel)
+    weights = {local: dense_weight(layer) for local, layer in targets.items()} if learning else {}
+    phases = [[group] for group in groups] if plan.true_sequential else [groups]
+    for phase in phases:
+        done: list[str] = []
+        solved: dict[str, QuantizedWeight] = {}
+        for group in phase:
+            for names, hessian, note in _hessians(stream, exact, units, group, targets, plan):
+                for local in names:
+                    full = block.full(local)
+                    solved[local], report = solve_layer(full, targets[local], hessian, specs[full], plan.settings)
+                    yield replace(report, note=note)
+                done += names
+                if plan.true_sequential:
+                    _replace_all(block.module, targets, solved)
+        _replace_all(block.module, targets, solved)
+        stream.settle(done)
+    own_memory(block.module)
+    entered = stream.hiddens
+    if exact is not None:
+        exact.leave()
+    if learning:
+        assert exact is not None
+        _learn(block, entered, exact, weights, plan)
+        stream.enter(block, everything, everything)  # nothing that was kept holds any more
+    stream.leave()
+
+
+def _learn(block: Block, entered: Iterable[Tensor], exact: Stream, weights: dict[str, Tensor], plan: Plan) -> None:
+    layers = {local: TunedLayer(block.module.get_submodule(local), weight) for local, weight in weights.items()}  # type: ignore[arg-type]
+    targets = exact.hiddens
+    tune([block], [layers], list(entered), output_loss(lambda w: targets[w]), plan.tuning.block_epochs, plan.tuning)
+    for local, tuned in layers.items():
+        block.module.set_submodule(local, tuned.finished())
+
+
+def _fast(block: Block) -> Block:
+    """Let a twin's fp32 layers multiply with our own product, which is faster than torch's."""
+    for layer in linears(block.module).values():
+        if type(layer) is nn.Linear and not hasattr(layer, "_hf_hook"):
+            layer.forward = _own_product(layer)  # type: ignore[method-assign]
+    return block
+
+
+def _own_product(layer: nn.Linear) -> Any:
+    def forward(x: Tensor) -> Tensor:
+        out = dense_linear(x, layer.weight)
+        return out if layer.bias is None else out + layer.bias
+
+    return forward
+
+
+def _units(block: nn.Module, targets: Iterable[str]) -> dict[str, nn.Module]:
+    """What is stopped at to calibrate layers: themselves, or the experts module that they are part of."""
+    owners = [name for name, module in block.named_modules() if isinstance(module, Experts)]
+    names = [next((o for o in owners if local.startswith(f"{o}.")), local) for local in targets]
+    return {name: block.get_submodule(name) for name in names}
+
+
+def _hessians(
+    stream: Stream, exact: Stream | None, units: dict[str, nn.Module], group: list[str], targets: Iterable[str],
+    plan: Plan,
+) -> Iterator[tuple[list[str], Hessian, str]]:  # fmt: skip
+    """The Hessians of units that read the same tensor: names of the layers each is for, and a note for their reports.
+
+    Experts are seen from the module that holds them: what enters it is kept for all windows, and every expert takes
+    its tokens from there, so that the block does not run again for each of them.
+    """
+    mixtures = [name for name in group if isinstance(units[name], Experts)]
+    plain = [name for name in group if name not in mixtures]
+    if plain:
+        yield plain, layer_hessian(stream, exact, plain[0]), ""
+    for name in mixtures:
+        experts, calls = stream.calls_of(name)
+        wanted = {local.removeprefix(f"{name}.") for local in targets if local.startswith(f"{name}.")}
+        dense = None if exact is None else exact.calls_of(name)
+        for parts, hessian, note in expert_hessians(experts, calls, dense, wanted, plan.min_expert_tokens):
+            hessian.combine(processes.sum_in_place, processes.sum_of)
+            yield [f"{name}.{part}" for part in parts], hessian, note
+
+
+def layer_hessian(stream: Stream, exact: Stream | None, layer: str) -> Hessian:
+    """The Hessian of what enters a layer of the block that the streams are in, over all processes."""
+    hessian: Hessian | None = None
+    twins = exact.inputs_of(layer) if exact is not None else itertools.repeat(None)
+    for x, dense in zip(stream.inputs_of(layer), twins, strict=False):
+        if x is not None:
+            hessian = hessian or Hessian(x.shape[-1], x.device)
+            hessian.add(x, exact=dense)
+    hessian = hessian or Hessian(1)
+    hessian.combine(processes.sum_in_place, processes.sum_of)
+    return hessian
+
+
+def solve_layer(
+    name: str, layer: nn.Module, hessian: Hessian, spec: QuantSpec, settings: SolveSettings
+) -> tuple[QuantizedWeight, LayerReport]:
+    """Solve one layer; errors name it."""
+    weight = dense_weight(layer)
+    try:
+        quantized, report = solve(weight, hessian.mean(), spec, settings, hessian.mean_cross())
+    except SolveError as error:
+        raise SolveError(f"{name}: {error}") from None
+    if report.damp_percent > settings.damp_percent:
+        logger.warning(
+            "%s: the Hessian was not positive definite with damp_percent=%g; solved with %g.",
+            name, settings.damp_percent, report.damp_percent,
+        )  # fmt: skip
+    out_features, in_features = weight.shape
+    return quantized, LayerReport(name, spec, hessian.tokens, report, in_features, out_features)
+
+
+def dense_weight(layer: Any) -> Tensor:
+    """A layer's weight as `[N, K]`, brought back where accelerate offloaded it."""
+    from accelerate.utils import align_module_device
+
+    with align_module_device(layer):
+        weight = layer.weight.detach()
+        return (weight.T if isinstance(layer, Conv1D) else weight).clone()
+
+
+def replace_layer(root: nn.Module, name: str, layer: Any, quantized: QuantizedWeight) -> None:
+    """Put a QuantLinear in the place of `layer`, on the same device and with the same offloading."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+    from accelerate.utils import align_module_device
+
+    with align_module_device(layer):
+        bias = layer.bias if isinstance(layer.bias, Tensor) else None
+        new = QuantLinear.from_quantized(quantized, bias, layer.weight.dtype)
+    new.train(layer.training)
+    hook = getattr(layer, "_hf_hook", None)
+    if isinstance(hook, AlignDevicesHook) and hook.offload:
+        add_hook_to_module(new, AlignDevicesHook(execution_device=hook.execution_device, offload=True))
+    root.set_submodule(name, new)
+
+
+def _replace_all(root: nn.Module, layers: dict[str, Any], solved: dict[str, QuantizedWeight]) -> None:
+    while solved:
+        name, quantized = solved.popitem()
+        replace_layer(root, name, layers[name], quantized)

@@ -1,0 +1,44 @@
+"""Several processes that calibrate one model together (torchrun, accelerate launch): each reads a share of the text."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def count() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this one is; 0 for the only one."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def share(windows: list[Tensor]) -> list[Tensor]:
+    """This process's windows. Every process gets as many; a remainder is left out.
+
+    Raises:
+        ValueError: fewer windows than processes.
+    """
+    processes = count()
+    if len(windows) < processes:
+        raise ValueError(f"{len(windows)} calibration windows are too few for {processes} processes; use more samples")
+    return windows[rank() : len(windows) - len(windows) % processes : processes]
+
+
+def sum_in_place(tensor: Tensor) -> Tensor:
+    """The sum over all processes, the same bits in each."""
+    if count() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_of(number: int) -> int:
+    """The sum over all processes of an integer."""
+    if count() == 1:
+        return number
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return int(sum_in_place(torch.tensor([number], dtype=torch.int64, device=device)))

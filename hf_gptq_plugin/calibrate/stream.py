@@ -1,0 +1,234 @@
+"""The calibration windows on their way through the blocks, and blocks whose pass can be stopped and gone on with."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .journal import Hiddens, read_tensor, write_tensor
+from .threads import in_order
+from .walk import Block, forward_replaced
+
+
+class _Stop(Exception):
+    """Ends a forward pass once it has shown what it was run for."""
+
+
+class _Pass(threading.local):
+    """One window's pass through a block, in the thread that runs it."""
+
+    kept: dict[str, Any]  # what finished submodules returned
+    counts: dict[str, int]  # runs of every submodule in this pass
+    calls: list[tuple[Any, ...]]  # arguments of the module that is looked at
+
+
+class Resumable:
+    """A block whose forward pass goes on, at each call, from where the last one stopped.
+
+    A submodule that has run to its end with all of its linear layers final is not run again: what it returned for a
+    window is kept and handed out, and what its parts returned is dropped. So however often the pass is stopped to look
+    at an input, every linear layer computes once. Where modules run more than once, only their first run is kept:
+    what enters the others changes with layers that are not final yet.
+
+    Args:
+        block: the block; its forward must not depend on anything but its arguments.
+        targets: names of the linear layers that will be looked at.
+        final: names of those that will not change any more. Add to it as layers become final.
+        folder: where what is kept goes; None to keep it in memory.
+    """
+
+    def __init__(
+        self, block: Block, targets: Iterable[str], final: Iterable[str] = (), folder: Path | None = None
+    ) -> None:
+        self.block = block
+        self.final = set(final)
+        self._targets = tuple(targets)
+        self._folder = folder
+        self._kept: list[dict[str, Any]] = [{} for _ in block.calls]
+        self._pass = _Pass()
+
+    def calls_of(self, layer: str, hiddens: Iterable[Tensor]) -> Iterator[list[tuple[Any, ...]]]:
+        """The positional arguments of every run of a submodule, window by window; none where the pass does not come
+        to it."""
+        with self._watching(layer):
+            yield from in_order(self._call, enumerate(hiddens), self._parallel)
+
+    def inputs_of(self, layer: str, hiddens: Iterable[Tensor]) -> Iterator[Tensor | None]:
+        """What enters a submodule at every run, window by window; None where the pass does not come to it."""
+        for calls in self.calls_of(layer, hiddens):
+            inputs = [args[0] for args in calls]
+            if len(inputs) < 2:
+                yield inputs[0] if inputs else None
+            else:
+                yield torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
+
+    def outputs(self, hiddens: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The block's hidden states, window by window; forgets what was kept."""
+        with self._watching(None):
+            yield from in_order(self._output, enumerate(hiddens), self._parallel)
+
+    @property
+    def _parallel(self) -> bool:
+        return all(p.device.type == "cpu" for p in self.block.module.parameters())
+
+    @torch.no_grad()
+    def _call(self, item: tuple[int, Tensor]) -> list[tuple[Any, ...]]:
+        window, hidden = item
+        self._begin(window)
+        try:
+            self.block.run(hidden, window)
+        except _Stop:
+            pass
+        return self._pass.calls
+
+    @torch.no_grad()
+    def _output(self, item: tuple[int, Tensor]) -> Tensor:
+        window, hidden = item
+        self._begin(window)
+        out = self.block.run(hidden, window)
+        self._kept[window].clear()
+        return out
+
+    def _begin(self, window: int) -> None:
+        self._pass.kept, self._pass.counts, self._pass.calls = self._kept[window], {}, []
+
+    @contextmanager
+    def _watching(self, until: str | None) -> Iterator[None]:
+        """While the context lasts, submodules hand out what was kept, and a pass stops at `until`."""
+        with ExitStack() as stack:
+            for name, module in self.block.module.named_modules():
+                covered = [t for t in self._targets if t == name or t.startswith(f"{name}.")]
+                if name and (covered or name == until):
+                    finished = bool(covered) and self.final.issuperset(covered)
+                    wrapper = self._wrapper(name, module.forward, finished, name == until)
+                    stack.enter_context(forward_replaced(module, wrapper))
+            yield
+
+    def _wrapper(self, name: str, own: Callable[..., Any], finished: bool, watched: bool) -> Callable[..., Any]:
+        state = self._pass
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            kept = state.kept
+            first = not state.counts.get(name)
+            state.counts[name] = state.counts.get(name, 0) + 1
+            if first and name in kept:
+                return _fetched(kept[name])
+            if watched:
+                state.calls.append(args)
+                if name not in self.block.repeated:
+                    raise _Stop
+            out = own(*args, **kwargs)
+            # What holds the layer that is looked at must be entered again for the next one.
+            if finished and first and not state.calls:
+                for part in [k for k in kept if k.startswith(f"{name}.")]:
+                    del kept[part]
+                kept[name] = _stored(out, self._folder)
+            return out
+
+        return forward
+
+
+class _OnDisk:
+    """A tensor in a file that goes away with it."""
+
+    _numbers = itertools.count()
+
+    def __init__(self, value: Tensor, folder: Path) -> None:
+        self._path = folder / f"kept-{next(self._numbers)}.hidden"
+        self._device = value.device
+        write_tensor(self._path, value)
+
+    def read(self) -> Tensor:
+        return read_tensor(self._path).to(self._device)
+
+    def __del__(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+def _stored(value: Any, folder: Path | None) -> Any:
+    """What a module returned, kept: a copy, since its caller may write into it."""
+    if isinstance(value, Tensor):
+        return value.clone() if folder is None else _OnDisk(value, folder)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_stored(item, folder) for item in value)
+    return value
+
+
+def _fetched(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, _OnDisk):
+        return value.read()
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_fetched, value))
+    return value
+
+
+class Stream:
+    """The windows as one model, dense or quantized, carries them: the hidden states that enter its next block.
+
+    Args:
+        hiddens: what enters the first block, per window.
+        name: of the stream's files; letters, digits and dashes.
+        folder: where hidden states are written after every block; None for nowhere.
+        in_memory: whether they (and what blocks keep) stay in memory, too.
+        position: blocks that were left before.
+    """
+
+    def __init__(
+        self, hiddens: Iterable[Tensor], name: str = "", folder: Path | None = None, in_memory: bool = True,
+        position: int = 0,
+    ) -> None:  # fmt: skip
+        self._name = name
+        self._folder = folder
+        self._in_memory = in_memory or folder is None
+        self._position = position
+        self._block: Resumable | None = None
+        self.hiddens: Hiddens = hiddens if isinstance(hiddens, Hiddens) else self._new(list(hiddens))
+
+    def enter(self, block: Block, targets: Iterable[str], final: Iterable[str]) -> None:
+        """Begin a block."""
+        self._block = Resumable(block, targets, final, None if self._in_memory else self._folder)
+
+    def settle(self, names: Iterable[str]) -> None:
+        """Say that these layers of the block will not change any more."""
+        self._entered.final.update(names)
+
+    def inputs_of(self, layer: str) -> Iterator[Tensor | None]:
+        """What enters a layer of the block, window by window."""
+        return self._entered.inputs_of(layer, self.hiddens)
+
+    def calls_of(self, module: str) -> tuple[Any, list[tuple[Any, ...]]]:
+        """A module of the block, and the arguments with which it is called, window by window."""
+        calls = [call for calls in self._entered.calls_of(module, self.hiddens) for call in calls]
+        return self._entered.block.module.get_submodule(module), calls
+
+    def leave(self) -> None:
+        """Finish the block. What entered it stays on disk, for a journal to drop."""
+        self._position += 1
+        left = self._new([])
+        for value in self._entered.outputs(self.hiddens):
+            left.append(value)
+        self.hiddens = left
+        self._block = None
+
+    @property
+    def _entered(self) -> Resumable:
+        if self._block is None:
+            raise RuntimeError("the stream is in no block")
+        return self._block
+
+    def _new(self, values: list[Tensor]) -> Hiddens:
+        return Hiddens(values, self._folder, f"{self._name}-{self._position}", self._in_memory)
+
+
+def layers_of(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """Submodules by name."""
+    return {name: module.get_submodule(name) for name in names}
