@@ -54,8 +54,8 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         dynamic: rules of single modules as GPTQModel writes them: `{"+:regex": {"bits": 8}, "-:regex": {}}`.
         lm_head: quantize the output embedding too.
         method: "gptq"; or, without calibration data and without a forward pass, "rtn", which rounds to the nearest on
-            the grid that `scale_search` finds, or "hqq", which then shifts that grid for the sake of most weights at
-            the cost of few, see `solve.hqq`.
+            the grid that `scale_search` finds, or "hqq", which first moves that grid closer to most weights, see
+            `solve.hqq`.
         samples: calibration windows.
         seqlen: tokens per window.
         seed: which windows are drawn from a longer text.

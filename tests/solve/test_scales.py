@@ -106,8 +106,8 @@ def test_percentile_is_minmax_on_the_clipped_range(bits: int, width: int) -> Non
                 above = min(below + 1, width - 1)
                 return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
-            high = max(quantile(0.99), 0.0)
-            low = -high if sym else min(quantile(0.01), 0.0)
+            high = max(quantile(0.995), 0.0)
+            low = -high if sym else min(quantile(0.005), 0.0)
             scale = (high - low) / (2**bits - 1)
             assert float(scales[n, 0]) == pytest.approx(scale, rel=1e-3)
             zero = 2 ** (bits - 1) if sym else min(max(round(-low / float(scales[n, 0])), 1), 2**bits - 1)
@@ -127,7 +127,7 @@ def test_percentile_of_a_group_of_zeros_but_one_is_its_range() -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("sym", [True, False])
-def test_entropy_finds_the_likeliest_histogram(bits: int, sym: bool) -> None:
+def test_entropy_finds_the_least_divergence(bits: int, sym: bool) -> None:
     weight, spec = torch.randn(6, 72) ** 3, QuantSpec(bits, 40, sym)
     scales, zeros = choose_scales(weight, torch.rand(72), spec, "entropy")
     assert torch.equal(scales, scales.half().float())
@@ -142,21 +142,19 @@ def test_entropy_finds_the_likeliest_histogram(bits: int, sym: bool) -> None:
                 for sign in (1, -1) if sym else (1,):
                     scale = float(torch.tensor(sign * width * t / spec.maxq).half())
                     zero = 2 ** (bits - 1) if sym else min(max(round(-low * t / scale), 1), spec.maxq)
-                    best = min(best, references.histogram_divergence(values, scale, zero, bits))
-            found = references.histogram_divergence(values, float(scales[n, g]), float(zeros[n, g]), bits)
-            # A value at the edge of a bar may fall to either side in fp32.
-            assert found <= best + 0.02
+                    best = min(best, references.magnitude_divergence(values, scale, zero, bits))
+            found = references.magnitude_divergence(values, float(scales[n, g]), float(zeros[n, g]), bits)
+            # fp32 against float64: near ties may fall either way.
+            assert found <= best * (1 + 1e-3)
             full = (2 * max(-low, high) if sym else high - low) / spec.maxq
             chosen.add(round(abs(float(scales[n, g])) / full, 1))
-    assert len(chosen) > 1  # ranges are clipped by what the groups hold
+    assert bits == 8 or len(chosen) > 1  # ranges are clipped by what the groups hold
 
 
-def test_divergence_of_a_known_histogram() -> None:
-    place = torch.tensor([[-0.4, 0.6, 0.8, 5.0]])
-    code = torch.tensor([[0.0, 1.0, 1.0, 3.0]])
-    got = module._divergence(place, code, torch.tensor([-2.0]), 3)
-    # The last bar begins at 2.5 steps and reaches out to 5; a step is 2 wide.
-    expected = math.log(2 * 4) / 4 + math.log(2 * 4 / 2) / 2 + math.log(2.5 * 2 * 4) / 4
+def test_divergence_of_known_weights() -> None:
+    weight, steps = torch.tensor([[0.0, 0.5, -3.0]]), torch.tensor([[0.0, 0.0, -2.0]])
+    got = module._divergence(weight, steps, torch.tensor([-1.0]))
+    expected = 0.25 + (0.5 * math.log(0.5 / 0.25) - 0.5 + 0.25) + (3 * math.log(3 / 2) - 3 + 2)
     assert float(got[0]) == pytest.approx(expected, rel=1e-6)
 
 

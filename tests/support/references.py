@@ -93,20 +93,15 @@ def packed_windows(
     return [window for i, window in enumerate(windows) if i in chosen]
 
 
-def histogram_divergence(weight: np.ndarray, scale: float, zero: float, bits: int) -> float:
-    """Kullback-Leibler divergence of a group from the histogram that a grid makes of it, less what no grid changes."""
-    last = 2**bits - 1
-    codes = [min(max(int(np.round(w / scale) + zero), 0), last) for w in weight]
+def magnitude_divergence(weight: np.ndarray, scale: float, zero: float, bits: int) -> float:
+    """Generalized Kullback-Leibler divergence of the magnitudes of a group from those after rounding, float64."""
     total = 0.0
-    for c in set(codes):
-        # Edges of the bar of code c; the first and the last reach as far as the values do.
-        edges = sorted(((c - zero - 0.5) * scale, (c - zero + 0.5) * scale))
-        if c in (0, last):
-            inside = [w for w, code in zip(weight, codes, strict=True) if code == c]
-            outward_up = (c == last) == (scale > 0)
-            edges = [edges[0], max(edges[1], *inside)] if outward_up else [min(edges[0], *inside), edges[1]]
-        share = codes.count(c) / len(codes)
-        total += share * np.log((edges[1] - edges[0]) / share)
+    for w in weight.astype(np.float64):
+        code = min(max(float(np.round(w / scale) + zero), 0.0), 2.0**bits - 1)
+        p, q = abs(w), abs((code - zero) * scale)
+        if q == 0:
+            q = abs(scale) / 4
+        total += (p * np.log(p / q) if p else 0.0) - p + q
     return total
 
 
@@ -126,11 +121,12 @@ def half_quadratic(
     """Half-quadratic refinement of one group's fp16 scale and integer zero, one weight at a time, float64."""
     last = 2.0**bits - 1
     best = (lp_error(weight, scale, zero, bits, p), scale, zero)
+    limit = lp_error(weight, scale, zero, bits, 2)
 
     def meet(s: float, z: float) -> None:
         nonlocal best
         value = lp_error(weight, s, z, bits, p)
-        if value < best[0]:
+        if value < best[0] and lp_error(weight, s, z, bits, 2) <= limit:
             best = (value, s, z)
 
     for _ in range(rounds):
@@ -152,6 +148,7 @@ def half_quadratic(
         meet(scale, zero)
         beta *= growth
     around, zero = best[1:]
-    for t in steps:
-        meet(float(np.float16(around * t)), zero)
+    for shift in (0,) if sym else (-1, 0, 1):
+        for t in steps:
+            meet(float(np.float16(around * t)), zero if sym else min(max(zero + shift, lowest), last))
     return best[1:]
