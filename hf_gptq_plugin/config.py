@@ -11,17 +11,24 @@ from transformers import GPTQConfig as StockGPTQConfig
 
 from .format.spec import CheckpointConfig, QuantSpec, check_dynamic
 from .solve.gptq import SolveSettings
+from .solve.learn import TuneSettings
 from .version import __version__
 
 __all__ = ["GPTQConfig"]
 
 _SOLVER = SolveSettings()  # the defaults of the fields below that are the solver's
+_STEPS = ("propagation", "descent", "refit", "block_epochs", "model_epochs")  # what presets decide
 
 # How much a calibration does: time for perplexity.
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"propagation": 0.0, "descent": 0, "refit": False},
-    "balanced": {name: getattr(_SOLVER, name) for name in ("propagation", "descent", "refit")},
+    "fast": {"propagation": 0.0, "descent": 0, "refit": False, "block_epochs": 0, "model_epochs": 0},
+    "balanced": {
+        **{name: getattr(_SOLVER, name) for name in ("propagation", "descent", "refit")},
+        "block_epochs": 0,
+        "model_epochs": 0,
+    },
 }
+PRESETS["best"] = {**PRESETS["balanced"], "block_epochs": 4, "model_epochs": 4}
 
 METHODS = ("gptq", "rtn", "hqq")
 PACKINGS = ("auto", "concat", "each")
@@ -30,7 +37,8 @@ PACKINGS = ("auto", "concat", "each")
 # and a tokenizer or a whole data set does not belong into a config.json.
 _CALIBRATION = (
     "tokenizer", "dataset", "method", "samples", "seqlen", "seed", "packing", "preset", "order", "scale_search",
-    "blocksize", "propagation", "descent", "refit", "min_expert_tokens",
+    "blocksize", "propagation", "descent", "refit", "block_epochs", "model_epochs",
+    "min_expert_tokens", "journal", "low_memory",
 )  # fmt: skip
 # Fields of the stock config that describe how others quantize or load; they say nothing about a checkpoint.
 _NOT_WRITTEN = (
@@ -61,14 +69,23 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         seed: which windows are drawn from a longer text.
         packing: "concat" joins samples and cuts them into windows (also True), "each" makes one window of every
             sample, cut off after seqlen tokens (also False); "auto" is "each" for token ids, "concat" for the rest.
-        preset: "balanced" takes every step that is worth its time; "fast" leaves out those after the column loop and
-            the dense model's forward pass. The fields below override it one by one.
+        preset: "balanced" takes every step of the solver; "fast" leaves out those after the column loop and the dense
+            model's forward pass; "best" is "balanced" and then learns by gradient descent, for some times as long. The
+            fields below override it one by one.
         order: "hessian" or "natural", see `SolveSettings`.
         scale_search: "mse", "minmax", "percentile" or "entropy", see `choose_scales`.
         blocksize: columns per lazy batch of the solver.
         propagation: 0 to 1, see `refine.propagate`.
         descent: rounds, see `refine.descend`.
         refit: see `refine.refit_scales`.
+        block_epochs: passes over the calibration data, per block, in which its rounding and scales learn to give the
+            dense block's output. See `calibrate.tune`.
+        model_epochs: passes in which all scales learn to give the dense model's output; needs the quantized model in
+            memory.
+        journal: a folder. Finished blocks are written to it, and the same job goes on from there after it was
+            interrupted. It can be deleted once the model is saved.
+        low_memory: keep on disk whatever is not worked on: the model's blocks and the activations. For models that
+            are larger than memory.
         min_expert_tokens: a layer of a mixture's expert that the router sends fewer calibration tokens leans on all
             tokens of its layer as well, as though they had been sent to it; None for twice its in_features.
         **stock: see `transformers.GPTQConfig`. An unknown name raises TypeError.
@@ -80,6 +97,8 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
     propagation: float
     descent: int
     refit: bool
+    block_epochs: int
+    model_epochs: int
 
     def __init__(
         self,
@@ -106,6 +125,10 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         propagation: float | None = None,
         descent: int | None = None,
         refit: bool | None = None,
+        block_epochs: int | None = None,
+        model_epochs: int | None = None,
+        journal: str | None = None,
+        low_memory: bool = False,
         min_expert_tokens: int | None = None,
         modules_in_block_to_quantize: list[Any] | None = None,
         **stock: Any,
@@ -116,8 +139,10 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         if preset not in PRESETS:
             raise ValueError(f"preset={preset!r} is not known; use one of {', '.join(PRESETS)}")
         self.preset = preset
-        for name, value in (("propagation", propagation), ("descent", descent), ("refit", refit)):
+        for name, value in zip(_STEPS, (propagation, descent, refit, block_epochs, model_epochs), strict=True):
             setattr(self, name, PRESETS[preset][name] if value is None else value)
+        self.journal = None if journal is None else str(journal)
+        self.low_memory = low_memory
         self.dynamic = dict(dynamic or {})
         self.lm_head = lm_head
         self.samples = samples
@@ -173,6 +198,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         spec = self.spec
         check_dynamic(spec, self.dynamic)
         self.settings  # noqa: B018  (raises on a field that cannot be)
+        self.tuning  # noqa: B018
         for name, least in (("samples", 1), ("seqlen", 2)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
@@ -189,6 +215,11 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         few = self.min_expert_tokens
         if few is not None and (type(few) is not int or few < 1):
             raise ValueError(f"min_expert_tokens={few!r} must be an integer of at least 1, or None")
+        if self.low_memory and self.model_epochs and self.method == "gptq":
+            raise ValueError(
+                f"model_epochs={self.model_epochs} tunes the whole model at once, and low_memory=True holds one block at "
+                "a time; set model_epochs=0"
+            )
         if not isinstance(self.lm_head, bool):
             raise ValueError(f"lm_head={self.lm_head!r} is not supported; use True or False")
         if self.backend is None:
@@ -211,6 +242,11 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
             descent=self.descent,
             refit=self.refit,
         )
+
+    @property
+    def tuning(self) -> TuneSettings:
+        """What is learned after the solver."""
+        return TuneSettings(block_epochs=self.block_epochs, model_epochs=self.model_epochs)
 
     @property
     def checkpoint(self) -> CheckpointConfig:
@@ -254,6 +290,8 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
                 "propagation": self.propagation,
                 "descent": self.descent,
                 "refit": self.refit,
+                "block_epochs": self.block_epochs,
+                "model_epochs": self.model_epochs,
                 "min_expert_tokens": self.min_expert_tokens,
             }
         self.meta = {

@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "solve": {"format", "native"},
     "nn": {"format", "native"},
     "config": {"format", "solve", "version"},
-    "calibrate": {"format", "solve", "nn"},
+    "calibrate": {"format", "solve", "nn", "version"},
     "hf": {"format", "solve", "nn", "calibrate", "config"},
     "diagnose": {"native", "hf", "version"},
     "demo": {"config", "format", "hf"},

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..nn.linear import QuantLinear
+from .walk import linears
 
 
 class Offloaded:
@@ -81,7 +82,7 @@ def attach(root: nn.Module, name: str, layer: QuantLinear, file: Path, full: str
     """
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
-    names = FileTensors(file, full).keys()
+    names = set(FileTensors(file, full))
     new = QuantLinear(
         layer.in_features, layer.out_features, layer.spec, "bias" in names, layer.scales.dtype, layer.dtype,
         has_g_idx="g_idx" in names,
@@ -124,3 +125,35 @@ def execution_device(module: nn.Module) -> torch.device:
         if device is not None:
             return torch.device(device)
     return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+
+
+def blocks_on_disk(model: nn.Module, device: Any) -> dict[str, Any]:
+    """A device map that leaves the model's blocks on disk and puts everything else on a device.
+
+    Args:
+        model: may be on the meta device.
+        device: for what is no block.
+    """
+    blocks = {
+        f"{name}.{i}"
+        for name, modules in model.named_modules()
+        if isinstance(modules, nn.ModuleList)
+        for i, block in enumerate(modules)
+        if linears(block)
+    }
+    outermost = {b for b in blocks if not any(b.startswith(f"{other}.") for other in blocks)}
+    found: dict[str, Any] = {}
+
+    def place(name: str, module: nn.Module) -> None:
+        if name in outermost:
+            found[name] = "disk"
+        elif not name or any(b.startswith(f"{name}.") for b in outermost):
+            for leaf, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                found[f"{name}.{leaf}" if name else leaf] = device
+            for child_name, child in module.named_children():
+                place(f"{name}.{child_name}" if name else child_name, child)
+        else:
+            found[name] = device
+
+    place("", model)
+    return found

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..format.spec import CheckpointConfig, QuantSpec
 from ..solve.gptq import SolveSettings
-from .tune import TuneSettings
+from ..solve.learn import TuneSettings
 
 
 @dataclass(frozen=True)

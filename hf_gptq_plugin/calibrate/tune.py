@@ -1,8 +1,7 @@
 """Tune quantized layers by gradient descent on what they are for: a block's output, or the whole model's.
 
 Two stages, after Chen et al. 2024 (EfficientQAT): block by block, scales and rounding learn to give the dense block's
-output; then, over all blocks, scales alone learn to give the dense model's output. Rounding is learned as AutoRound
-does (Cheng et al. 2023), by a straight-through estimate. What comes out is a plain checkpoint.
+output; then, over all blocks, scales alone learn to give the dense model's output.
 
 Every window runs in one thread and gradients are added up in the order of the windows, so the result has the same
 bits for any number of threads.
@@ -14,14 +13,13 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..format.grid import QuantizedWeight
 from ..nn.linear import QuantLinear
+from ..solve.learn import LearnedWeight, TuneSettings
 from . import processes
 from .threads import in_order
 from .walk import Block, Chain, forward_replaced, split_call, text_inputs
@@ -29,112 +27,22 @@ from .walk import Block, Chain, forward_replaced, split_call, text_inputs
 Loss = Callable[[Tensor, int], tuple[float, Tensor]]
 
 
-@dataclass(frozen=True)
-class TuneSettings:
-    """How much and how fast.
-
-    Args:
-        block_epochs: passes over the calibration windows per block, for its rounding and scales; 0 leaves it out.
-        model_epochs: passes over the windows for the whole model's scales; 0 leaves it out. It holds all quantized
-            blocks in memory.
-        batch: windows per step.
-        scale_rate: the largest step of a scale, as a fraction of the layer's mean scale.
-        rounding_rate: the largest step of a weight, in units of its scale.
-    """
-
-    block_epochs: int = 0
-    model_epochs: int = 0
-    batch: int = 4
-    scale_rate: float = 2e-3
-    rounding_rate: float = 2e-2
-
-    def __post_init__(self) -> None:
-        for name in ("block_epochs", "model_epochs"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 0:
-                raise ValueError(f"{name}={value!r} must be an integer of at least 0")
-
-    def steps(self, windows: int, epochs: int) -> int:
-        """Steps in so many passes over so many windows."""
-        return epochs * (windows // min(self.batch, windows))
-
-
 class TunedLayer:
-    """A quantized layer while it learns.
-
-    Its weight is `(round(latent) - zero) * scale`; the gradient of `round` is taken to be 1.
+    """A quantized layer of a block while its weight learns.
 
     Args:
-        layer: the layer to begin with.
-        dense: its weight before it was quantized, `[N, K]`: rounding is learned from there, as far as it stays within
-            the half step that rounds to the present codes. None to keep codes.
+        layer: the layer.
+        dense: its weight before it was quantized, see `LearnedWeight`.
     """
 
     def __init__(self, layer: QuantLinear, dense: Tensor | None) -> None:
         self.layer = layer
-        self.start = layer.quantized_weight()
-        self.group = self.start.group.long()
-        self.highest = float(2**self.start.spec.bits - 1)
-        self.zeros = self.start.zeros.T.float().contiguous()
-        self.scales = self.start.scales.T.float().contiguous()
-        self.codes = self.start.codes
-        self.latent: Tensor | None = None
-        if dense is not None:
-            codes = self.codes.float()
-            wanted = dense.float() / self._spread(self.scales) + self._spread(self.zeros)
-            self.latent = codes + (wanted - codes).clamp(-0.49, 0.49)
-        self._moments: dict[str, tuple[Tensor, Tensor]] = {}
-        self._mean_scale = float(self.scales.abs().mean())
-        self._steps = 0
-
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        """The present weight `[N, K]`."""
-        return ((self._present_codes() - self._spread(self.zeros)) * self._spread(self.scales)).to(dtype)
-
-    def step(self, gradient: Tensor, settings: TuneSettings, decay: float) -> None:
-        """Go one step down.
-
-        Args:
-            gradient: fp32 `[N, K]`, of the loss by the weight.
-            settings: rates.
-            decay: 0 to 1, times the rates.
-        """
-        self._steps += 1
-        levels = self._present_codes() - self._spread(self.zeros)
-        by_scale = torch.zeros_like(self.scales).index_add_(1, self.group, gradient * levels)
-        by_latent = gradient * self._spread(self.scales) if self.latent is not None else None
-        least = torch.finfo(self.start.scales.dtype).tiny
-        moved = self.scales - self._direction("scales", by_scale) * (settings.scale_rate * decay * self._mean_scale)
-        # A scale that would cross zero or become subnormal stays.
-        self.scales = torch.where((moved.abs() >= least) & (moved.sign() == self.scales.sign()), moved, self.scales)
-        if by_latent is not None and self.latent is not None:
-            self.latent -= self._direction("latent", by_latent) * (settings.rounding_rate * decay)
-            self.latent.clamp_(-0.49, self.highest + 0.49)
+        self.learned = LearnedWeight(layer.quantized_weight(), dense)
 
     def finished(self) -> QuantLinear:
         """The layer that was learned."""
-        scales = self.scales.T.contiguous().to(self.start.scales.dtype)
-        codes = self._present_codes().to(torch.uint8)
-        learned = QuantizedWeight(codes, scales, self.start.zeros, self.start.group, self.start.spec)
-        made = QuantLinear.from_quantized(learned, self.layer.bias, self.layer.dtype)
+        made = QuantLinear.from_quantized(self.learned.finished(), self.layer.bias, self.layer.dtype)
         return made.train(self.layer.training)
-
-    def _present_codes(self) -> Tensor:
-        return self.codes.float() if self.latent is None else self.latent.round().clamp_(0, self.highest)
-
-    def _spread(self, values: Tensor) -> Tensor:
-        """`[N, G]` to `[N, K]`."""
-        return values[:, self.group]
-
-    def _direction(self, name: str, gradient: Tensor) -> Tensor:
-        """Adam's."""
-        if name not in self._moments:
-            self._moments[name] = (torch.zeros_like(gradient), torch.zeros_like(gradient))
-        first, second = self._moments[name]
-        first.lerp_(gradient, 0.1)
-        second.mul_(0.95).addcmul_(gradient, gradient, value=0.05)
-        root = (second / (1 - 0.95**self._steps)).sqrt_().add_(1e-20)
-        return first / (1 - 0.9**self._steps) / root
 
 
 def tune(
@@ -163,14 +71,14 @@ def tune(
             for chosen in torch.randperm(len(hiddens), generator=order).split(batch):
                 if len(chosen) < batch:
                     continue
-                weights = [{name: t.weight(dtype) for name, t in part.items()} for part in layers]
+                weights = [{name: t.learned.weight(dtype) for name, t in part.items()} for part in layers]
                 value, gradients = _gradients(blocks, weights, hiddens, loss, chosen.tolist(), dtype)
                 # The first steps are small: Adam does not know the gradients' size yet.
                 decay = min(1.0, (done + 1) / 4) * 0.5 * (1 + math.cos(math.pi * done / steps))
                 for part, found in zip(layers, gradients, strict=True):
                     for name, gradient in found.items():
                         mean = processes.sum_in_place(gradient).div_(batch * processes.count())
-                        part[name].step(mean, settings, decay)
+                        part[name].learned.step(mean, settings, decay)
                 done += 1
                 if progress is not None:
                     progress(value / batch)

@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from ..calibrate.data import calibration_record, calibration_windows
 from ..calibrate.datafree import quantize_without_data
 from ..calibrate.experts import Layout, layouts, merges_into, unfuse_experts
+from ..calibrate.offload import blocks_on_disk
 from ..calibrate.pipeline import quantize_model
 from ..calibrate.plan import Plan
 from ..calibrate.report import LayerReport
@@ -68,6 +69,7 @@ class GptqQuantizer(HfQuantizer):
         self._separated: list[Layout] = []
         self.reports: list[LayerReport] = []  # of the calibration; empty where a quantized checkpoint was loaded
         self.seconds = 0.0  # that it took
+        self._device_map: dict[str, Any] | None = None
         self._windows: list[Tensor] = []
         self._record: dict[str, Any] | None = None
 
@@ -85,12 +87,27 @@ class GptqQuantizer(HfQuantizer):
         """`save_pretrained` writes a GPTQ checkpoint."""
         return True
 
+    def update_device_map(self, device_map: Any) -> Any:
+        """In low memory: a map that is filled in once the model's structure is known, before weights are loaded."""
+        if self.pre_quantized or not self.quantization_config.low_memory:
+            return device_map
+        devices = {"": "cpu"} if device_map is None else device_map
+        if not isinstance(devices, dict) or set(devices) != {""}:
+            raise ValueError(
+                f"device_map={device_map!r} and low_memory=True both say where blocks go; pass one device or none"
+            )
+        self._device_map = dict(devices)
+        return self._device_map
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         if not self.pre_quantized:
             with torch.device("cpu"):  # Transformers has made "meta" the default device here
                 self._read_calibration_data(model)
+            if self._device_map is not None:
+                device = self._device_map.pop("")
+                self._device_map |= blocks_on_disk(model, device)
             return
         if not checkpoint_files:
             raise CheckpointError("a GPTQ model can only be loaded from safetensors files")
@@ -187,9 +204,16 @@ class GptqQuantizer(HfQuantizer):
         if modules is not None:
             modules = [[m] if isinstance(m, str) else list(m) for m in modules]
         plan = Plan(
-            config.checkpoint, config.settings, config.true_sequential, modules, config.block_name_to_quantize,
-            config.min_expert_tokens,
-        )  # fmt: skip
+            checkpoint=config.checkpoint,
+            settings=config.settings,
+            true_sequential=config.true_sequential,
+            modules=modules,
+            block_name=config.block_name_to_quantize,
+            min_expert_tokens=config.min_expert_tokens,
+            tuning=config.tuning,
+            journal=None if config.journal is None else Path(config.journal),
+            low_memory=config.low_memory,
+        )
         start = time.perf_counter()
         if config.method == "gptq":
             self.reports = quantize_model(model, self._windows, plan)
@@ -201,7 +225,7 @@ class GptqQuantizer(HfQuantizer):
         config.record_calibration(self._record)
         self._windows = []
         # The text and the tokenizer have served; keeping them would write them into every copy of the config.
-        config.dataset = config.tokenizer = None
+        config.dataset = config.tokenizer = config.journal = None
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name, layer in list(model.named_modules()):
