@@ -207,9 +207,9 @@ int factorize(const FactorizeArguments& a) {
         a.U,   a.K, s, rows, padded, memory + most * columns, memory + most * columns + most * most,
         memory};
     if (!factor_diagonal(job)) return HF_GPTQ_ERROR_NOT_POSITIVE_DEFINITE;
-    int error = parallel_for(ceil_div(a.K, kOuterColumns),
-                             ceil_div(kMatmulWantedWork, rows * rows * kOuterColumns / 2),
-                             factor_columns, &job);
+    int error = parallel_tasks(ceil_div(a.K, kOuterColumns),
+                               ceil_div(kMatmulWantedWork, rows * rows * kOuterColumns / 2),
+                               factor_columns, &job);
     if (error != HF_GPTQ_OK) return error;
     if (s == 0) break;
     const float* row = a.U + s * a.K;

@@ -1,17 +1,16 @@
 // C = A B or C += A B, any strides. Internal linkage, see isa.h.
 //
-//               columns of a block, N
-//             +---------------------+        A block of A and one of B are packed into the panels
-//             of
-//   depth, K  |         B           |        outer_tile(), by all threads. Then a task owns a
-//   square
-//             +---------------------+        tile of C: it loads the tile into scratch, adds the
-//   +-----+   +------+------+-------+        blocks' product to it in chunks, and stores it.
-//   |  A  |   | tile | tile |       |
-//   |     |   +------+------+  C    |        lower: tiles on and below the diagonal; of those on
-//   it,
-//   +-----+   |      |      |       |        what outer_tile() needs to reach it.
-//    rows, M  +------+------+-------+
+//               columns of a block
+//             +---------------------+        A block of B is packed into the panels of
+//             outer_tile(),
+//   depth     |         B           |        by all threads; A beside it if it is small, else each
+//             +---------------------+        task packs what it needs. Then a task owns a square
+//             tile
+//   +-----+   +------+------+-------+        of C, or some side by side: it loads the tile into
+//   |  A  |   | tile | tile |       |        scratch, adds the blocks' product to it in chunks, and
+//   |     |   +------+------+  C    |        stores it.
+//   +-----+   |      |      |       |        lower: tiles on and below the diagonal; of those on
+//   it, all rows  +------+------+-------+        what outer_tile() needs to reach it.
 //
 // An element of C sees the same operations in the same order whatever the tiles, the blocks, the
 // threads and the rest of C are.
@@ -32,25 +31,28 @@ constexpr int64_t kMatmulChunk = 256;
 // Sides of a tile, multiples of kPackColumns. A tile of C and the panels of one chunk stay in L2.
 constexpr int64_t kMatmulTile = 192;
 constexpr int64_t kMatmulSmallTile = 96;
-// Sides of a block, multiples of kMatmulTile, and its depth, a multiple of kMatmulChunk: 6 MB of A
-// and of B, that a shared cache holds.
-constexpr int64_t kMatmulBlock = 8 * kMatmulTile;
-constexpr int64_t kMatmulDepth = 4 * kMatmulChunk;
-// Tiles wanted, so that an unknown number of threads finishes together.
-constexpr int64_t kMatmulWantedTiles = 64;
+// Depth of a block, a multiple of kMatmulChunk: the rows of A that make one tile stay in L2.
+// Columns of a block, a multiple of kMatmulTile. Floats of B or of A packed at a time: 7 MB, that a
+// shared cache holds.
+constexpr int64_t kMatmulDepth = 3 * kMatmulChunk;
+constexpr int64_t kMatmulColumns = 12 * kMatmulTile;
+constexpr int64_t kMatmulPacked = kMatmulColumns * kMatmulDepth;
+// Rows of A up to which it is packed beside B.
+constexpr int64_t kMatmulSharedRows = 8 * kMatmulTile;
+// Tasks wanted, so that an unknown number of threads finishes together.
+constexpr int64_t kMatmulWantedTasks = 64;
 // Multiply-adds that are worth waking a thread for.
 constexpr int64_t kMatmulWantedWork = int64_t{1} << 18;
 
 struct MatmulJob {
   const MatmulArguments& a;
-  // The blocks in hand: C[row .. row + rows, column .. column + columns], k .. k + depth.
-  int64_t row, rows;
+  // The block in hand: C[:, column .. column + columns], products k .. k + depth.
   int64_t column, columns;
   int64_t k, depth;
   int64_t tile;   // side
-  float* A;       // for each chunk of the depth, panels [chunk, kOuterRows]
+  int64_t group;  // tiles per task, side by side
+  float* A;       // for each chunk of the depth, panels [chunk, kOuterRows]; or null
   float* B;       // for each chunk of the depth, panels [chunk, kOuterColumns]
-  bool B_packed;  // from an earlier block of rows
 };
 
 // Where the panels of column j, a multiple of kPackColumns, begin in the chunk that begins at t:
@@ -84,18 +86,23 @@ int64_t matmul_packs(int64_t columns, int64_t depth) {
   return ceil_div(columns, kPackColumns) * ceil_div(depth, kMatmulChunk);
 }
 
-// Tasks are those of A, then those of B.
+void matmul_pack_A(const MatmulJob& job, int64_t row, int64_t rows, int64_t task, float* panels) {
+  const MatmulArguments& a = job.a;
+  matmul_pack_task<kOuterRows>(a.A + row * a.A_row + job.k * a.A_column, a.A_column, a.A_row,
+                               job.depth, rows, task, panels);
+}
+
+// Tasks are those of B, then those of A.
 int matmul_pack(int64_t begin, int64_t end, const void* context) {
   const MatmulJob& job = *static_cast<const MatmulJob*>(context);
   const MatmulArguments& a = job.a;
-  const int64_t A_packs = matmul_packs(job.rows, job.depth);
+  const int64_t B_packs = matmul_packs(job.columns, job.depth);
   for (int64_t task = begin; task < end; ++task) {
-    if (task < A_packs) {
-      matmul_pack_task<kOuterRows>(a.A + job.row * a.A_row + job.k * a.A_column, a.A_column,
-                                   a.A_row, job.depth, job.rows, task, job.A);
-    } else {
+    if (task < B_packs) {
       matmul_pack_task<kOuterColumns>(a.B + job.k * a.B_row + job.column * a.B_column, a.B_row,
-                                      a.B_column, job.depth, job.columns, task - A_packs, job.B);
+                                      a.B_column, job.depth, job.columns, task, job.B);
+    } else {
+      matmul_pack_A(job, 0, a.M, task - B_packs, job.A);
     }
   }
   return HF_GPTQ_OK;
@@ -111,13 +118,13 @@ void store_transposed(const float* tile, int64_t tile_stride, int64_t rows, int6
   }
 }
 
-// The tile with its first element at (m, n) of the block.
-void matmul_tile(const MatmulJob& job, int64_t m, int64_t n, float* scratch) {
+// The tile that begins at C[row, column]. A: the panels of `A_rows` rows, of which the tile's are
+// those from A_row on.
+void matmul_tile(const MatmulJob& job, int64_t row, int64_t column, const float* A, int64_t A_rows,
+                 int64_t A_row, float* scratch) {
   const MatmulArguments& a = job.a;
-  const int64_t rows = min64(job.tile, job.rows - m);
-  const int64_t columns = min64(job.tile, job.columns - n);
-  const int64_t row = job.row + m;
-  const int64_t column = job.column + n;
+  const int64_t rows = min64(job.tile, a.M - row);
+  const int64_t columns = min64(job.tile, job.column + job.columns - column);
   const bool diagonal = a.lower && row == column;
   // An odd number of cache lines: the columns that store_transposed() reads spread over the cache.
   const int64_t stride = job.tile + 16;
@@ -131,11 +138,12 @@ void matmul_tile(const MatmulJob& job, int64_t m, int64_t n, float* scratch) {
   }
   for (int64_t t = 0; t < job.depth; t += kMatmulChunk) {
     const int64_t count = min64(kMatmulChunk, job.depth - t);
-    const float* A = job.A + matmul_panels(job.rows, job.depth, t, m);
-    const float* B = job.B + matmul_panels(job.columns, job.depth, t, n);
+    const float* chunk_A = A + matmul_panels(A_rows, job.depth, t, A_row);
+    const float* chunk_B = job.B + matmul_panels(job.columns, job.depth, t, column - job.column);
     for (int64_t j = 0; j < columns; j += kOuterColumns) {
       for (int64_t i = diagonal ? j / kOuterRows * kOuterRows : 0; i < rows; i += kOuterRows) {
-        outer_tile(A + i * count, B + j * count, count, scratch + i * stride + j, stride);
+        outer_tile(chunk_A + i * count, chunk_B + j * count, count, scratch + i * stride + j,
+                   stride);
       }
     }
   }
@@ -149,50 +157,86 @@ void matmul_tile(const MatmulJob& job, int64_t m, int64_t n, float* scratch) {
   }
 }
 
-// How many of a block's columns, counted in tiles, the row of tiles at m has.
-int64_t matmul_row_tiles(const MatmulJob& job, int64_t m) {
+// How many tiles of the block the row of tiles at `row` has.
+int64_t matmul_row_tiles(const MatmulJob& job, int64_t row) {
   const int64_t all = ceil_div(job.columns, job.tile);
   if (!job.a.lower) return all;
-  const int64_t to_diagonal = (job.row + m - job.column) / job.tile + 1;
-  return to_diagonal < all ? to_diagonal : all;
+  return row < job.column ? 0 : min64(all, (row - job.column) / job.tile + 1);
 }
 
-int64_t matmul_tile_count(const MatmulJob& job) {
+int64_t matmul_task_count(const MatmulJob& job) {
   int64_t count = 0;
-  for (int64_t m = 0; m < job.rows; m += job.tile) count += matmul_row_tiles(job, m);
+  for (int64_t row = 0; row < job.a.M; row += job.tile) {
+    count += ceil_div(matmul_row_tiles(job, row), job.group);
+  }
   return count;
 }
 
-// Tiles [begin, end) of the block in row-major order.
-int matmul_tiles(int64_t begin, int64_t end, const void* context) {
-  const MatmulJob& job = *static_cast<const MatmulJob*>(context);
-  float* scratch = static_cast<float*>(thread_scratch(job.tile * (job.tile + 16) * sizeof(float)));
-  if (!scratch) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
-  int64_t first = 0;
-  for (int64_t m = 0; m < job.rows && first < end; m += job.tile) {
-    const int64_t tiles = matmul_row_tiles(job, m);
-    for (int64_t j = first < begin ? begin - first : 0; j < min64(tiles, end - first); ++j) {
-      matmul_tile(job, m, j * job.tile, scratch);
+constexpr int64_t kMatmulTileFloats = kMatmulTile * (kMatmulTile + 16);
+
+// One task of the tiles at `row`: `tiles` of them from `column` on.
+void matmul_group(const MatmulJob& job, int64_t row, int64_t column, int64_t tiles,
+                  float* scratch) {
+  const int64_t rows = min64(job.tile, job.a.M - row);
+  float* panels = scratch + kMatmulTileFloats;
+  if (!job.A) {
+    for (int64_t task = 0; task < matmul_packs(rows, job.depth); ++task) {
+      matmul_pack_A(job, row, rows, task, panels);
     }
-    first += tiles;
+  }
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t tile_column = column + i * job.tile;
+    if (job.A) {
+      matmul_tile(job, row, tile_column, job.A, job.a.M, row, scratch);
+    } else {
+      matmul_tile(job, row, tile_column, panels, rows, 0, scratch);
+    }
+  }
+}
+
+// Tasks [begin, end), by rows of tiles.
+int matmul_tasks(int64_t begin, int64_t end, const void* context) {
+  const MatmulJob& job = *static_cast<const MatmulJob*>(context);
+  const int64_t panels = job.A ? 0 : kMatmulTile * job.depth;
+  float* scratch =
+      static_cast<float*>(thread_scratch((kMatmulTileFloats + panels) * sizeof(float)));
+  if (!scratch) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
+  int64_t task = 0;
+  for (int64_t row = 0; row < job.a.M && task < end; row += job.tile) {
+    const int64_t tiles = matmul_row_tiles(job, row);
+    const int64_t groups = ceil_div(tiles, job.group);
+    for (int64_t g = task < begin ? begin - task : 0; g < min64(groups, end - task); ++g) {
+      const int64_t first = g * job.group;
+      matmul_group(job, row, job.column + first * job.tile, min64(job.group, tiles - first),
+                   scratch);
+    }
+    task += groups;
   }
   return HF_GPTQ_OK;
 }
 
-// Packs the blocks in hand and adds their product to C.
+// Adds the block's product to C.
 int matmul_block(MatmulJob& job) {
   const int64_t packs =
-      matmul_packs(job.rows, job.depth) + (job.B_packed ? 0 : matmul_packs(job.columns, job.depth));
+      matmul_packs(job.columns, job.depth) + (job.A ? matmul_packs(job.a.M, job.depth) : 0);
   // Packing a number takes about as long as 16 multiply-adds.
-  const int64_t chunk = min64(kMatmulChunk, job.depth);
-  const int error = parallel_for(packs, ceil_div(kMatmulWantedWork, 16 * kPackColumns * chunk),
-                                 matmul_pack, &job);
+  const int64_t pack_work = 16 * kPackColumns * min64(kMatmulChunk, job.depth);
+  const int error =
+      parallel_tasks(packs, ceil_div(kMatmulWantedWork, pack_work), matmul_pack, &job);
   if (error != HF_GPTQ_OK) return error;
+
   job.tile = kMatmulTile;
-  if (matmul_tile_count(job) < kMatmulWantedTiles) job.tile = kMatmulSmallTile;
-  return parallel_for(matmul_tile_count(job),
-                      ceil_div(kMatmulWantedWork, job.tile * job.tile * job.depth), matmul_tiles,
-                      &job);
+  job.group = 1;
+  if (job.A) {
+    if (matmul_task_count(job) < kMatmulWantedTasks) job.tile = kMatmulSmallTile;
+  } else {
+    // The more tiles a task has, the more often it uses the rows of A that it packs.
+    job.group = kMatmulColumns / kMatmulTile;
+    while (job.group > 2 && matmul_task_count(job) < kMatmulWantedTasks) --job.group;
+  }
+  const int64_t work = job.tile * job.tile * job.group * job.depth;
+  return parallel_tasks(matmul_task_count(job), ceil_div(kMatmulWantedWork, work), matmul_tasks,
+                        &job);
 }
 
 int matmul(const MatmulArguments& a) {
@@ -202,31 +246,25 @@ int matmul(const MatmulArguments& a) {
     }
     return HF_GPTQ_OK;
   }
-  const int64_t depth = min64(kMatmulDepth, a.K);
-  const int64_t A_rows = ceil_div(min64(kMatmulBlock, a.M), kPackColumns) * kPackColumns;
-  const int64_t B_columns = ceil_div(min64(kMatmulBlock, a.N), kPackColumns) * kPackColumns;
-  const Buffer buffer((A_rows + B_columns) * depth * sizeof(float));
+  const int64_t columns = ceil_div(min64(kMatmulColumns, a.N), kPackColumns) * kPackColumns;
+  const int64_t rows = a.M <= kMatmulSharedRows ? ceil_div(a.M, kPackColumns) * kPackColumns : 0;
+  int64_t block_depth = kMatmulDepth;
+  if (rows > 0) {
+    // The deeper a block, the fewer times threads wait for each other.
+    const int64_t wider = rows > columns ? rows : columns;
+    block_depth = kMatmulPacked / wider / kMatmulChunk * kMatmulChunk;
+  }
+  const int64_t depth = min64(block_depth, a.K);
+  const Buffer buffer((columns + rows) * depth * sizeof(float));
   float* panels = static_cast<float*>(buffer.data());
   if (!panels) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
+  float* A = rows > 0 ? panels + columns * depth : nullptr;
 
-  for (int64_t n = 0; n < a.N; n += kMatmulBlock) {
-    const int64_t columns = min64(kMatmulBlock, a.N - n);
-    for (int64_t k = 0; k < a.K; k += kMatmulDepth) {
-      const int64_t first = a.lower ? n : 0;
-      for (int64_t m = first; m < a.M; m += kMatmulBlock) {
-        MatmulJob job{a,
-                      m,
-                      min64(kMatmulBlock, a.M - m),
-                      n,
-                      columns,
-                      k,
-                      min64(kMatmulDepth, a.K - k),
-                      0,
-                      panels,
-                      panels + A_rows * depth,
-                      m != first};
-        if (const int error = matmul_block(job)) return error;
-      }
+  for (int64_t n = 0; n < a.N; n += kMatmulColumns) {
+    for (int64_t k = 0; k < a.K; k += depth) {
+      MatmulJob job{a, n,     min64(kMatmulColumns, a.N - n), k, min64(depth, a.K - k), 0, 0,
+                    A, panels};
+      if (const int error = matmul_block(job)) return error;
     }
   }
   return HF_GPTQ_OK;

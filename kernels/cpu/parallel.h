@@ -15,6 +15,12 @@ void set_parallel_for(hf_gptq_parallel_for_t parallel_for);
 int parallel_for(int64_t count, int64_t grain, int (*body)(int64_t, int64_t, const void*),
                  const void* context);
 
+// The same in ranges of `grain`, of which a thread takes the next whenever it is done with one: for
+// bodies that gain nothing from longer ranges. A thread that is late delays the others by one range
+// at most.
+int parallel_tasks(int64_t count, int64_t grain, int (*body)(int64_t, int64_t, const void*),
+                   const void* context);
+
 }  // namespace hf_gptq
 
 #endif  // HF_GPTQ_CPU_PARALLEL_H_

@@ -36,7 +36,7 @@ int solve_systems(int64_t begin, int64_t end, const void* context) {
 
 int solve_symmetric(const SystemsArguments& a) {
   // 2^18 multiply-adds are worth waking a thread for.
-  return parallel_for(a.count, ceil_div(int64_t{6} << 18, a.G * a.G * a.G), solve_systems, &a);
+  return parallel_tasks(a.count, ceil_div(int64_t{6} << 18, a.G * a.G * a.G), solve_systems, &a);
 }
 
 }  // namespace

@@ -173,9 +173,9 @@ HF_GPTQ_API int hf_gptq_matmul(const float* A,           // [M, K]
 
 // The upper triangular U with H^-1 = U^T U, in fp32: H = R R^T with R upper triangular, U = R^-1.
 //
-// Blocks of 192 rows, from the last to the first, and in them groups of 12 rows. R of a group is
-// found column by column, from the last to the first; all else that is subtracted in finding R and
-// U is summed as in hf_gptq_matmul over the rows of a block or of the groups below in one.
+// Rows are finished from the last to the first, in blocks of 192 and in them in groups of 12. An
+// element receives what each block below it contributes as one sum, as in hf_gptq_matmul; then the
+// groups below it in its own block as one sum; then the rows below it in its group, one by one.
 // avx512f and avx2 give the same bits; "portable" rounds product and sum of each fma separately.
 // HF_GPTQ_ERROR_NOT_POSITIVE_DEFINITE leaves U undefined.
 HF_GPTQ_API int hf_gptq_factorize(const float* H,  // [K, K]; above the diagonal never read
