@@ -17,7 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .walk import LINEAR, Chain, Stub, WalkError, linears, record_calls, split_call, text_inputs
+from .walk import (
+    LINEAR,
+    Chain,
+    Handed,
+    Stub,
+    WalkError,
+    linears,
+    record_calls,
+    split_call,
+    text_inputs,
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +52,7 @@ class _Visit:
     @property
     def returned(self) -> Any:
         """The hidden states that the block returned."""
-        return self.out[0] if isinstance(self.out, tuple) else self.out
+        return self.out[0] if isinstance(self.out, (tuple, list)) else self.out
 
 
 @torch.no_grad()
@@ -60,14 +70,23 @@ def find_chains(model: nn.Module, ids: Tensor, name: str | None = None) -> list[
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     if name is not None and name not in lists:
         raise WalkError(f"block_name_to_quantize={name!r} is not a list of modules; this model has {', '.join(lists)}")
-    visits = _visits(model, {name: lists[name]} if name is not None else lists, ids[:_PROBE])
+    places = {
+        module: (list_name, f"{list_name}.{i}")
+        for list_name, modules in lists.items()
+        for i, module in enumerate(modules)
+        if name in (None, list_name) and not isinstance(module, LINEAR) and linears(module) and _runs(module)
+    }
+    if not places:
+        raise WalkError(
+            f"{name or type(model).__name__} has no list of blocks with linear layers; nothing in it can be quantized"
+        )
+    visits = _visits(model, places, ids[:_PROBE])
     used = {visit.list_name for visit in visits}
     visits = [v for v in visits if not any(v.list_name.startswith(f"{other}.") for other in used)]
     if not visits:
         raise WalkError(
-            f"{name} takes no part in the forward pass of {type(model).__name__} on text"
-            if name is not None
-            else f"{type(model).__name__} has no list of blocks with linear layers; nothing can be quantized"
+            f"{name or ', '.join(lists)} takes no part in the forward pass of {type(model).__name__} on text; "
+            "only blocks that read text can be calibrated"
         )
     chains = _chains(visits)
     _warn_of_idle_blocks(chains, lists)
@@ -83,7 +102,11 @@ def find_chains(model: nn.Module, ids: Tensor, name: str | None = None) -> list[
     return [Chain(" and ".join(c.name for c in chains), {n: b for c in chains for n, b in c.blocks.items()})]
 
 
-def _visits(model: nn.Module, lists: dict[str, nn.ModuleList], ids: Tensor) -> list[_Visit]:
+def _runs(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
+
+
+def _visits(model: nn.Module, places: dict[nn.Module, tuple[str, str]], ids: Tensor) -> list[_Visit]:
     visits: list[_Visit] = []
     running: list[_Visit] = []
 
@@ -99,23 +122,18 @@ def _visits(model: nn.Module, lists: dict[str, nn.ModuleList], ids: Tensor) -> l
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         visit = running.pop()
-        visit.out, visit.given = output, _version(visit.returned)
+        visit.out = output
+        visit.given = _version(visit.returned)
         visit.overwritten = visit.taken != _version(visit.hidden)
 
-    places = {
-        module: (list_name, f"{list_name}.{i}")
-        for list_name, modules in lists.items()
-        for i, module in enumerate(modules)
-        if not isinstance(module, LINEAR) and linears(module) and type(module).forward is not nn.Module.forward
-    }
     handles = [m.register_forward_pre_hook(enter, with_kwargs=True) for m in places]
     handles += [m.register_forward_hook(leave) for m in places]
     try:
         model(**text_inputs(model, ids))
     except Exception as error:
         raise WalkError(
-            f"{type(model).__name__} does not run on text alone ({type(error).__name__}: {error}); only models that "
-            "take input_ids and nothing else can be calibrated: load the part that reads text with its own class"
+            f"{type(model).__name__} does not run on token ids alone ({type(error).__name__}: {error}); only models "
+            "that do can be calibrated: load the part that reads text with a class of its own"
         ) from error
     finally:
         for handle in handles:
@@ -130,14 +148,29 @@ def _chains(visits: list[_Visit]) -> list[Chain]:
     chains = []
     for list_name, own in by_list.items():
         fed = {id(x) for v in own for x in _tensors(v.call)}
-        stubs = []
-        for visit in own:
-            rest = visit.out[1:] if isinstance(visit.out, tuple) else ()
-            live = not fed.isdisjoint(map(id, _tensors(rest)))
-            fed -= {id(x) for x in _tensors(rest)}  # handed on by others, it is still this block's
-            stubs.append(Stub(0 if isinstance(visit.out, tuple) else None, rest, live))
-        chains.append(Chain(list_name, {v.name: v.module for v in own}, tuple(stubs)))
+        stubs = tuple(_stub(visit, fed) for visit in own)
+        chains.append(Chain(list_name, {v.name: v.module for v in own}, stubs))
     return chains
+
+
+def _stub(visit: _Visit, fed: set[int]) -> Stub:
+    """A block's stub.
+
+    Args:
+        visit: a run of the block.
+        fed: ids of the tensors that blocks of its chain are called with.
+    """
+    if not isinstance(visit.out, (tuple, list)):
+        return Stub()
+    args, kwargs = visit.call
+    places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    own = {id(x): Handed(where) for where, x in places if isinstance(x, Tensor)}
+    rest = []
+    for item in visit.out[1:]:
+        wanted = any(id(x) in fed for x in _tensors(item))
+        holds = next(_tensors(item), None) is not None
+        rest.append(own.get(id(item), Handed(None)) if wanted else None if holds else item)
+    return Stub(0, tuple(rest))
 
 
 def _problem(visits: list[_Visit], chains: list[Chain]) -> str | None:
@@ -162,7 +195,10 @@ def _problem(visits: list[_Visit], chains: list[Chain]) -> str | None:
 
 def _difference(model: nn.Module, chain: Chain, visits: list[_Visit], ids: Tensor) -> str | None:
     """What blocks are called with must not depend on what other blocks of the chain have computed from the text."""
-    blocks, entries = record_calls(model, chain, [ids])
+    try:
+        blocks, entries = record_calls(model, chain, [ids])
+    except Exception as error:
+        return f"its blocks do not come apart ({type(error).__name__}: {error})"
     own = [visit for visit in visits if visit.list_name == chain.name]
     if not _equal(entries[0], own[0].hidden):
         return f"{chain.name} is not fed alike in every forward pass"

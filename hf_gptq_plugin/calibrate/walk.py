@@ -78,13 +78,29 @@ class Stub:
 
     Args:
         output: see `Block`.
-        rest: what the block returns behind the hidden states, for a model that looks at it.
-        live: blocks further down are called with something of `rest`, so it is computed for every window.
+        rest: what the block returns behind the hidden states, without tensors; `Handed` where the model calls other
+            blocks with them.
     """
 
     output: int | None = None
     rest: tuple[Any, ...] = ()
-    live: bool = False
+
+    @property
+    def live(self) -> bool:
+        """Whether the block must run so that others can be called."""
+        return any(isinstance(item, Handed) and item.where is None for item in self.rest)
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What a block hands on to others behind its hidden states, e.g. T5's position bias.
+
+    Args:
+        where: position (behind the hidden states) or name among the block's arguments, if it has been handed it
+            itself; None where it computes it.
+    """
+
+    where: int | str | None
 
 
 @dataclass(frozen=True)
@@ -103,12 +119,27 @@ class Chain:
 
 
 def linears(module: nn.Module) -> dict[str, Any]:
-    """The layers below `module` that can be quantized, by name: `[N, K]` matrices of floats."""
+    """The layers below `module` that can be quantized, by name: `[N, K]` matrices of floats.
+
+    Classes that return something else than the product (the routers of some mixtures of experts) are none.
+    """
     return {
         name: layer
         for name, layer in module.named_modules()
-        if isinstance(layer, LINEAR) and getattr(layer, "weight", None) is not None and layer.weight.dim() == 2
+        if isinstance(layer, LINEAR)
+        and getattr(layer, "weight", None) is not None
+        and layer.weight.dim() == 2
+        and _returns_product(layer)
     }
+
+
+@torch.no_grad()
+def _returns_product(layer: Any) -> bool:
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    in_features, out_features = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1]
+    out = layer(torch.zeros(1, in_features, dtype=layer.weight.dtype, device=layer.weight.device))
+    return isinstance(out, Tensor) and out.shape == (1, out_features)
 
 
 def text_inputs(model: Any, ids: Tensor) -> dict[str, Any]:
@@ -205,12 +236,19 @@ def _recorder(block: Block, stub: Stub, entries: list[Tensor] | None) -> Callabl
             entries.append(hidden)
         if stub.output is None:
             return hidden
-        rest = stub.rest
+        computed: Any = ()
         if stub.live:
             # On zeros: `find_chains` has made sure that what others need of it does not depend on the text.
             nothing = torch.zeros_like(hidden)
-            out = own(*others, **{**named, "hidden_states": nothing}) if "hidden_states" in named else None
-            rest = (own(nothing, *others, **named) if out is None else out)[1:]
+            if "hidden_states" in named:
+                computed = own(*others, **{**named, "hidden_states": nothing})[1:]
+            else:
+                computed = own(nothing, *others, **named)[1:]
+        rest = list(stub.rest)
+        for i, item in enumerate(rest):
+            if isinstance(item, Handed):
+                where = item.where
+                rest[i] = computed[i] if where is None else others[where] if isinstance(where, int) else named[where]
         return (hidden, *rest)
 
     return forward
@@ -220,7 +258,8 @@ def _replayed(stub: Stub, leaving: Iterator[Tensor] | None) -> Callable[..., Any
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = split_call(args, kwargs)[0]
         out = hidden if leaving is None else next(leaving).to(hidden.device)
-        return out if stub.output is None else (out, *stub.rest)
+        rest = (None if isinstance(item, Handed) else item for item in stub.rest)
+        return out if stub.output is None else (out, *rest)
 
     return forward
 
@@ -241,7 +280,7 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 @torch.no_grad()
 def find_stages(block: Block, hidden: Tensor, targets: dict[str, nn.Module]) -> list[list[str]]:
-    """The order in which a block's linear layers run; those that read the same tensor form one stage.
+    """The order in which a block's linear layers run; those that read the same tensors form one stage.
 
     Args:
         block: the block.
@@ -252,23 +291,10 @@ def find_stages(block: Block, hidden: Tensor, targets: dict[str, nn.Module]) -> 
         Lists of names, in order of execution. Layers that were not called are missing; those that were called more
         than once stand where they ran first, and are noted in the block.
     """
-    stages: list[list[str]] = []
-    repeated: set[str] = set()
-    inputs: list[Tensor] = []  # kept alive, so that identity means sameness
+    inputs: dict[str, list[Tensor]] = {}  # kept alive, so that identity means sameness
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if any(name in stage for stage in stages):
-                repeated.add(name)
-                return
-            for stage, x in zip(stages, inputs, strict=True):
-                if x is args[0]:
-                    stage.append(name)
-                    return
-            stages.append([name])
-            inputs.append(args[0])
-
-        return hook
+        return lambda module, args: inputs.setdefault(name, []).append(args[0])
 
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in targets.items()]
     try:
@@ -276,8 +302,11 @@ def find_stages(block: Block, hidden: Tensor, targets: dict[str, nn.Module]) -> 
     finally:
         for handle in handles:
             handle.remove()
-    block.repeated = frozenset(repeated)
-    return stages
+    stages: dict[tuple[int, ...], list[str]] = {}
+    for name, read in inputs.items():
+        stages.setdefault(tuple(map(id, read)), []).append(name)
+    block.repeated = frozenset(name for name, read in inputs.items() if len(read) > 1)
+    return list(stages.values())
 
 
 def twin(block: Block) -> Block:

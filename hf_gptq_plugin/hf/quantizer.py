@@ -72,6 +72,7 @@ class GptqQuantizer(HfQuantizer):
         self._device_map: dict[str, Any] | None = None
         self._windows: list[Tensor] = []
         self._record: dict[str, Any] | None = None
+        self._scales_dtypes: dict[str, torch.dtype] = {}  # by module
 
     @property
     def is_trainable(self) -> bool:
@@ -156,13 +157,14 @@ class GptqQuantizer(HfQuantizer):
                 f"{source}.g_idx is missing from the checkpoint, but desc_act=True needs it to know each input's "
                 "group; the checkpoint is incomplete: fetch it again"
             )
+        self._scales_dtypes[target] = tensors["scales"].torch_dtype
         new = QuantLinear(
             in_features,
             out_features,
             spec,
             bias=layer.bias is not None,
             scales_dtype=tensors["scales"].torch_dtype,
-            dtype=layer.weight.dtype,
+            dtype=_planned_dtype(model, f"{target}.weight", layer.weight.dtype),
             has_g_idx="g_idx" in tensors,
         )
         model.set_submodule(target, new)
@@ -178,6 +180,10 @@ class GptqQuantizer(HfQuantizer):
 
     def _finalize(self, model: nn.Module) -> None:
         layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+        for name, layer in layers.items():
+            # Models that keep some modules in float32 (T5's wo) get their scales so, too.
+            if layer.scales.dtype != self._scales_dtypes[name]:
+                layer.scales.data = layer.scales.data.to(self._scales_dtypes[name])
         label = self.quantization_config.format
         fmt = agreed_format(label, {name: layer.zero_format() for name, layer in layers.items()})
         for name, layer in layers.items():
@@ -240,6 +246,18 @@ def linear_shape(layer: Any) -> tuple[int, int]:
     """in_features and out_features of a dense layer."""
     shape = layer.weight.shape
     return (shape[0], shape[1]) if isinstance(layer, Conv1D) else (shape[1], shape[0])
+
+
+def _planned_dtype(model: Any, key: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that Transformers loads a parameter in: that of the model, but for those it keeps in float32."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return dtype
+    matcher, globs, _ = build_glob_alternation(list(plan))
+    match = matcher.search(key)
+    return plan[globs[str(match.lastgroup)]] if match else dtype
 
 
 def renamed(model: PreTrainedModel, modules: Mapping[str, Any], quantizer: HfQuantizer) -> dict[str, str]:

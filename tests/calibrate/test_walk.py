@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_gptq_plugin.calibrate import walk
+from hf_gptq_plugin.calibrate.chains import find_chains
 
 # What stands in one block, in the order in which it runs; layers in one list read the same tensor.
 STAGES = {
@@ -43,34 +44,15 @@ STAGES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", list(STAGES))
-def test_walking_the_blocks_is_the_models_own_forward_pass(
-    kind: str, tiny: Callable[..., Path], windows: list[list[int]]
-) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny(kind)).eval()
-    name, blocks = walk.find_blocks(model)
-    assert model.get_submodule(name) is blocks and len(blocks) == model.config.get_text_config().num_hidden_layers
-    ids = [torch.tensor(w) for w in windows[:3]]
-    chain, hiddens = walk.record_calls(model, name, blocks, ids)
-    with torch.no_grad():
-        for block in chain:
-            hiddens = [block.run(hidden, i) for i, hidden in enumerate(hiddens)]
-        last: list[torch.Tensor] = []
-        handle = blocks[-1].register_forward_hook(
-            lambda m, a, out: last.append(out[0] if isinstance(out, tuple) else out)
-        )
-        for w in ids:
-            model(input_ids=w[None], use_cache=False)
-        handle.remove()
-    for walked, own in zip(hiddens, last, strict=True):
-        assert torch.equal(walked, own)
+def record(model: nn.Module, windows: list[torch.Tensor]) -> tuple[list[walk.Block], list[torch.Tensor]]:
+    (chain,) = find_chains(model, windows[0])
+    return walk.record_calls(model, chain, windows)
 
 
 @pytest.mark.parametrize("kind", list(STAGES))
 def test_stages_follow_execution(kind: str, tiny: Callable[..., Path], windows: list[list[int]]) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny(kind)).eval()
-    name, blocks = walk.find_blocks(model)
-    chain, hiddens = walk.record_calls(model, name, blocks, [torch.tensor(windows[0])])
+    chain, hiddens = record(model, [torch.tensor(windows[0])])
     stages = walk.find_stages(chain[0], hiddens[0], walk.linears(chain[0].module))
     assert [sorted(s) for s in stages] == [sorted(s) for s in STAGES[kind]]
 
@@ -79,9 +61,8 @@ def test_stubs_are_taken_out_again(tiny: Callable[..., Path], windows: list[list
     model = AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
     ids = torch.tensor(windows[:1])
     before = model(input_ids=ids).logits
-    name, blocks = walk.find_blocks(model)
-    walk.record_calls(model, name, blocks, [ids[0]])
-    assert all("forward" not in vars(block) for block in blocks)
+    chain, _ = record(model, [ids[0]])
+    assert all("forward" not in vars(block.module) for block in chain)
     assert torch.equal(model(input_ids=ids).logits, before)
 
 
@@ -90,8 +71,7 @@ def test_a_resumed_pass_is_the_whole_pass_and_runs_every_layer_once(
     kind: str, tiny: Callable[..., Path], windows: list[list[int]]
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny(kind)).eval()
-    name, blocks = walk.find_blocks(model)
-    chain, hiddens = walk.record_calls(model, name, blocks, [torch.tensor(w) for w in windows[:2]])
+    chain, hiddens = record(model, [torch.tensor(w) for w in windows[:2]])
     block = chain[0]
     layers = walk.linears(block.module)
     inputs: dict[str, list[torch.Tensor]] = {n: [] for n in layers}
@@ -123,8 +103,7 @@ def test_a_resumed_pass_is_the_whole_pass_and_runs_every_layer_once(
 
 def test_a_resumed_pass_computes_layers_once(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
-    name, blocks = walk.find_blocks(model)
-    chain, hiddens = walk.record_calls(model, name, blocks, [torch.tensor(windows[0])])
+    chain, hiddens = record(model, [torch.tensor(windows[0])])
     computed: list[str] = []
     layers = walk.linears(chain[0].module)
     for n, layer in layers.items():
@@ -140,24 +119,12 @@ def test_a_resumed_pass_computes_layers_once(tiny: Callable[..., Path], windows:
 
 def test_a_twin_keeps_the_layers_that_are_replaced(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
-    name, blocks = walk.find_blocks(model)
-    chain, hiddens = walk.record_calls(model, name, blocks, [torch.tensor(windows[0])])
+    chain, hiddens = record(model, [torch.tensor(windows[0])])
     with torch.no_grad():
         before = chain[0].run(hiddens[0], 0)
         copy = walk.twin(chain[0])
-        weight = blocks[0].mlp.up_proj.weight
+        weight = model.model.layers[0].mlp.up_proj.weight
         chain[0].module.set_submodule("mlp.up_proj", nn.Linear(96, 160, bias=False))
         assert torch.equal(copy.run(hiddens[0], 0), before)
         assert not torch.equal(chain[0].run(hiddens[0], 0), before)
     assert copy.module.mlp.up_proj.weight is weight
-
-
-def test_models_without_blocks() -> None:
-    with pytest.raises(walk.WalkError, match="Linear has no list of blocks"):
-        walk.find_blocks(nn.Linear(2, 2))
-
-
-def test_unknown_block_name(tiny: Callable[..., Path]) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
-    with pytest.raises(walk.WalkError, match=r"'model\.blocks' is not a list of modules; this model has model\.layers"):
-        walk.find_blocks(model, "model.blocks")
