@@ -48,9 +48,6 @@ def quantize_block(
     """
     everything = linears(block.module)
     targets = {local: layer for local, layer in everything.items() if block.full(local) in specs}
-    stream.enter(block, everything, set(everything) - set(targets))
-    if exact is not None:
-        exact.enter(_fast(twin(dense)), everything, everything)
     units = _units(block.module, targets)
     groups = find_stages(block, stream.hiddens[0], units) if units else []
     uncalled = sorted(set(units) - {local for group in groups for local in group})
@@ -59,6 +56,9 @@ def quantize_block(
             f"{block.full(uncalled[0])} is not called in the forward pass on the calibration text; exclude it with "
             f'dynamic={{"-:.*{re.escape(uncalled[0])}$": {{}}}}'
         )
+    stream.enter(block, everything, set(everything) - set(targets))
+    if exact is not None:
+        exact.enter(_fast(twin(replace(dense, repeated=block.repeated))), everything, everything)
     learning = plan.tuning.block_epochs > 0 and bool(targets) and not isinstance(block, WholeModel)
     weights = {local: dense_weight(layer) for local, layer in targets.items()} if learning else {}
     phases = [[group] for group in groups] if plan.true_sequential else [groups]

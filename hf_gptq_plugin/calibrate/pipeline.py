@@ -170,7 +170,8 @@ def _quantize_chains(
     stream and dense for the exact one."""
     finished: list[tuple[Chain, Hiddens]] = []
     finished_exact: list[tuple[Chain, Hiddens]] = []
-    sequences: dict[str, str] = {}  # of hidden states that an interrupted run goes on from
+    # Of hidden states that an interrupted run goes on from.
+    sequences = {} if journal is None else journal.streams()
     for number, chain in enumerate(chains):
         with single_threaded():
             blocks, entries = record_calls(model, chain, windows, finished)

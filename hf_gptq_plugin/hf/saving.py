@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from transformers import PreTrainedModel
 
 from ..format.checkpoint import write_json, written_whole
 from .card import merged_card, model_card
+
+OFFLOADED_SHARD = "500MB"  # of a model on disk: one shard is in memory at a time
 
 
 def attach_saving(model: PreTrainedModel) -> None:
@@ -52,7 +55,11 @@ def save_pretrained(
 def save_checkpoint(model: PreTrainedModel, target: Path, *args: Any, tokenizer: Any = None, **kwargs: Any) -> None:
     """Write a whole checkpoint, the tokenizer with it where one is given, or nothing."""
     with written_whole(target) as staging:
-        type(model).save_pretrained(model, staging, *args, **kwargs)
+        if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
+            kwargs.setdefault("max_shard_size", OFFLOADED_SHARD)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")  # the size is set
+            type(model).save_pretrained(model, staging, *args, **kwargs)
         write_json(staging / "quantize_config.json", model.config.quantization_config.to_dict())
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)

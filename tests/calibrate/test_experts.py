@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Chunk, Concatenate, MergeModulelist, Transpose, WeightConverter
 
 from hf_gptq_plugin.calibrate import experts as moe
-from hf_gptq_plugin.calibrate.walk import WalkError, find_blocks
+from hf_gptq_plugin.calibrate.walk import WalkError
 from hf_gptq_plugin.nn.experts import Expert, Experts
 
 IDS = torch.arange(3, 35)[None]
@@ -99,7 +99,7 @@ def test_an_architecture_without_names_for_single_experts(tiny: Callable[..., Pa
 
 
 def test_what_chooses_experts_is_found(tiny: Callable[..., Path]) -> None:
-    blocks = {kind: find_blocks(load(tiny(kind)))[1] for kind in ("mixtral", "qwen2_moe", "llama")}
+    blocks = {kind: load(tiny(kind)).model.layers for kind in ("mixtral", "qwen2_moe", "llama")}
     assert moe.routers(blocks["qwen2_moe"][0]) == {"mlp.shared_expert_gate"}
     assert moe.routers(blocks["mixtral"][0]) == moe.routers(blocks["llama"][0]) == set()
 

@@ -1,0 +1,175 @@
+"""An interrupted calibration goes on where it was stopped, and ends with the bytes of an undisturbed one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from architectures import ARCHITECTURES
+from safetensors.torch import load_file
+
+from hf_gptq_plugin import GPTQConfig
+from hf_gptq_plugin.calibrate import blocks, journal
+from hf_gptq_plugin.calibrate.journal import Journal, JournalError, fingerprint
+
+
+def quantize(kind: str, path: Path, windows: list[list[int]], **fields: Any) -> Any:
+    auto = getattr(transformers, getattr(ARCHITECTURES.get(kind), "auto", "AutoModelForCausalLM"))
+    config = GPTQConfig(bits=3, group_size=32, dataset=windows, samples=len(windows), **fields)
+    return auto.from_pretrained(path, dtype=torch.float32, quantization_config=config)
+
+
+def saved(model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    model.save_pretrained(folder)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bert", "mixtral", "albert"])
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_goes_on_after_any_layer(
+    kind: str, low_memory: bool, tiny: Callable[..., Path], windows: list[list[int]], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    if low_memory and kind == "mixtral":
+        pytest.skip("Transformers offloads fused experts only into an offload_folder of the caller's")
+    path = tiny(kind)
+    undisturbed = quantize(kind, path, windows)
+    wanted, reports = saved(undisturbed, tmp_path / "undisturbed"), undisturbed.hf_quantizer.reports
+    solve = blocks.solve_layer
+    fields = {"journal": str(tmp_path / "journal"), "low_memory": low_memory}
+    # Each attempt gets a third of the layers further, so that blocks are left finished, begun and untouched.
+    allowed = -(-len(reports) // 3)
+    for attempt in range(8):
+        left = [allowed]
+
+        def interrupted(*args: Any, left: list[int] = left) -> Any:
+            if not left[0]:
+                raise Interrupted
+            left[0] -= 1
+            return solve(*args)
+
+        monkeypatch.setattr(blocks, "solve_layer", interrupted)
+        try:
+            model = quantize(kind, path, windows, **fields)
+            break
+        except Interrupted:
+            allowed += 1
+    assert attempt > 0
+    assert same(saved(model, tmp_path / "resumed"), wanted)
+    names = [(r.name, r.solve.relative_error, r.tokens) for r in reports]
+    assert [(r.name, r.solve.relative_error, r.tokens) for r in model.hf_quantizer.reports] == names
+
+
+KILLED = """
+import os, signal, sys, warnings
+warnings.simplefilter("ignore")
+from hf_gptq_plugin.calibrate import journal
+place, calls = int(sys.argv[2]), [0]
+for name in ("write_tensor", "save_file"):
+    def counted(*args, own=getattr(journal, name)):
+        calls[0] += 1
+        if calls[0] == place:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return own(*args)
+    setattr(journal, name, counted)
+import torch, json
+from transformers import AutoModelForCausalLM
+from hf_gptq_plugin import GPTQConfig
+config = GPTQConfig(bits=3, group_size=32, dataset=json.loads(sys.argv[3]), samples=8, journal=sys.argv[4])
+AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, quantization_config=config)
+"""
+
+
+def test_goes_on_after_sigkill(tiny: Callable[..., Path], windows: list[list[int]], tmp_path: Path) -> None:
+    path, folder = tiny("llama"), tmp_path / "journal"
+    # 8 windows, two streams: the first block's files are 16 entries, 1 of codes, 16 that leave it.
+    for place in (40, 20):
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(path), str(place), str(windows), str(folder)],
+            capture_output=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert Journal(folder, "") is not None  # another job's: starts over
+    undisturbed = saved(quantize("llama", path, windows), tmp_path / "a")
+    assert same(saved(quantize("llama", path, windows, journal=str(folder)), tmp_path / "b"), undisturbed)
+
+
+def test_a_full_disk_is_named_and_nothing_is_lost(
+    tiny: Callable[..., Path], windows: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, folder = tiny("llama"), tmp_path / "journal"
+    written = [0]
+    save = journal.save_file
+
+    def full(*args: Any) -> None:
+        written[0] += 1
+        if written[0] == 40:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(*args)
+
+    monkeypatch.setattr(journal, "save_file", full)
+    with pytest.raises(JournalError, match=r"journal is on a disk that is full; free some space and run the same"):
+        quantize("llama", path, windows, journal=str(folder))
+    assert not list(folder.glob("*.part"))
+    solved: list[str] = []
+    solve = blocks.solve_layer
+    monkeypatch.setattr(blocks, "solve_layer", lambda name, *rest: solved.append(name) or solve(name, *rest))
+    resumed = saved(quantize("llama", path, windows, journal=str(folder)), tmp_path / "a")
+    assert solved and all(name.startswith("model.layers.1.") for name in solved)
+    assert same(resumed, saved(quantize("llama", path, windows), tmp_path / "b"))
+
+
+def test_another_jobs_journal_is_not_gone_on_with(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Journal(tmp_path / "j", "one")
+    first.commit("model.layers.0", first.write_block("model.layers.0", {"a": torch.ones(2)}), [{"name": "x"}], {})
+    again = Journal(tmp_path / "j", "one")
+    assert again.blocks == ["model.layers.0"] and again.records("model.layers.0") == [{"name": "x"}]
+    assert torch.equal(load_file(again.file("model.layers.0"))["a"], torch.ones(2))
+    other = Journal(tmp_path / "j", "two")
+    assert other.blocks == [] and "starting over" in caplog.text
+    assert not list((tmp_path / "j").glob("block-*"))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(JournalError, match=r"holds 'thesis.tex', which is none of a journal's files"):
+        Journal(tmp_path, "x")
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_fingerprints(tiny: Callable[..., Path]) -> None:
+    def model() -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32)
+
+    windows, job = [torch.tensor([1, 2, 3])], {"bits": 4}
+    first = fingerprint(model(), windows, job)
+    assert fingerprint(model(), windows, dict(job)) == first
+    assert fingerprint(model(), [torch.tensor([1, 2, 4])], job) != first
+    assert fingerprint(model(), [torch.tensor([1, 2]), torch.tensor([3])], job) != first
+    assert fingerprint(model(), windows, {"bits": 3}) != first
+    changed = model()
+    with torch.no_grad():
+        changed.model.layers[1].mlp.down_proj.weight[0, 0] += 1
+    assert fingerprint(changed, windows, job) != first
