@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -12,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .calibrate import processes
+from .calibrate.journal import JournalError
 from .calibrate.sources import NAMED, CalibrationError, read_text
 from .calibrate.walk import WalkError
 from .native import NativeError
@@ -26,7 +29,7 @@ app = typer.Typer(
 console = Console(stderr=False)
 
 # What a user can mend; everything else is a defect of ours and shows its traceback.
-USER_ERRORS = (CalibrationError, WalkError, SolveError, NativeError, ValueError, OSError, ImportError)
+USER_ERRORS = (CalibrationError, JournalError, WalkError, SolveError, NativeError, ValueError, OSError, ImportError)
 
 Dtype = Annotated[
     str, typer.Option(help="dtype of the unquantized parts and of the arithmetic: float32, bfloat16, float16, auto.")
@@ -60,12 +63,17 @@ def quantize(
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seqlen: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 512,
     seed: Annotated[int, typer.Option(help="Which windows are drawn from a longer text.")] = 0,
-    preset: Annotated[str, typer.Option(help="balanced, or fast: less time, higher perplexity.")] = "balanced",
+    preset: Annotated[
+        str, typer.Option(help="balanced; fast: less time, higher perplexity; best: lower perplexity, more time.")
+    ] = "balanced",
     damp_percent: Annotated[float, typer.Option(help="Damping, as a fraction of the Hessian diagonal's mean.")] = 0.01,
     checkpoint_format: Annotated[str, typer.Option("--format", help="gptq (v1) or gptq_v2.")] = "gptq",
     lm_head: Annotated[bool, typer.Option(help="Quantize the output embedding too.")] = False,
     dtype: Dtype = "auto",
     device_map: Annotated[str, typer.Option(help="Where the model is loaded, e.g. cpu, cuda, auto.")] = "cpu",
+    low_memory: Annotated[
+        bool, typer.Option(help="Keep on disk what is not worked on: for models larger than memory.")
+    ] = False,
     report: Annotated[bool, typer.Option(help="Write calibration.html, .json and .csv into OUT.")] = True,
     eval_text: Annotated[
         Path | None, typer.Option(help="Text file: measure perplexity before and after, for the report.")
@@ -74,6 +82,8 @@ def quantize(
     eval_seqlen: Annotated[int, typer.Option(help="Tokens per window of --eval-text.")] = 2048,
 ) -> None:
     """Quantize MODEL and write a GPTQ checkpoint to OUT.
+
+    Under torchrun or accelerate launch, the processes share the calibration text. While it works, what is finished lies in OUT.journal; interrupted, the same command goes on from there.
 
     Example: hf-gptq quantize ./smollm2 ./smollm2-4bit --group-size 64 --calibration corpus.txt --samples 64
     """
@@ -86,21 +96,29 @@ def quantize(
     from .hf.saving import save_checkpoint
 
     start = time.perf_counter()
+    processes.join()
     dataset = calibration if method == "gptq" else None
     config = GPTQConfig(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, dataset=dataset, samples=samples, seqlen=seqlen,
         seed=seed, method=method, preset=preset, damp_percent=damp_percent, format=checkpoint_format, lm_head=lm_head,
+        low_memory=low_memory, **({"model_epochs": 0} if low_memory else {}),
     )  # fmt: skip
+    journal = out.with_name(f"{out.name}.journal")
+    if method == "gptq":
+        config.journal = str(journal)
     if out.is_file():
         raise ValueError(f"OUT={str(out)!r} is a file; name a folder")
     tokenizer = AutoTokenizer.from_pretrained(model)
     config.tokenizer = tokenizer
-    loading = {"dtype": _dtype(dtype), "device_map": device_map}
+    where = {"": device_map} if low_memory else device_map
+    loading = {"dtype": _dtype(dtype), "device_map": where}
     pieces, before = [], None
     if eval_text is not None:
         pieces = text_windows(tokenizer, read_text(eval_text), eval_seqlen, eval_windows or None)
         before = perplexity(AutoModelForCausalLM.from_pretrained(model, **loading), pieces)
     quantized: Any = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, **loading)
+    if processes.rank():
+        return  # all processes hold the same model; the first one writes it
     save_checkpoint(quantized, out, tokenizer=tokenizer)
     quality = None
     if eval_text is not None:
@@ -108,6 +126,7 @@ def quantize(
         quality = Perplexity(eval_text.name, len(pieces), eval_seqlen, tokens, before, perplexity(quantized, pieces))
         console.print(f"Perplexity {quality.dense:.4f} before, {quality.quantized:.4f} after.")
     page = write_report(out, quantized, quality) if report else None
+    shutil.rmtree(journal, ignore_errors=True)
     size = sum(f.stat().st_size for f in out.glob("*.safetensors"))
     layers = len(quantized.hf_quantizer.reports)
     console.print(
