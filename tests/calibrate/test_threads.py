@@ -1,0 +1,60 @@
+"""Windows are worked on side by side, in order, and each by one thread."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from hf_gptq_plugin.calibrate.threads import in_order, single_threaded
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_results_come_in_order_and_side_by_side(two_threads: None) -> None:
+    met = threading.Barrier(2)  # passed only by two at once
+
+    def work(item: int) -> tuple[int, int]:
+        met.wait(timeout=30)
+        return item * item, torch.get_num_threads()
+
+    assert list(in_order(work, range(6))) == [(i * i, 1) for i in range(6)]
+    assert torch.get_num_threads() == 2
+
+
+def test_the_caller_has_all_threads_between_items(two_threads: None) -> None:
+    assert [torch.get_num_threads() for _ in in_order(lambda item: item, range(3))] == [2, 2, 2]
+
+
+def test_in_the_calling_thread_for_an_accelerator(two_threads: None) -> None:
+    def work(item: int) -> tuple[bool, int]:
+        return threading.current_thread() is threading.main_thread(), torch.get_num_threads()
+
+    assert list(in_order(work, range(3), parallel=False)) == [(True, 2)] * 3
+
+
+def test_errors_reach_the_caller(two_threads: None) -> None:
+    def work(item: int) -> int:
+        if item == 3:
+            raise ValueError("window 3")
+        return item
+
+    results = in_order(work, range(6))
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(ValueError, match="window 3"):
+        list(results)
+    assert torch.get_num_threads() == 2
+
+
+def test_single_threaded(two_threads: None) -> None:
+    with single_threaded():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2

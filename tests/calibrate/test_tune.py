@@ -1,0 +1,118 @@
+"""Tuning follows the true gradient of what it says it lowers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from hf_gptq_plugin import GPTQConfig
+from hf_gptq_plugin.calibrate import tune
+from hf_gptq_plugin.calibrate.chains import find_chains
+from hf_gptq_plugin.calibrate.walk import linears, record_calls
+from hf_gptq_plugin.solve.learn import TuneSettings
+
+
+def load(path: Path, windows: list[list[int]], **fields: Any) -> Any:
+    config = GPTQConfig(bits=2, group_size=32, dataset=windows, samples=len(windows), **fields)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=config)
+
+
+def kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """Per token."""
+    divergence = nn.functional.kl_div(
+        student.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True
+    )
+    return divergence / student[..., 0].numel()
+
+
+def test_divergence() -> None:
+    student, teacher = torch.randn(1, 5, 11, dtype=torch.float64, requires_grad=True), torch.randn(1, 5, 11)
+    expected = kl(student, teacher.double())
+    (slope,) = torch.autograd.grad(expected, student)
+    value, found = tune.divergence(student.detach(), teacher)
+    assert value == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(found, slope.float(), rtol=1e-4, atol=1e-7)
+
+
+def test_output_loss() -> None:
+    wanted, hidden = torch.randn(1, 5, 7) * 3, torch.randn(1, 5, 7, requires_grad=True)
+    expected = (hidden - wanted).square().sum() / wanted.square().sum()
+    (slope,) = torch.autograd.grad(expected, hidden)
+    value, found = tune.output_loss(lambda window: wanted if window == 4 else wanted * 0)(hidden.detach(), 4)
+    assert value == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(found, slope, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text"])
+def test_gradients_are_those_of_the_whole_model(
+    kind: str, tiny: Callable[..., Path], windows: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Block by block with the passes done twice, against autograd through the model as a whole."""
+    monkeypatch.setattr(tune, "compute_dtype", lambda device: torch.float32)
+    model = load(tiny(kind), windows)
+    dense = AutoModelForCausalLM.from_pretrained(tiny(kind), dtype=torch.float32).eval()
+    ids = [torch.tensor(w) for w in windows[:3]]
+    with torch.no_grad():
+        teachers = [dense(input_ids=i[None]).logits for i in ids]
+        (chain,) = find_chains(model, ids[0])
+        blocks, entries = record_calls(model, chain, ids)
+        (exact,) = find_chains(dense, ids[0])
+        leaving: list[Tensor] = []
+        handle = list(exact.blocks.values())[-1].register_forward_hook(
+            lambda m, a, out: leaving.append(out[0] if isinstance(out, tuple) else out)
+        )
+        for i in ids:
+            dense(input_ids=i[None])
+        handle.remove()
+    layers = [{n: tune.TunedLayer(layer, None) for n, layer in linears(block.module).items()} for block in blocks]
+    weights = [{n: t.learned.weight(torch.float32) for n, t in part.items()} for part in layers]
+    with tune.model_loss(model, chain, blocks, ids, leaving) as loss, tune._weights_handed_in(layers):
+        value, found = tune._gradients(blocks, weights, entries, loss, [0, 2], torch.float32)
+    # The same model with dense layers of the same weights.
+    plain = model.hf_quantizer.dequantize(model).float()
+    total = sum((kl(plain(input_ids=ids[w][None]).logits, teachers[w]) for w in (0, 2)), torch.zeros(()))
+    total.backward()
+    assert value == pytest.approx(total.item(), rel=1e-4)
+    for block, part in zip(blocks, found, strict=True):
+        for name, gradient in part.items():
+            layer = plain.get_submodule(block.full(name))
+            wanted = layer.weight.grad if isinstance(layer, nn.Linear) else layer.weight.grad.T
+            torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_learns_the_dense_models_output(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32)
+    ids = torch.tensor(windows)
+    with torch.no_grad():
+        teacher = dense(input_ids=ids).logits
+        far, near = (
+            float(kl(load(tiny("llama"), windows, model_epochs=epochs)(input_ids=ids).logits, teacher))
+            for epochs in (0, 20)
+        )
+    assert near < 0.9 * far
+
+
+def test_learns_the_dense_blocks_output(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
+    path = tiny("llama")
+    dense = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ids = torch.tensor(windows)
+
+    def error(model: Any) -> float:
+        """Of what leaves the first block, relative."""
+        with torch.no_grad():
+            one, other = (m(input_ids=ids, output_hidden_states=True).hidden_states[1] for m in (model, dense))
+        return float((one - other).square().sum() / other.square().sum())
+
+    # A random block is nearly the identity, and little of its output is the layers'.
+    assert error(load(path, windows, block_epochs=30)) < 0.97 * error(load(path, windows))
+
+
+def test_too_few_windows_make_one_step() -> None:
+    settings = TuneSettings(model_epochs=3, batch=4)
+    assert [settings.steps(windows, 3) for windows in (1, 3, 4, 7, 8)] == [3, 3, 3, 3, 6]
