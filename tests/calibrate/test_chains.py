@@ -206,3 +206,15 @@ def test_layers_that_read_alike_once_but_not_always_are_apart() -> None:
     assert block.repeated == {"k", "v"}
     entered = walk.Resumable(block, "qkv").input_of("v", hidden, 0)
     assert entered is not None and torch.equal(entered, torch.cat([hidden, other], 1)[0])
+
+
+def test_recording_computes_neither_blocks_nor_logits(tiny: Tiny) -> None:
+    model = load("bart", tiny)
+    encoder, decoder = find_chains(model, IDS)
+    ran: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda m, a, out, name=name: ran.append(name))
+    record_calls(model, encoder, WINDOWS)
+    record_calls(model, decoder, WINDOWS, [(encoder, [torch.zeros(1, len(ids), 64) for ids in WINDOWS])])
+    assert ran == []
