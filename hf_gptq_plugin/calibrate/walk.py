@@ -30,6 +30,10 @@ class _Stop(Exception):
     """Ends a forward pass once it has shown what it was run for."""
 
 
+class _Recorded(Exception):
+    """Ends a forward pass whose calls are all recorded."""
+
+
 @dataclass
 class Block:
     """One block of a chain.
@@ -204,7 +208,7 @@ def record_calls(
             recorder = _recorder(block, stub, entries if i == 0 else None, last=i == len(recorded) - 1)
             stack.enter_context(_forward_replaced(block.module, recorder))
         for ids in windows:
-            with suppress(_Stop):
+            with suppress(_Recorded):
                 model(**text_inputs(model, ids))
     for block in recorded:
         if len(block.calls) != len(windows):
@@ -243,7 +247,7 @@ def _recorder(block: Block, stub: Stub, entries: list[Tensor] | None, last: bool
         if entries is not None:
             entries.append(hidden)
         if last:
-            raise _Stop
+            raise _Recorded
         if stub.output is None:
             return hidden
         computed: Any = ()
