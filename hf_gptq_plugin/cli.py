@@ -83,7 +83,8 @@ def quantize(
 ) -> None:
     """Quantize MODEL and write a GPTQ checkpoint to OUT.
 
-    Under torchrun or accelerate launch, the processes share the calibration text. While it works, what is finished lies in OUT.journal; interrupted, the same command goes on from there.
+    While it works, what is finished lies in OUT.journal; interrupted, the same command goes on from there. Under
+    torchrun or accelerate launch, the processes share the calibration text.
 
     Example: hf-gptq quantize ./smollm2 ./smollm2-4bit --group-size 64 --calibration corpus.txt --samples 64
     """
@@ -101,7 +102,7 @@ def quantize(
     config = GPTQConfig(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, dataset=dataset, samples=samples, seqlen=seqlen,
         seed=seed, method=method, preset=preset, damp_percent=damp_percent, format=checkpoint_format, lm_head=lm_head,
-        low_memory=low_memory, **({"model_epochs": 0} if low_memory else {}),
+        low_memory=low_memory, model_epochs=0 if low_memory else None,
     )  # fmt: skip
     journal = out.with_name(f"{out.name}.journal")
     if method == "gptq":

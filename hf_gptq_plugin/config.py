@@ -217,8 +217,8 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
             raise ValueError(f"min_expert_tokens={few!r} must be an integer of at least 1, or None")
         if self.low_memory and self.model_epochs and self.method == "gptq":
             raise ValueError(
-                f"model_epochs={self.model_epochs} tunes the whole model at once, and low_memory=True holds one block at "
-                "a time; set model_epochs=0"
+                f"model_epochs={self.model_epochs} tunes the whole model at once, and low_memory=True holds one block "
+                "at a time; set model_epochs=0"
             )
         if not isinstance(self.lm_head, bool):
             raise ValueError(f"lm_head={self.lm_head!r} is not supported; use True or False")

@@ -17,17 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .walk import (
-    LINEAR,
-    Chain,
-    Handed,
-    Stub,
-    WalkError,
-    linears,
-    record_calls,
-    split_call,
-    text_inputs,
-)  # fmt: skip
+from .walk import LINEAR, Chain, Handed, Stub, WalkError, linears, record_calls, split_call, text_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +55,8 @@ def find_chains(model: nn.Module, ids: Tensor, name: str | None = None) -> list[
         name: take only this list.
 
     Raises:
-        WalkError: no such list, naming those there are; or a model that does not run on text alone.
+        WalkError: no such list, naming those there are; none that holds linear layers and takes part; or a model
+            that does not run on token ids alone.
     """
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     if name is not None and name not in lists:
@@ -90,7 +81,7 @@ def find_chains(model: nn.Module, ids: Tensor, name: str | None = None) -> list[
         )
     chains = _chains(visits)
     _warn_of_idle_blocks(chains, lists)
-    problem = _problem(visits, chains) or next(
+    problem = _problem(visits) or next(
         filter(None, (_difference(model, chain, visits, ids[:_PROBE]) for chain in chains)), None
     )
     if problem is None:
@@ -173,7 +164,7 @@ def _stub(visit: _Visit, fed: set[int]) -> Stub:
     return Stub(0, tuple(rest))
 
 
-def _problem(visits: list[_Visit], chains: list[Chain]) -> str | None:
+def _problem(visits: list[_Visit]) -> str | None:
     """What keeps the lists from being plain chains, in words; None if nothing does."""
     seen: set[str] = set()
     current = ""

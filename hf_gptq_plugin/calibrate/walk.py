@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,10 @@ LINEAR = (nn.Linear, Conv1D)
 
 class WalkError(RuntimeError):
     """A model whose structure the walk does not understand; the message says which option helps."""
+
+
+class _Recorded(Exception):
+    """Ends a forward pass whose calls are all recorded."""
 
 
 @dataclass
@@ -138,7 +142,10 @@ def _returns_product(layer: Any) -> bool:
     if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
         return True
     in_features, out_features = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1]
-    out = layer(torch.zeros(1, in_features, dtype=layer.weight.dtype, device=layer.weight.device))
+    # An offloaded weight is on the meta device until it is needed.
+    device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+    device = layer.weight.device if device is None else device
+    out = layer(torch.zeros(1, in_features, dtype=layer.weight.dtype, device=device))
     return isinstance(out, Tensor) and out.shape == (1, out_features)
 
 
@@ -146,7 +153,7 @@ def text_inputs(model: Any, ids: Tensor) -> dict[str, Any]:
     """What a model is called with to read a window of text.
 
     An encoder-decoder model's encoder reads the window, and its decoder the same window moved right by one, behind
-    its start token: BART's own rule for text without a target, and T5's shape of training.
+    its start token. This is what BART itself does with text that comes without a target.
 
     Args:
         model: a Transformers model.
@@ -194,10 +201,11 @@ def record_calls(
                 last = i == len(done.stubs) - 1
                 stack.enter_context(forward_replaced(module, _replayed(stub, leaving if last else None)))
         for i, (block, stub) in enumerate(zip(recorded, chain.stubs, strict=True)):
-            recorder = _recorder(block, stub, entries if i == 0 else None)
+            recorder = _recorder(block, stub, entries if i == 0 else None, last=i == len(recorded) - 1)
             stack.enter_context(forward_replaced(block.module, recorder))
         for ids in windows:
-            model(**text_inputs(model, ids))
+            with suppress(_Recorded):
+                model(**text_inputs(model, ids))
     for block in recorded:
         if len(block.calls) != len(windows):
             raise WalkError(
@@ -226,7 +234,7 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tupl
     return (args[0] if args else None), args[1:], kwargs
 
 
-def _recorder(block: Block, stub: Stub, entries: list[Tensor] | None) -> Callable[..., Any]:
+def _recorder(block: Block, stub: Stub, entries: list[Tensor] | None, last: bool) -> Callable[..., Any]:
     own = block.module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -234,6 +242,8 @@ def _recorder(block: Block, stub: Stub, entries: list[Tensor] | None) -> Callabl
         block.calls.append((others, named))
         if entries is not None:
             entries.append(hidden)
+        if last:
+            raise _Recorded
         if stub.output is None:
             return hidden
         computed: Any = ()

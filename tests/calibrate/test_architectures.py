@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_gptq_plugin import GPTQConfig, QuantLinear
-from hf_gptq_plugin.calibrate import pipeline
+from hf_gptq_plugin.calibrate import blocks
 from hf_gptq_plugin.calibrate.walk import WalkError
 from hf_gptq_plugin.format.spec import CheckpointConfig, QuantSpec
 from hf_gptq_plugin.solve.gptq import SolveSettings
@@ -62,7 +62,7 @@ def calibration_inputs() -> Iterator[tuple[Rows, Rows]]:
     seen: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     quantized: Rows = {}
     dense: Rows = {}
-    add, solve = Hessian.add, pipeline.solve_layer
+    add, solve = Hessian.add, blocks.solve_layer
 
     def spied_add(self: Hessian, x: torch.Tensor, exact: torch.Tensor | None = None) -> None:
         assert exact is not None
@@ -79,7 +79,7 @@ def calibration_inputs() -> Iterator[tuple[Rows, Rows]]:
     kept: list[Hessian] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Hessian, "add", spied_add)
-        patch.setattr(pipeline, "solve_layer", spied_solve)
+        patch.setattr(blocks, "solve_layer", spied_solve)
         yield quantized, dense
 
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 
 from hf_gptq_plugin.calibrate import walk
 from hf_gptq_plugin.calibrate.chains import find_chains
+from hf_gptq_plugin.calibrate.stream import Resumable
 from hf_gptq_plugin.calibrate.walk import WalkError, linears, record_calls, text_inputs
 
 Tiny = Callable[..., Path]
@@ -73,7 +74,7 @@ def test_what_is_no_plain_chain_is_one_piece(kind: str, tiny: Tiny, caplog: pyte
     assert re.search(PIECES[kind], caplog.text)
     (block,), _ = record_calls(model, chain, WINDOWS)
     layers = [name for name in linears(model) if name.startswith(tuple(chain.blocks))]
-    resumable = walk.Resumable(block, layers)
+    resumable = Resumable(block, layers)
     walk.find_stages(block, torch.empty(0), {name: model.get_submodule(name) for name in layers})
     for name in layers:
         met: list[torch.Tensor] = []
@@ -81,7 +82,7 @@ def test_what_is_no_plain_chain_is_one_piece(kind: str, tiny: Tiny, caplog: pyte
         with torch.no_grad():
             model(**text_inputs(model, IDS))
         handle.remove()
-        entered = resumable.input_of(name, torch.empty(0), 0)
+        entered = next(resumable.inputs_of(name, [torch.empty(0)]))
         assert entered is not None and torch.equal(entered.flatten(0, -2), torch.cat([x.flatten(0, -2) for x in met]))
 
 
@@ -204,5 +205,17 @@ def test_layers_that_read_alike_once_but_not_always_are_apart() -> None:
     block = walk.Block("block", Merged(), [((other,), {})])
     assert walk.find_stages(block, hidden, linears(block.module)) == [["k", "v"], ["q"]]
     assert block.repeated == {"k", "v"}
-    entered = walk.Resumable(block, "qkv").input_of("v", hidden, 0)
+    entered = next(Resumable(block, "qkv").inputs_of("v", [hidden]))
     assert entered is not None and torch.equal(entered, torch.cat([hidden, other], 1)[0])
+
+
+def test_recording_computes_neither_blocks_nor_logits(tiny: Tiny) -> None:
+    model = load("bart", tiny)
+    encoder, decoder = find_chains(model, IDS)
+    ran: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda m, a, out, name=name: ran.append(name))
+    record_calls(model, encoder, WINDOWS)
+    record_calls(model, decoder, WINDOWS, [(encoder, [torch.zeros(1, len(ids), 64) for ids in WINDOWS])])
+    assert ran == []

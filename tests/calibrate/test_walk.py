@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_gptq_plugin.calibrate import walk
 from hf_gptq_plugin.calibrate.chains import find_chains
+from hf_gptq_plugin.calibrate.stream import Resumable
 
 # What stands in one block, in the order in which it runs; layers in one list read the same tensor.
 STAGES = {
@@ -87,16 +88,16 @@ def test_a_resumed_pass_is_the_whole_pass_and_runs_every_layer_once(
 
     for n, layer in layers.items():
         layer.register_forward_hook(lambda m, a, out, n=n: count(n))
-    resumable = walk.Resumable(block, layers)
+    resumable = Resumable(block, layers)
     for stage in walk.find_stages(block, hiddens[0], layers):
         for layer in stage:
-            for i, hidden in enumerate(hiddens):
-                assert torch.equal(resumable.input_of(layer, hidden, i), inputs[layer][i])
+            for entered, expected_input in zip(resumable.inputs_of(layer, hiddens), inputs[layer], strict=True):
+                assert entered is not None and torch.equal(entered, expected_input)
         resumable.final.update(stage)
     calls.update(dict.fromkeys(calls, 0))
     # Everything but the last stage has been computed while the inputs were looked at.
-    for i, hidden in enumerate(hiddens):
-        assert torch.equal(resumable.output(hidden, i), expected[i])
+    for left, wanted in zip(resumable.outputs(hiddens), expected, strict=True):
+        assert torch.equal(left, wanted)
     assert set(calls.values()) <= {0, 2} and sum(calls.values()) <= 2 * len(layers)
     assert "forward" not in vars(block.module) and all("forward" not in vars(m) for m in layers.values())
 
@@ -109,11 +110,11 @@ def test_a_resumed_pass_computes_layers_once(tiny: Callable[..., Path], windows:
     for n, layer in layers.items():
         own = layer.forward
         layer.forward = lambda x, n=n, own=own: (computed.append(n), own(x))[1]
-    resumable = walk.Resumable(chain[0], layers)
+    resumable = Resumable(chain[0], layers)
     for stage in STAGES["llama"]:
-        resumable.input_of(stage[0], hiddens[0], 0)
+        assert len(list(resumable.inputs_of(stage[0], hiddens[:1]))) == 1
         resumable.final.update(stage)
-    resumable.output(hiddens[0], 0)
+    assert len(list(resumable.outputs(hiddens[:1]))) == 1
     assert sorted(computed) == sorted(layers)
 
 
