@@ -58,7 +58,7 @@ def quantize_block(
         )
     stream.enter(block, everything, set(everything) - set(targets))
     if exact is not None:
-        exact.enter(_fast(twin(replace(dense, repeated=block.repeated))), everything, everything)
+        exact.enter(dense_twin(replace(dense, repeated=block.repeated)), everything, everything)
     learning = plan.tuning.block_epochs > 0 and bool(targets) and not isinstance(block, WholeModel)
     weights = {local: dense_weight(layer) for local, layer in targets.items()} if learning else {}
     phases = [[group] for group in groups] if plan.true_sequential else [groups]
@@ -95,8 +95,9 @@ def _learn(block: Block, entered: Iterable[Tensor], exact: Stream, weights: dict
         block.module.set_submodule(local, tuned.finished())
 
 
-def _fast(block: Block) -> Block:
-    """Let a twin's fp32 layers multiply with our own product, which is faster than torch's."""
+def dense_twin(block: Block) -> Block:
+    """A block's twin, whose fp32 layers multiply with our own product: it is faster than torch's."""
+    block = twin(block)
     for layer in linears(block.module).values():
         if type(layer) is nn.Linear and not hasattr(layer, "_hf_hook"):
             layer.forward = _own_product(layer)  # type: ignore[method-assign]

@@ -63,6 +63,14 @@ class Offloaded:
                 add_hook_to_module(self.block.get_submodule(name), hook)
         self._hooks.clear()
 
+    def back(self) -> None:
+        """Give the block's weights back as they came."""
+        from accelerate.hooks import add_hook_to_module
+
+        for name, hook in self._hooks.items():
+            add_hook_to_module(self.block.get_submodule(name), hook)
+        self._hooks.clear()
+
     @property
     def active(self) -> bool:
         """Whether anything was brought, or would be."""
@@ -148,7 +156,8 @@ def blocks_on_disk(model: nn.Module, device: Any) -> dict[str, Any]:
         if name in outermost:
             found[name] = "disk"
         elif not name or any(b.startswith(f"{name}.") for b in outermost):
-            for leaf, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            buffers = set(dict(module.named_buffers(recurse=False))) - module._non_persistent_buffers_set
+            for leaf in (*dict(module.named_parameters(recurse=False)), *sorted(buffers)):
                 found[f"{name}.{leaf}" if name else leaf] = device
             for child_name, child in module.named_children():
                 place(f"{name}.{child_name}" if name else child_name, child)

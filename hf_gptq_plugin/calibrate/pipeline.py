@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ..format.spec import QuantSpec
 from ..nn.linear import QuantLinear
 from ..version import __version__
 from . import processes
-from .blocks import layer_hessian, quantize_block, replace_layer, solve_layer
+from .blocks import dense_twin, layer_hessian, quantize_block, replace_layer, solve_layer
 from .chains import find_chains
 from .experts import layouts, refuse_unknown, routers, unfuse_experts
 from .journal import Hiddens, Journal, fingerprint
@@ -176,14 +176,18 @@ def _quantize_chains(
         with single_threaded():
             blocks, entries = record_calls(model, chain, windows, finished)
             twins, exact_entries = blocks, entries
-            if plan.needs_exact and finished_exact:
+            if plan.needs_exact:  # of its own: blocks may share what they put down in a mapping, see `find_chains`
                 twins, exact_entries = record_calls(model, chain, windows, finished_exact)
         stream = _stream(f"quantized-{number}", entries, blocks, plan, journal)
         exact = _stream(f"dense-{number}", exact_entries, blocks, plan, journal) if plan.needs_exact else None
         calls = [block.calls for block in blocks]
         for block, dense in zip(blocks, twins, strict=True):
             if journal is not None and block.name in journal.blocks:
+                if _shares(block):
+                    _pass_through(dense, exact, quantized=False)
                 yield from _restore(block.module, block.name, journal)
+                if _shares(block):
+                    _pass_through(block, stream, quantized=True)
             else:
                 offloaded = Offloaded(block.module)
                 offloaded.bring()
@@ -212,10 +216,27 @@ def _stream(name: str, entries: list[Tensor], blocks: list[Block], plan: Plan, j
         return Stream(entries)
     in_memory = not plan.low_memory
     position = sum(block.name in journal.blocks for block in blocks)
-    if not position:
+    if not position or any(map(_shares, blocks)):
         return Stream(entries, name, journal.folder, in_memory)
     left = Hiddens.written(journal.folder, journal.streams()[name], in_memory, entries[0].device)
     return Stream(left, name, journal.folder, in_memory, position)
+
+
+def _shares(block: Block) -> bool:
+    """Whether a block is handed a mapping, into which some models' blocks write what later ones read."""
+    return any(isinstance(v, Mapping) for args, kwargs in block.calls[:1] for v in (*args, *kwargs.values()))
+
+
+def _pass_through(block: Block, stream: Stream | None, quantized: bool) -> None:
+    """Run a block that is done once more, for what it hands on beside hidden states."""
+    if stream is None:
+        return
+    offloaded = Offloaded(block.module)
+    offloaded.bring()
+    everything = linears(block.module)
+    stream.enter(block if quantized else dense_twin(block), everything, everything)
+    stream.leave()
+    offloaded.back()
 
 
 def _write(

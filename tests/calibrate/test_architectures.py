@@ -18,7 +18,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_gptq_plugin import GPTQConfig, QuantLinear
-from hf_gptq_plugin.calibrate import blocks
+from hf_gptq_plugin.calibrate import blocks, pipeline
+from hf_gptq_plugin.calibrate.plan import Plan
 from hf_gptq_plugin.calibrate.walk import WalkError
 from hf_gptq_plugin.format.spec import CheckpointConfig, QuantSpec
 from hf_gptq_plugin.solve.gptq import SolveSettings
@@ -141,11 +142,14 @@ def test_every_layer_is_solved_on_what_it_meets(
 ) -> None:
     made = quantized(kind)
     texts = [window[:24] for window in windows[:4]]
-    for model, solved_on in ((made.model, made.rows), (made.dense, made.dense_rows)):
-        met = linear_inputs(model, texts)
-        assert len(solved_on) == sum(ARCHITECTURES[kind].quantized.values())
-        for name, rows in solved_on.items():
-            assert torch.equal(torch.cat(rows), torch.cat(met[name])), name
+    met, met_dense = linear_inputs(made.model, texts), linear_inputs(made.dense, texts)
+    assert len(made.rows) == sum(ARCHITECTURES[kind].quantized.values())
+    for name, rows in made.rows.items():
+        assert torch.equal(torch.cat(rows), torch.cat(met[name])), name
+        # The dense stream multiplies with a product of its own, which adds up in another order.
+        torch.testing.assert_close(
+            torch.cat(made.dense_rows[name]), torch.cat(met_dense[name]), rtol=1e-3, atol=1e-3, msg=name
+        )
 
 
 def test_a_shared_block_is_solved_on_all_of_its_runs(
@@ -155,7 +159,7 @@ def test_a_shared_block_is_solved_on_all_of_its_runs(
     met = linear_inputs(made.dense, [window[:24] for window in windows[:4]])
     for name, rows in made.dense_rows.items():
         assert len(met[name]) == 3 * 4  # runs × windows
-        assert torch.equal(torch.cat(rows), torch.cat(met[name])), name
+        torch.testing.assert_close(torch.cat(rows), torch.cat(met[name]), rtol=1e-3, atol=1e-3, msg=name)
     # In the quantized model, those solved before it are quantized in every run, and no others.
     half = copy.deepcopy(made.dense)
     for name in made.rows:
@@ -209,6 +213,6 @@ def test_a_layer_that_is_not_called_as_one_is_named(tiny: Callable[..., Path], w
 def test_layers_that_share_a_weight_are_named(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
     model = load("llama", tiny("llama"))
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-    plan = pipeline.Plan(CheckpointConfig(QuantSpec(4, 32), {}, False), SolveSettings())
+    plan = Plan(CheckpointConfig(QuantSpec(4, 32), {}, False), SolveSettings())
     with pytest.raises(WalkError, match=r"layers\.0\.mlp\.up_proj and model\.layers\.1\.mlp\.up_proj share one weight"):
         pipeline.quantize_model(model, [torch.tensor(windows[0])], plan)

@@ -24,7 +24,8 @@ from hf_gptq_plugin.calibrate.journal import Journal, JournalError, fingerprint
 
 def quantize(kind: str, path: Path, windows: list[list[int]], **fields: Any) -> Any:
     auto = getattr(transformers, getattr(ARCHITECTURES.get(kind), "auto", "AutoModelForCausalLM"))
-    config = GPTQConfig(bits=3, group_size=32, dataset=windows, samples=len(windows), **fields)
+    rules = getattr(ARCHITECTURES.get(kind), "rules", {})
+    config = GPTQConfig(bits=3, group_size=32, dataset=windows, samples=len(windows), dynamic=rules, **fields)
     return auto.from_pretrained(path, dtype=torch.float32, quantization_config=config)
 
 
@@ -44,7 +45,7 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bert", "mixtral", "albert"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bert", "mixtral", "albert", "gemma3n"])
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_goes_on_after_any_layer(
     kind: str, low_memory: bool, tiny: Callable[..., Path], windows: list[list[int]], tmp_path: Path,
