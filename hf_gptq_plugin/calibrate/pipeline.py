@@ -64,7 +64,7 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
     try:
         windows = processes.share(windows)
         chains = find_chains(model, windows[0], plan.block_name)
-        journal = _journal(model, windows, plan)
+        journal = _journal(model, chains, windows, plan)
         separate_experts(model, chains, plan)
         specs = find_specs(chains, plan)
         layers = len(specs) + int(plan.checkpoint.lm_head)
@@ -85,13 +85,15 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
     return reports
 
 
-def _journal(model: nn.Module, windows: list[Tensor], plan: Plan) -> Journal | None:
-    """The journal to write; in low memory there must be one, for as long as the model lives."""
+def _journal(model: nn.Module, chains: list[Chain], windows: list[Tensor], plan: Plan) -> Journal | None:
+    """The journal to write. Where blocks are offloaded there must be one, for as long as the model lives: its files
+    are what they are read from afterwards."""
     if processes.count() > 1 and plan.journal is not None:
         logger.warning("Several processes calibrate: they keep no journal, and cannot go on after an interruption.")
     folder = plan.journal if processes.count() == 1 else None
     if folder is None:
-        if not plan.low_memory:
+        offloaded = any(Offloaded(block).active for chain in chains for block in chain.blocks.values())
+        if not (plan.low_memory or offloaded):
             return None
         folder = Path(tempfile.mkdtemp(prefix="hf-gptq-"))
         weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)

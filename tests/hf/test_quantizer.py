@@ -23,6 +23,7 @@ from hf_gptq_plugin.calibrate.walk import WalkError
 from hf_gptq_plugin.format.spec import QuantSpec
 from hf_gptq_plugin.solve.gptq import SolveSettings, solve
 from hf_gptq_plugin.solve.hessian import SolveError
+from hf_gptq_plugin.solve.learn import TuneSettings
 
 Tiny = Callable[..., Path]
 IDS = torch.arange(3, 35)[None]
@@ -157,11 +158,7 @@ def test_offload_and_save_again(kind: str, checkpoint: Path, tmp_path: Path) -> 
     assert on_meta == (kind == "disk")
     torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-5)
     state = load_file(checkpoint / "model.safetensors")
-    if kind == "disk":
-        with pytest.warns(UserWarning, match="save a model with offloaded modules"):
-            model.save_pretrained(tmp_path / "again")
-    else:
-        model.save_pretrained(tmp_path / "again")
+    model.save_pretrained(tmp_path / "again")
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert set(again) == set(state)
     assert all(torch.equal(again[k], state[k]) for k in state)
@@ -175,6 +172,7 @@ def test_quantize_an_offloaded_model(tiny: Tiny, windows: list[list[int]], tmp_p
     model = load(
         tiny("llama"), quantization_config=GPTQConfig(**config), device_map=device_map, offload_folder=tmp_path
     )
+    assert model.model.layers[1].mlp.up_proj.qweight.is_meta and not model.model.layers[0].mlp.up_proj.qweight.is_meta
     torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
 
 
@@ -435,3 +433,29 @@ def test_saving_onto_a_file(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a file; name a folder"):
         load(checkpoint).save_pretrained(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_presets_decide_what_is_not_said() -> None:
+    assert GPTQConfig(preset="fast").tuning == TuneSettings() == GPTQConfig().tuning
+    best = GPTQConfig(preset="best", block_epochs=1)
+    assert best.block_epochs == 1 and best.model_epochs > 0 and best.settings == GPTQConfig().settings
+
+
+def test_low_memory_leaves_blocks_on_disk(tiny: Callable[..., Path], windows: list[list[int]], tmp_path: Path) -> None:
+    config = GPTQConfig(group_size=32, dataset=windows, samples=8, low_memory=True)
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config=config)
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    assert len(layers) == 14 and all(p.is_meta for layer in layers for p in layer.parameters())
+    ids = torch.tensor(windows[:1])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        model.save_pretrained(tmp_path)
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=ids).logits, logits)
+
+
+def test_low_memory_refuses_what_contradicts_it(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
+    with pytest.raises(ValueError, match="model_epochs=4 tunes the whole model at once, and low_memory=True"):
+        GPTQConfig(preset="best", low_memory=True)
+    config = GPTQConfig(group_size=32, dataset=windows, samples=8, low_memory=True)
+    with pytest.raises(ValueError, match="device_map='auto' and low_memory=True both say where blocks go"):
+        AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config=config, device_map="auto")
