@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .journal import Hiddens, read_tensor, write_tensor
 from .threads import in_order
@@ -227,8 +227,3 @@ class Stream:
 
     def _new(self, values: list[Tensor]) -> Hiddens:
         return Hiddens(values, self._folder, f"{self._name}-{self._position}", self._in_memory)
-
-
-def layers_of(module: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """Submodules by name."""
-    return {name: module.get_submodule(name) for name in names}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..format.grid import QuantizedWeight
+from .linalg import total
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class LearnedWeight:
             wanted = dense.float() / self._spread(self.scales) + self._spread(self.zeros)
             self.latent = codes + (wanted - codes).clamp(-0.49, 0.49)
         self._moments: dict[str, tuple[Tensor, Tensor]] = {}
-        self._mean_scale = float(self.scales.abs().mean())
+        self._mean_scale = total(self.scales.abs()) / self.scales.numel()  # the same bits for any number of threads
         self._steps = 0
 
     def weight(self, dtype: torch.dtype) -> Tensor:
