@@ -134,7 +134,7 @@ def test_quantize_reports(hf_gptq: Run, model: Path, text: Path, tmp_path: Path)
         (("--group-size", 0), "group_size=0 is not supported"),
         (("--calibration", "missing.txt"), "dataset='missing.txt' is neither a file nor the name of a data set"),
         (("--samples", 0), "samples=0 must be an integer of at least 1"),
-        (("--eval-text", "missing.txt"), "missing.txt is neither a file"),
+        (("--eval-text", "missing.txt"), "missing.txt: there is no such file"),
         (("--dtype", "int8"), "--dtype='int8' is not supported"),
         (("--format", "marlin"), "checkpoint_format='marlin' is not supported"),
     ],
