@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from ..format.grid import QuantizedWeight
 from ..format.spec import QuantSpec
 from ..nn.experts import Experts
 from ..nn.linear import QuantLinear
-from ..solve.gptq import SolveSettings, solve
+from ..solve.gptq import SolveSettings, solve_factored
 from ..solve.hessian import Hessian, SolveError
 from ..solve.linalg import dense_linear
 from . import processes
@@ -46,11 +47,12 @@ def quantize_block(
     Yields:
         A report per layer, as soon as it is solved.
     """
-    everything = linears(block.module)
-    targets = {local: layer for local, layer in everything.items() if block.full(local) in specs}
+    # Names only: a dense layer is to be gone once it is replaced.
+    everything = list(linears(block.module))
+    targets = [local for local in everything if block.full(local) in specs]
     units = _units(block.module, targets)
     groups = find_stages(block, stream.hiddens[0], units) if units else []
-    uncalled = sorted(set(units) - {local for group in groups for local in group})
+    uncalled = sorted(units - {local for group in groups for local in group})
     if uncalled:
         raise WalkError(
             f"{block.full(uncalled[0])} is not called in the forward pass on the calibration text; exclude it with "
@@ -60,21 +62,22 @@ def quantize_block(
     if exact is not None:
         exact.enter(dense_twin(replace(dense, repeated=block.repeated)), everything, everything)
     learning = plan.tuning.block_epochs > 0 and bool(targets) and not isinstance(block, WholeModel)
-    weights = {local: dense_weight(layer) for local, layer in targets.items()} if learning else {}
+    weights = {local: dense_weight(block.module.get_submodule(local)) for local in targets} if learning else {}
     phases = [[group] for group in groups] if plan.true_sequential else [groups]
     for phase in phases:
         done: list[str] = []
         solved: dict[str, QuantizedWeight] = {}
         for group in phase:
-            for names, hessian, note in _hessians(stream, exact, units, group, targets, plan):
+            for names, hessian, note in _hessians(stream, exact, group, targets, plan):
                 for local in names:
-                    full = block.full(local)
-                    solved[local], report = solve_layer(full, targets[local], hessian, specs[full], plan.settings)
+                    full, layer = block.full(local), block.module.get_submodule(local)
+                    solved[local], report = solve_layer(full, layer, hessian, specs[full], plan.settings)
+                    del layer
                     yield replace(report, note=note)
                 done += names
                 if plan.true_sequential:
-                    _replace_all(block.module, targets, solved)
-        _replace_all(block.module, targets, solved)
+                    _replace_all(block.module, solved)
+        _replace_all(block.module, solved)
         stream.settle(done)
     own_memory(block.module)
     entered = stream.hiddens
@@ -112,23 +115,21 @@ def _own_product(layer: nn.Linear) -> Any:
     return forward
 
 
-def _units(block: nn.Module, targets: Iterable[str]) -> dict[str, nn.Module]:
+def _units(block: nn.Module, targets: Iterable[str]) -> set[str]:
     """What is stopped at to calibrate layers: themselves, or the experts module that they are part of."""
     owners = [name for name, module in block.named_modules() if isinstance(module, Experts)]
-    names = [next((o for o in owners if local.startswith(f"{o}.")), local) for local in targets]
-    return {name: block.get_submodule(name) for name in names}
+    return {next((o for o in owners if local.startswith(f"{o}.")), local) for local in targets}
 
 
 def _hessians(
-    stream: Stream, exact: Stream | None, units: dict[str, nn.Module], group: list[str], targets: Iterable[str],
-    plan: Plan,
-) -> Iterator[tuple[list[str], Hessian, str]]:  # fmt: skip
+    stream: Stream, exact: Stream | None, group: list[str], targets: Iterable[str], plan: Plan
+) -> Iterator[tuple[list[str], Hessian, str]]:
     """The Hessians of units that read the same tensor: names of the layers each is for, and a note for their reports.
 
     Experts are seen from the module that holds them: what enters it is kept for all windows, and every expert takes
     its tokens from there, so that the block does not run again for each of them.
     """
-    mixtures = [name for name in group if isinstance(units[name], Experts)]
+    mixtures = [name for name in group if isinstance(stream.submodule(name), Experts)]
     plain = [name for name in group if name not in mixtures]
     if plain:
         yield plain, layer_hessian(stream, exact, plain[0]), ""
@@ -158,9 +159,11 @@ def solve_layer(
     name: str, layer: nn.Module, hessian: Hessian, spec: QuantSpec, settings: SolveSettings
 ) -> tuple[QuantizedWeight, LayerReport]:
     """Solve one layer; errors name it."""
+    start = time.perf_counter()
     weight = dense_weight(layer)
     try:
-        quantized, report = solve(weight, hessian.mean(), spec, settings, hessian.mean_cross())
+        factor = hessian.factor(settings.order_for(spec), settings.damp_percent)
+        quantized, report = solve_factored(weight, factor, spec, settings, hessian.mean_cross())
     except SolveError as error:
         raise SolveError(f"{name}: {error}") from None
     if report.damp_percent > settings.damp_percent:
@@ -169,6 +172,7 @@ def solve_layer(
             name, settings.damp_percent, report.damp_percent,
         )  # fmt: skip
     out_features, in_features = weight.shape
+    report = replace(report, seconds=time.perf_counter() - start)  # the factor's, too, for the first that needs it
     return quantized, LayerReport(name, spec, hessian.tokens, report, in_features, out_features)
 
 
@@ -181,11 +185,12 @@ def dense_weight(layer: Any) -> Tensor:
         return (weight.T if isinstance(layer, Conv1D) else weight).clone()
 
 
-def replace_layer(root: nn.Module, name: str, layer: Any, quantized: QuantizedWeight) -> None:
-    """Put a QuantLinear in the place of `layer`, on the same device and with the same offloading."""
+def replace_layer(root: nn.Module, name: str, quantized: QuantizedWeight) -> None:
+    """Put a QuantLinear in a layer's place, on the same device and with the same offloading."""
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
     from accelerate.utils import align_module_device
 
+    layer: Any = root.get_submodule(name)
     with align_module_device(layer):
         bias = layer.bias if isinstance(layer.bias, Tensor) else None
         new = QuantLinear.from_quantized(quantized, bias, layer.weight.dtype)
@@ -196,7 +201,7 @@ def replace_layer(root: nn.Module, name: str, layer: Any, quantized: QuantizedWe
     root.set_submodule(name, new)
 
 
-def _replace_all(root: nn.Module, layers: dict[str, Any], solved: dict[str, QuantizedWeight]) -> None:
+def _replace_all(root: nn.Module, solved: dict[str, QuantizedWeight]) -> None:
     while solved:
         name, quantized = solved.popitem()
-        replace_layer(root, name, layers[name], quantized)
+        replace_layer(root, name, quantized)

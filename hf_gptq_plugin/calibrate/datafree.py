@@ -62,6 +62,6 @@ def _quantize_layer(model: nn.Module, name: str, spec: QuantSpec, plan: Plan, me
         quantized, report = round_to_nearest(weight, spec, plan.settings, refine=method == "hqq")
     except SolveError as error:
         raise SolveError(f"{name}: {error}") from None
-    replace_layer(model, name, layer, quantized)
+    replace_layer(model, name, quantized)
     out_features, in_features = weight.shape
     return LayerReport(name, spec, 0, report, in_features, out_features)

@@ -331,5 +331,5 @@ def _quantize_head(model: Any, windows: list[Tensor], plan: Plan) -> LayerReport
     stream = Stream([torch.empty(0)] * len(windows))
     stream.enter(WholeModel.reading(model, windows), [name], ())
     quantized, report = solve_layer(name, head, layer_hessian(stream, None, name), spec, plan.settings)
-    replace_layer(model, name, head, quantized)
+    replace_layer(model, name, quantized)
     return report

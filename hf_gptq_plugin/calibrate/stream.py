@@ -208,7 +208,11 @@ class Stream:
     def calls_of(self, module: str) -> tuple[Any, list[tuple[Any, ...]]]:
         """A module of the block, and the arguments with which it is called, window by window."""
         calls = [call for calls in self._entered.calls_of(module, self.hiddens) for call in calls]
-        return self._entered.block.module.get_submodule(module), calls
+        return self.submodule(module), calls
+
+    def submodule(self, name: str) -> Any:
+        """A module of the block, as it is now."""
+        return self._entered.block.module.get_submodule(name)
 
     def leave(self) -> None:
         """Finish the block. What entered it stays on disk, for a journal to drop."""

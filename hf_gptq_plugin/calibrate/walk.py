@@ -289,13 +289,13 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 @torch.no_grad()
-def find_stages(block: Block, hidden: Tensor, targets: dict[str, nn.Module]) -> list[list[str]]:
+def find_stages(block: Block, hidden: Tensor, targets: Iterable[str]) -> list[list[str]]:
     """The order in which a block's linear layers run; those that read the same tensors form one stage.
 
     Args:
         block: the block.
         hidden: hidden states of the first window.
-        targets: its linear layers by name.
+        targets: names of its linear layers.
 
     Returns:
         Lists of names, in order of execution. Layers that were not called are missing; those that were called more
@@ -306,7 +306,7 @@ def find_stages(block: Block, hidden: Tensor, targets: dict[str, nn.Module]) -> 
     def watch(name: str) -> Callable[..., None]:
         return lambda module, args: inputs.setdefault(name, []).append(args[0])
 
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in targets.items()]
+    handles = [block.module.get_submodule(name).register_forward_pre_hook(watch(name)) for name in targets]
     try:
         block.run(hidden, 0)
     finally:

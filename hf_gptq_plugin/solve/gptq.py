@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -11,12 +12,13 @@ from torch import Tensor
 from .. import native
 from ..format.grid import QuantizedWeight, natural_groups
 from ..format.spec import QuantSpec
-from .hessian import SolveError, factorize
-from .linalg import total
+from .hessian import Factor, SolveError, factorize, reordered
+from .linalg import all_finite, total
 from .refine import descend, propagate, refit_scales, row_errors
 from .scales import METHODS, choose_scales
 
 ORDERS = ("hessian", "natural")
+_ROWS = 512  # solved at once: what bounds the fp32 copies of a weight
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,10 @@ class SolveSettings:
         if not isinstance(self.refit, bool):
             raise ValueError(f"refit={self.refit!r} is not supported; use True or False")
 
+    def order_for(self, spec: QuantSpec) -> str:
+        """The order for layers of a spec: desc_act is an order by the Hessian."""
+        return "hessian" if spec.desc_act else self.order
+
 
 @dataclass(frozen=True)
 class SolveReport:
@@ -91,17 +97,6 @@ def solve(
 ) -> tuple[QuantizedWeight, SolveReport]:
     """Quantize one weight.
 
-    The maths, with `W` [N, K] the weight, `H` [K, K] the mean of `x xᵀ`, `Hinv` the inverse of the damped `H`: OBQ
-    (Frantar & Alistarh 2022) quantizes one weight at a time and adds `-e / Hinv[i,i] · Hinv[i, :]` to the rest of its
-    row, which is the exact minimiser of `Δ H Δᵀ` over the free weights. GPTQ (Frantar et al. 2022) takes the columns
-    in one order for all rows; then row `i` of the upper Cholesky factor `U` of `Hinv` holds all that the step needs:
-
-        q_i = quantize(w_i);  e = (w_i - ŵ_i) / U[i,i];  w_j -= e · U[i,j]  for j > i
-
-    and `Σ e²` is the error `Δ H Δᵀ` of the whole row. Deviation from the paper: scales and zeros of every group are
-    fixed beforehand ("static groups"), so that the solve order is free while groups stay in natural order; afterwards
-    codes and scales are refined in turn, see `refine`.
-
     Args:
         weight: `[N, K]`, any float dtype.
         hessian: fp32 `[K, K]` on weight's device.
@@ -116,48 +111,80 @@ def solve(
         SolveError: weights that are not finite, or a Hessian that cannot be factorized.
     """
     settings = settings or SolveSettings()
+    factor = factorize(hessian.clone(), settings.order_for(spec), settings.damp_percent)
+    return solve_factored(weight, factor, spec, settings, cross)
+
+
+@torch.no_grad()
+def solve_factored(
+    weight: Tensor, factor: Factor, spec: QuantSpec, settings: SolveSettings, cross: Tensor | None = None
+) -> tuple[QuantizedWeight, SolveReport]:
+    """Quantize one weight whose inputs' Hessian is factorized.
+
+    The maths, with `W` [N, K] the weight, `H` [K, K] the mean of `x xᵀ`, `Hinv` the inverse of the damped `H`: OBQ
+    (Frantar & Alistarh 2022) quantizes one weight at a time and adds `-e / Hinv[i,i] · Hinv[i, :]` to the rest of its
+    row, which is the exact minimiser of `Δ H Δᵀ` over the free weights. GPTQ (Frantar et al. 2022) takes the columns
+    in one order for all rows; then row `i` of the upper Cholesky factor `U` of `Hinv` holds all that the step needs:
+
+        q_i = quantize(w_i);  e = (w_i - ŵ_i) / U[i,i];  w_j -= e · U[i,j]  for j > i
+
+    and `Σ e²` is the error `Δ H Δᵀ` of the whole row. Deviation from the paper: scales and zeros of every group are
+    fixed beforehand ("static groups"), so that the solve order is free while groups stay in natural order; afterwards
+    codes and scales are refined in turn, see `refine`. Rows do not depend on each other and are taken some at a time.
+
+    Args:
+        weight: `[N, K]`, any float dtype.
+        factor: made for `settings.order_for(spec)`.
+        spec, settings, cross: see `solve`.
+
+    Raises:
+        SolveError: weights that are not finite.
+    """
     start = time.perf_counter()
-    original = weight.detach().float()
-    if not bool(torch.isfinite(original).all()):
-        raise SolveError("the weight is not finite (NaN or infinity); the model's file is damaged")
-    columns = original.shape[1]
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    original = original.masked_fill(dead, 0.0)
-    order = _solve_order(diagonal, spec, settings.order)
-    factor = factorize(hessian, order, settings.damp_percent)
-
-    if cross is not None and settings.propagation:
-        original = propagate(original, cross.to(original.device), factor.upper, order, settings.propagation)
-        original = original.masked_fill(dead, 0.0)
-
+    columns, order, device = weight.shape[1], factor.order, weight.device
+    dead = factor.diagonal == 0
     # Places are where groups lie side by side: natural order, or the solve order where groups follow it.
-    places = order if spec.desc_act else torch.arange(columns, device=weight.device)
-    by_place, width = original[:, places], spec.width(columns)
-    group_by_place = natural_groups(columns, spec.group_size, weight.device)
+    places = order if spec.desc_act else torch.arange(columns, device=device)
+    group_by_place = natural_groups(columns, spec.group_size, device)
     group = torch.empty_like(group_by_place)
     group[places] = group_by_place
-    # A dead column's weights are zero, so its importance does not matter.
-    scales, zeros = choose_scales(by_place, diagonal[places], spec, settings.scale_search, settings.scales_dtype)
+    group_in_order = group[order].contiguous()
+    refined = bool(settings.descent or settings.refit)
+    by_place = reordered(factor.damped, places) if refined and spec.desc_act else factor.damped
 
-    codes_in_order, error = solve_columns(
-        original[:, order], factor.upper, scales, zeros, group[order].contiguous(), spec.bits, settings.blocksize
-    )
-    codes = torch.empty_like(codes_in_order)
-    codes[:, order] = codes_in_order
-    if settings.descent or settings.refit:
-        back = torch.argsort(order)[places]
-        damped = factor.damped[back][:, back]
-        refined, scales, error = _refine(by_place, damped, codes[:, places], scales, zeros, width, spec, settings)
-        codes[:, places] = refined
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=device)
+    scales, zeros, errors, energies = [], [], [], []
+    for part, part_codes in zip(weight.detach().split(_ROWS), codes.split(_ROWS), strict=True):
+        wanted = part.float()
+        if not all_finite(wanted):
+            raise SolveError("the weight is not finite (NaN or infinity); the model's file is damaged")
+        wanted = wanted.masked_fill(dead, 0.0)
+        if cross is not None and settings.propagation:
+            wanted = propagate(wanted, cross.to(device), factor.upper, order, settings.propagation)
+            wanted.masked_fill_(dead, 0.0)
+        energies.append(total(row_errors(wanted, factor.damped)))
+        # A dead column's weights are zero, so its importance does not matter.
+        placed = wanted[:, places] if spec.desc_act else wanted
+        s, z = choose_scales(placed, factor.diagonal[places], spec, settings.scale_search, settings.scales_dtype)
+        solved, error = solve_columns(
+            wanted[:, order], factor.upper, s, z, group_in_order, spec.bits, settings.blocksize
+        )
+        part_codes[:, order] = solved
+        if refined:
+            width = spec.width(columns)
+            better, s, error = _refine(placed, by_place, part_codes[:, places], s, z, width, spec, settings)
+            part_codes[:, places] = better
+        scales.append(s)
+        zeros.append(z)
+        errors.append(error)
     quantized = QuantizedWeight(
         codes=codes,
-        scales=scales.T.to(settings.scales_dtype).contiguous(),
-        zeros=zeros.T.to(torch.int32).contiguous(),
+        scales=torch.cat(scales).T.to(settings.scales_dtype).contiguous(),
+        zeros=torch.cat(zeros).T.to(torch.int32).contiguous(),
         group=group,
         spec=spec,
     )
-    energy = total(row_errors(original[:, order], factor.damped))
+    error, energy = math.fsum(errors), math.fsum(energies)
     report = SolveReport(
         relative_error=error / max(energy, torch.finfo(torch.float32).tiny),
         loss=error,
@@ -180,12 +207,6 @@ def _refine(
             scales = refit_scales(weight, damped, codes, scales, zeros, width, settings.scales_dtype, errors)
         codes, errors = descend(weight, damped, codes, scales, zeros, group, spec.bits, 1 if settings.descent else 0)
     return codes, scales, total(errors)
-
-
-def _solve_order(diagonal: Tensor, spec: QuantSpec, order: str) -> Tensor:
-    if order == "natural" and not spec.desc_act:
-        return torch.arange(diagonal.numel(), device=diagonal.device)
-    return torch.argsort(diagonal, descending=True, stable=True)
 
 
 def solve_columns(

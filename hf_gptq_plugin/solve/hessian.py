@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .linalg import add_gram, inverse_factor, total
+from .linalg import add_gram, all_finite, inverse_factor, total
 
+_ROWS = 256  # taken at once where a matrix is reordered
 DAMP_LIMIT = 10.0  # times the mean of the diagonal; beyond it the damping would drown the data
 
 
@@ -31,6 +32,8 @@ class Hessian:
         self._cross: Tensor | None = None
         self.tokens = 0
         self._borrowed = 0
+        self._divided = False
+        self._factor: Factor | None = None
 
     def add(self, x: Tensor, exact: Tensor | None = None) -> None:
         """Add inputs.
@@ -39,6 +42,7 @@ class Hessian:
             x: `[..., K]`.
             exact: `x*`, `[..., K]`; at every call or at none.
         """
+        self._require_open()
         rows = self._rows(x)
         add_gram(self._sum, rows)
         if exact is not None:
@@ -49,10 +53,13 @@ class Hessian:
 
     def lean_on(self, prior: Hessian, tokens: int) -> None:
         """Take in another's means with the weight of this many tokens; `tokens` still counts what was added."""
-        self._sum += prior._sum * (tokens / prior.tokens)
-        if prior._cross is not None:
-            mine = torch.zeros_like(self._sum) if self._cross is None else self._cross
-            self._cross = mine + prior._cross * (tokens / prior.tokens)
+        self._require_open()
+        self._sum.add_(prior.mean(), alpha=tokens)
+        cross = prior.mean_cross()
+        if cross is not None:
+            if self._cross is None:
+                self._cross = torch.zeros_like(self._sum)
+            self._cross.add_(cross, alpha=tokens)
         self._borrowed += tokens
 
     def combine(self, sum_in_place: Callable[[Tensor], Tensor], sum_of: Callable[[int], int]) -> None:
@@ -62,6 +69,7 @@ class Hessian:
             sum_in_place: turns a tensor into the sum over all.
             sum_of: the sum over all of an integer.
         """
+        self._require_open()
         sum_in_place(self._sum)
         if self._cross is not None:
             sum_in_place(self._cross)
@@ -71,24 +79,50 @@ class Hessian:
         return x.detach().reshape(-1, x.shape[-1]).to(self._sum.device, torch.float32)
 
     def mean(self) -> Tensor:
-        """fp32 `[K, K]`.
+        """`H`, fp32 `[K, K]`. Made in place: nothing can be added afterwards.
 
         Raises:
             SolveError: no token was seen, or the inputs were not finite.
         """
-        weight = self.tokens + self._borrowed
-        if weight == 0:
-            raise SolveError("no calibration token reached this layer; use more or other calibration text")
-        if not bool(torch.isfinite(self._sum).all()):
-            raise SolveError(
-                "the layer's inputs are not finite on the calibration text (NaN or infinity); load the model in "
-                "float32 or bfloat16, and check its weights"
-            )
-        return self._sum / weight
+        if not self._divided:
+            weight = self.tokens + self._borrowed
+            if weight == 0:
+                raise SolveError("no calibration token reached this layer; use more or other calibration text")
+            if not all_finite(self._sum):
+                raise SolveError(
+                    "the layer's inputs are not finite on the calibration text (NaN or infinity); load the model in "
+                    "float32 or bfloat16, and check its weights"
+                )
+            self._sum /= weight
+            if self._cross is not None:
+                self._cross /= weight
+            self._divided = True
+        return self._sum
 
     def mean_cross(self) -> Tensor | None:
-        """`C`, fp32 `[K, K]`; None where no exact inputs were given."""
-        return None if self._cross is None else self._cross / (self.tokens + self._borrowed)
+        """`C`, fp32 `[K, K]`; None where no exact inputs were given. As `mean`."""
+        self.mean()
+        return self._cross
+
+    def factor(self, order: str, damp_percent: float) -> Factor:
+        """The factor, made once for all layers that read these inputs. It takes the place of `mean`'s matrix.
+
+        Args:
+            order: see `solve_order`.
+            damp_percent: see `factorize`.
+        """
+        made = self._factor
+        if made is None or made.key != (order, damp_percent):
+            hessian = self.mean()
+            if made is not None:
+                hessian.diagonal().copy_(made.diagonal)
+            self._factor = made = None  # gone before the next one is made
+            self._factor = made = factorize(hessian, order, damp_percent)
+        return made
+
+    def _require_open(self) -> None:
+        if self._divided:
+            raise RuntimeError("the Hessian's means were taken; nothing can be added any more")
 
 
 @dataclass(frozen=True)
@@ -97,43 +131,63 @@ class Factor:
 
     Args:
         upper: fp32 `[K, K]`, `inverse(H + damping) = upperᵀ · upper`, in solve order.
-        damped: fp32 `[K, K]`, the damped Hessian itself, in solve order.
+        order: `[K]`, the column solved first comes first.
+        damped: fp32 `[K, K]`, the damped Hessian itself, in natural order.
+        diagonal: fp32 `[K]`, of the Hessian before it was damped.
         damp_percent: the damping used, as a fraction of the diagonal's mean.
+        key: what was asked for: the order's name and the damping.
     """
 
     upper: Tensor
+    order: Tensor
     damped: Tensor
+    diagonal: Tensor
     damp_percent: float
+    key: tuple[str, float]
 
 
-def factorize(hessian: Tensor, order: Tensor, damp_percent: float) -> Factor:
+def solve_order(diagonal: Tensor, order: str) -> Tensor:
+    """The order `[K]` in which columns are solved: "hessian" is by falling diagonal, "natural" from left to right."""
+    if order == "natural":
+        return torch.arange(diagonal.numel(), device=diagonal.device)
+    return torch.argsort(diagonal, descending=True, stable=True)
+
+
+def factorize(hessian: Tensor, order: str, damp_percent: float) -> Factor:
     """Damp, reorder and factorize. Where the matrix is not positive definite in fp32, the damping is raised tenfold
     until it is.
 
     Args:
         hessian: fp32 `[K, K]`, zero on the diagonal only for dead columns, which stay out of the mean and
-            are given it.
-        order: `[K]`, the column solved first comes first.
+            are given it. It is damped in place.
+        order: see `solve_order`.
         damp_percent: what is added to the diagonal, as a fraction of its mean.
 
     Raises:
         SolveError: not positive definite under any reasonable damping.
     """
-    damped = hessian[order][:, order]
-    diagonal = damped.diagonal()
+    diagonal = hessian.diagonal().clone()
+    places = solve_order(diagonal, order)
     dead = diagonal == 0
     live = diagonal[~dead]
     mean = total(live) / live.numel() if live.numel() else 1.0
-    damped.diagonal()[dead] = mean
+    filled = diagonal.masked_fill(dead, mean)
     used = damp_percent
     while used <= DAMP_LIMIT:
-        trial = damped.clone()
-        trial.diagonal().add_(used * mean)
-        upper = inverse_factor(trial)
+        hessian.diagonal().copy_(filled + used * mean)
+        upper = inverse_factor(reordered(hessian, places), overwrite=True)
         if upper is not None:
-            return Factor(upper, trial, used)
+            return Factor(upper, places, hessian, diagonal, used, (order, damp_percent))
         used *= 10
     raise SolveError(
         f"the Hessian is not positive definite even with damping {DAMP_LIMIT:g} × its mean; "
         "use more calibration text, or load the model in float32"
     )
+
+
+def reordered(matrix: Tensor, order: Tensor) -> Tensor:
+    """`matrix[order][:, order]`, with one more matrix in memory instead of two."""
+    out = torch.empty_like(matrix)
+    for rows, to in zip(order.split(_ROWS), out.split(_ROWS), strict=True):
+        torch.index_select(matrix[rows], 1, order, out=to)
+    return out

@@ -76,7 +76,7 @@ def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
     return matmul(x.reshape(-1, x.shape[-1]), weight.T).view(*x.shape[:-1], len(weight))
 
 
-def inverse_factor(matrix: Tensor) -> Tensor | None:
+def inverse_factor(matrix: Tensor, overwrite: bool = False) -> Tensor | None:
     """The upper triangular `U` with `matrix⁻¹ = Uᵀ · U`; None where the matrix is not positive definite in fp32.
 
     With the rows and columns reversed, an ordinary Cholesky factor is the reverse one, `H = R Rᵀ` with `R` upper
@@ -85,6 +85,7 @@ def inverse_factor(matrix: Tensor) -> Tensor | None:
 
     Args:
         matrix: fp32 `[K, K]`, symmetric.
+        overwrite: whether the factor may take the matrix's place in memory. The matrix is lost then.
 
     Raises:
         ValueError: another dtype or shape.
@@ -96,12 +97,12 @@ def inverse_factor(matrix: Tensor) -> Tensor | None:
         upper = _inverse_factor_reference(matrix)
     else:
         matrix = matrix.contiguous()
-        upper = torch.empty_like(matrix)
+        upper = matrix if overwrite else torch.empty_like(matrix)
         code = library.hf_gptq_factorize(matrix.data_ptr(), len(matrix), upper.data_ptr())
         if code == _NOT_POSITIVE_DEFINITE:
             return None
         native.check(code)
-    return upper if upper is not None and bool(torch.isfinite(upper).all()) else None
+    return upper if upper is not None and all_finite(upper) else None
 
 
 def _inverse_factor_reference(matrix: Tensor) -> Tensor | None:
@@ -130,6 +131,11 @@ def solve_symmetric(matrices: Tensor, right: Tensor) -> Tensor:
     right = right.clone(memory_format=torch.contiguous_format)
     native.check(library.hf_gptq_solve_symmetric(matrices.data_ptr(), right.data_ptr(), *right.shape))
     return right
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether there is no NaN and no infinity, without temporaries of the tensor's size."""
+    return all(math.isfinite(bound) for bound in torch.aminmax(values))  # NaN is handed on
 
 
 def total(values: Tensor) -> float:

@@ -177,7 +177,7 @@ HF_GPTQ_API int hf_gptq_matmul(const float* A,           // [M, K]
 // element receives what each block below it contributes as one sum, as in hf_gptq_matmul; then the
 // groups below it in its own block as one sum; then the rows below it in its group, one by one.
 // avx512f and avx2 give the same bits; "portable" rounds product and sum of each fma separately.
-// HF_GPTQ_ERROR_NOT_POSITIVE_DEFINITE leaves U undefined.
+// U may be H itself. HF_GPTQ_ERROR_NOT_POSITIVE_DEFINITE leaves U undefined.
 HF_GPTQ_API int hf_gptq_factorize(const float* H,  // [K, K]; above the diagonal never read
                                   int64_t K,       // >= 1
                                   float* U);       // out [K, K], zeros below the diagonal

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_gptq_plugin.solve.hessian import Hessian, SolveError, factorize
+from hf_gptq_plugin.solve.hessian import Hessian, SolveError, factorize, reordered
 
 
 def test_mean_over_tokens() -> None:
@@ -50,32 +50,62 @@ def test_nothing_seen_and_nothing_finite() -> None:
         hessian.mean()
 
 
-def test_factor_of_the_inverse() -> None:
-    x = torch.randn(200, 24)
-    hessian, order = x.T @ x / 200, torch.randperm(24)
-    factor = factorize(hessian, order, 0.05)
+def test_means_are_taken_once() -> None:
+    hessian = Hessian(3)
+    hessian.add(torch.randn(5, 3))
+    first = hessian.mean().clone()
+    assert torch.equal(hessian.mean(), first)
+    with pytest.raises(RuntimeError, match="nothing can be added"):
+        hessian.add(torch.randn(5, 3))
+
+
+@pytest.mark.parametrize("name", ["hessian", "natural"])
+def test_factor_of_the_inverse(name: str) -> None:
+    x = torch.randn(200, 24) * torch.linspace(0.5, 2, 24)[torch.randperm(24)]
+    hessian = x.T @ x / 200
+    order = hessian.diagonal().argsort(descending=True) if name == "hessian" else torch.arange(24)
     damped = hessian.double() + 0.05 * hessian.diagonal().double().mean() * torch.eye(24)
     inverse = torch.linalg.inv(damped[order][:, order])
+    diagonal = hessian.diagonal().clone()
+    factor = factorize(hessian, name, 0.05)
     upper = factor.upper.double()
     assert factor.damp_percent == 0.05
+    assert torch.equal(factor.order, order) and torch.equal(factor.diagonal, diagonal)
+    torch.testing.assert_close(factor.damped.double(), damped, rtol=1e-6, atol=1e-7)
     assert torch.equal(factor.upper, factor.upper.triu())
     torch.testing.assert_close(upper.T @ upper, inverse, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(upper, torch.linalg.cholesky(inverse, upper=True), rtol=1e-4, atol=1e-5)
 
 
+def test_layers_of_the_same_inputs_share_a_factor() -> None:
+    x = torch.randn(40, 8)
+    hessian, other = Hessian(8), Hessian(8)
+    hessian.add(x)
+    other.add(x)
+    first = hessian.factor("hessian", 0.01)
+    assert hessian.factor("hessian", 0.01) is first
+    upper = hessian.factor("natural", 0.05).upper  # from the matrix as it was before it was damped
+    assert torch.equal(upper, other.factor("natural", 0.05).upper)
+
+
+def test_reordered() -> None:
+    matrix, order = torch.randn(600, 600), torch.randperm(600)
+    assert torch.equal(reordered(matrix, order), matrix[order][:, order])
+
+
 def test_damping_raises_itself_and_says_so() -> None:
     x = torch.randn(3, 16)
     hessian = x.T @ x - 0.05 * torch.eye(16)  # indefinite
-    factor = factorize(hessian, torch.arange(16), 0.001)
+    factor = factorize(hessian, "natural", 0.001)
     assert factor.damp_percent > 0.001
     assert torch.isfinite(factor.upper).all()
 
 
 def test_no_damping_helps() -> None:
     with pytest.raises(SolveError, match="not positive definite even with damping"):
-        factorize(-torch.eye(4) + 2 * torch.ones(4, 4).fill_diagonal_(0), torch.arange(4), 0.01)
+        factorize(-torch.eye(4) + 2 * torch.ones(4, 4).fill_diagonal_(0), "natural", 0.01)
 
 
 def test_all_columns_dead() -> None:
-    factor = factorize(torch.zeros(4, 4), torch.arange(4), 0.01)
+    factor = factorize(torch.zeros(4, 4), "natural", 0.01)
     assert torch.isfinite(factor.upper).all()

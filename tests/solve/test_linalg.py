@@ -274,3 +274,11 @@ def test_threads_change_no_bit_of_a_solve(spec: QuantSpec) -> None:
     one, two = with_threads(1, run), with_threads(2, run)
     assert all(torch.equal(p, q) for p, q in zip(one[:3], two[:3], strict=True))
     assert one[3] == two[3]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_all_finite(value: float) -> None:
+    values = torch.randn(40, 30)
+    assert linalg.all_finite(values)
+    values[17, 3] = value
+    assert not linalg.all_finite(values)
