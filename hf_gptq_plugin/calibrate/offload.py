@@ -54,14 +54,10 @@ class Offloaded:
             quantized: layers that were replaced since `bring`, by name in the block.
             prefix: what stands before a layer's name in the file, e.g. "model.layers.0.".
         """
-        from accelerate.hooks import add_hook_to_module
-
-        for name, hook in self._hooks.items():
-            if name in quantized:
-                attach(self.block, name, quantized[name], file, prefix + name, hook.execution_device)
-            else:
-                add_hook_to_module(self.block.get_submodule(name), hook)
-        self._hooks.clear()
+        for name in self._hooks.keys() & quantized.keys():
+            device = self._hooks.pop(name).execution_device
+            attach(self.block, name, quantized[name], file, prefix + name, device)
+        self.back()
 
     def back(self) -> None:
         """Give the block's weights back as they came."""

@@ -12,6 +12,7 @@ from ..format.spec import QuantSpec
 from .gptq import SolveReport, SolveSettings
 from .hessian import SolveError
 from .hqq import half_quadratic
+from .linalg import all_finite
 from .scales import choose_scales
 
 
@@ -39,7 +40,7 @@ def round_to_nearest(
         raise ValueError("desc_act=True needs a solve order, and without calibration data there is none")
     start = time.perf_counter()
     original = weight.detach().float()
-    if not bool(torch.isfinite(original).all()):
+    if not all_finite(original):
         raise SolveError("the weight is not finite (NaN or infinity); the model's file is damaged")
     columns = original.shape[1]
     scales, zeros = choose_scales(
