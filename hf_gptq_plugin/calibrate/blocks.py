@@ -74,6 +74,7 @@ def quantize_block(
                     solved[local], report = solve_layer(full, layer, hessian, specs[full], plan.settings)
                     del layer
                     yield replace(report, note=note)
+                del hessian  # gone before the next one is gathered
                 done += names
                 if plan.true_sequential:
                     _replace_all(block.module, solved)

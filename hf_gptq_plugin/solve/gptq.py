@@ -18,7 +18,7 @@ from .refine import descend, propagate, refit_scales, row_errors
 from .scales import METHODS, choose_scales
 
 ORDERS = ("hessian", "natural")
-_ROWS = 512  # solved at once: what bounds the fp32 copies of a weight
+_ROWS = 256  # solved at once: what bounds the fp32 copies of a weight
 
 
 @dataclass(frozen=True)
