@@ -80,8 +80,8 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         refit: see `refine.refit_scales`.
         block_epochs: passes over the calibration data, per block, in which its rounding and scales learn to give the
             dense block's output. See `calibrate.tune`.
-        model_epochs: passes in which all scales learn to give the dense model's output; needs the quantized model in
-            memory.
+        model_epochs: passes in which all scales, and the blocks' norms and biases, learn to give the dense model's
+            output; needs the quantized model in memory.
         journal: a folder. Finished blocks are written to it, and the same job goes on from there after it was
             interrupted. It can be deleted once the model is saved.
         low_memory: keep on disk whatever is not worked on: the model's blocks and the activations. For models that

@@ -93,8 +93,8 @@ def quantize_block(
 
 def _learn(block: Block, entered: Iterable[Tensor], exact: Stream, weights: dict[str, Tensor], plan: Plan) -> None:
     layers = {local: TunedLayer(block.module.get_submodule(local), weight) for local, weight in weights.items()}  # type: ignore[arg-type]
-    targets = exact.hiddens
-    tune([block], [layers], list(entered), output_loss(lambda w: targets[w]), plan.tuning.block_epochs, plan.tuning)
+    targets, settings = exact.hiddens, plan.tuning
+    tune([block], [layers], [{}], list(entered), output_loss(lambda w: targets[w]), settings.block_epochs, settings)
     for local, tuned in layers.items():
         block.module.set_submodule(local, tuned.finished())
 

@@ -30,7 +30,7 @@ from .plan import Plan
 from .report import LayerReport, from_record, to_record
 from .stream import Stream
 from .threads import single_threaded
-from .tune import TunedLayer, model_loss, tune
+from .tune import TunedLayer, model_loss, tune, tuned_vectors
 from .walk import Block, Chain, WalkError, WholeModel, linears, record_calls
 
 logger = logging.getLogger(__name__)
@@ -286,7 +286,7 @@ def _tune_model(
     model: nn.Module, chain: Chain, blocks: list[Block], entries: list[Tensor], target: Hiddens, windows: list[Tensor],
     specs: dict[str, QuantSpec], plan: Plan,
 ) -> None:  # fmt: skip
-    """Let all scales of the last chain learn to give the dense model's output."""
+    """Let all scales and vectors of the last chain learn to give the dense model's output."""
     if isinstance(blocks[0], WholeModel):
         logger.warning("model_epochs has no effect: %s is walked as one piece.", chain.name)
         return
@@ -298,13 +298,14 @@ def _tune_model(
     with (
         tqdm(total=steps, desc="Tuning", unit="step", disable=processes.rank() != 0) as bar,
         model_loss(model, chain, blocks, windows, target) as loss,
+        tuned_vectors(blocks) as vectors,
     ):
 
         def progress(value: float) -> None:
             bar.update()
             bar.set_postfix_str(f"loss {value:.4f}")
 
-        tune(blocks, layers, entries, loss, plan.tuning.model_epochs, plan.tuning, progress=progress)
+        tune(blocks, layers, vectors, entries, loss, plan.tuning.model_epochs, plan.tuning, progress=progress)
     for block, part in zip(blocks, layers, strict=True):
         for local, tuned in part.items():
             block.module.set_submodule(local, tuned.finished())

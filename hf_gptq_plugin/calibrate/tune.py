@@ -1,7 +1,8 @@
 """Tune quantized layers by gradient descent on what they are for: a block's output, or the whole model's.
 
 Two stages, after Chen et al. 2024 (EfficientQAT): block by block, scales and rounding learn to give the dense block's
-output; then, over all blocks, scales alone learn to give the dense model's output.
+output; then, over all blocks, scales and the blocks' vectors (norms' weights, biases) learn to give the dense model's
+output.
 
 Every window runs in one thread and gradients are added up in the order of the windows, so the result has the same
 bits for any number of threads.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.linear import QuantLinear
-from ..solve.learn import LearnedWeight, TuneSettings
+from ..solve.learn import LearnedVector, LearnedWeight, TuneSettings
 from . import processes
 from .threads import in_order
 from .walk import Block, Chain, forward_replaced, split_call, text_inputs
@@ -45,15 +47,37 @@ class TunedLayer:
         return made.train(self.layer.training)
 
 
+@contextmanager
+def tuned_vectors(blocks: Sequence[Block]) -> Iterator[list[dict[str, LearnedVector]]]:
+    """The vectors of blocks by their names in them, for as long as they learn: every parameter with one dimension that
+    is in memory and in one block only."""
+    found = [
+        {n: p for n, p in block.module.named_parameters() if p.dim() == 1 and p.is_floating_point() and not p.is_meta}
+        for block in blocks
+    ]
+    users = Counter(id(p) for part in found for p in part.values())
+    own = [{n: p for n, p in part.items() if users[id(p)] == 1} for part in found]
+    before = {p: p.requires_grad for part in own for p in part.values()}
+    try:
+        for p in before:
+            p.requires_grad_()
+        yield [{n: LearnedVector(p) for n, p in part.items()} for part in own]
+    finally:
+        for p, flag in before.items():
+            p.requires_grad_(flag)
+
+
 def tune(
-    blocks: Sequence[Block], layers: Sequence[Mapping[str, TunedLayer]], hiddens: Sequence[Tensor], loss: Loss,
-    epochs: int, settings: TuneSettings, seed: int = 0, progress: Callable[[float], None] | None = None,
+    blocks: Sequence[Block], layers: Sequence[Mapping[str, TunedLayer]],
+    vectors: Sequence[Mapping[str, LearnedVector]], hiddens: Sequence[Tensor], loss: Loss, epochs: int,
+    settings: TuneSettings, seed: int = 0, progress: Callable[[float], None] | None = None,
 ) -> None:  # fmt: skip
-    """Let layers learn. Activations are kept at the borders of blocks only; within, they are computed twice.
+    """Let layers and vectors learn. Activations are kept at the borders of blocks; within, they are computed twice.
 
     Args:
         blocks: a chain.
-        layers: per block, its layers by name. They are changed; the blocks themselves are not.
+        layers: per block, its layers by name. They are changed; those in the blocks are not.
+        vectors: per block, its parameters by name. Those in the blocks are changed.
         hiddens: what enters the first block, per window.
         loss: of what leaves the last block for a window `[1, tokens, width]`: the value and its gradient.
         epochs: passes over the windows.
@@ -72,23 +96,25 @@ def tune(
                 if len(chosen) < batch:
                     continue
                 weights = [{name: t.learned.weight(dtype) for name, t in part.items()} for part in layers]
-                value, gradients = _gradients(blocks, weights, hiddens, loss, chosen.tolist(), dtype)
+                parameters = [{name: v.parameter for name, v in part.items()} for part in vectors]
+                value, gradients = _gradients(blocks, weights, parameters, hiddens, loss, chosen.tolist(), dtype)
                 # The first steps are small: Adam does not know the gradients' size yet.
                 decay = min(1.0, (done + 1) / 4) * 0.5 * (1 + math.cos(math.pi * done / steps))
-                for part, found in zip(layers, gradients, strict=True):
+                for part, plain, found in zip(layers, vectors, gradients, strict=True):
                     for name, gradient in found.items():
                         mean = processes.sum_in_place(gradient).div_(batch * processes.count())
-                        part[name].learned.step(mean, settings, decay)
+                        learned = plain[name] if name in plain else part[name].learned
+                        learned.step(mean, settings, decay)
                 done += 1
                 if progress is not None:
                     progress(value / batch)
 
 
 def _gradients(
-    blocks: Sequence[Block], weights: list[dict[str, Tensor]], hiddens: Sequence[Tensor], loss: Loss,
-    windows: list[int], dtype: torch.dtype,
+    blocks: Sequence[Block], weights: list[dict[str, Tensor]], vectors: list[dict[str, Tensor]],
+    hiddens: Sequence[Tensor], loss: Loss, windows: list[int], dtype: torch.dtype,
 ) -> tuple[float, list[dict[str, Tensor]]]:  # fmt: skip
-    """The loss and its gradients by every weight, summed over windows."""
+    """The loss and its gradients by every weight and vector, summed over windows."""
 
     def forward(window: int) -> tuple[float, Tensor, list[Tensor]]:
         entered = [hiddens[window]]
@@ -105,27 +131,30 @@ def _gradients(
 
         def backward(place: int, i: int = i) -> tuple[Tensor, dict[str, Tensor]]:
             entered = passes[place][2].pop()
-            return _block_gradients(blocks[i], weights[i], entered, windows[place], slopes[place], dtype)
+            return _block_gradients(blocks[i], weights[i], vectors[i], entered, windows[place], slopes[place], dtype)
 
         total: dict[str, Tensor] = {}
         for place, (slope, found) in enumerate(in_order(backward, range(len(windows)))):
             slopes[place] = slope
             for name, gradient in found.items():
                 total[name] = total[name].add_(gradient) if name in total else gradient.float()
-        for name in weights[i].keys() - total.keys():  # an expert that no window came to
-            total[name] = torch.zeros_like(weights[i][name], dtype=torch.float32)
-        sums.append(total)
+        for name, weight in {**weights[i], **vectors[i]}.items():  # of an expert that no window came to, and the like
+            if name not in total:
+                total[name] = torch.zeros_like(weight, dtype=torch.float32)
+        sums.append(dict(sorted(total.items())))  # in one order in all processes
     return sum(value for value, _, _ in passes), sums[::-1]
 
 
 def _block_gradients(
-    block: Block, weights: dict[str, Tensor], entered: Tensor, window: int, slope: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """From the gradient by a block's output those by its input and by its weights, for one window."""
+    block: Block, weights: dict[str, Tensor], vectors: dict[str, Tensor], entered: Tensor, window: int, slope: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """From the gradient by a block's output those by its input, its weights and its vectors, for one window."""
     leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
     x = entered.detach().requires_grad_()
     with torch.enable_grad(), _handing(leaves), _computing(dtype, x.device):
         out = block.run(x, window)
+    leaves |= vectors
     slope_in, *found = torch.autograd.grad(out, [x, *leaves.values()], slope.to(out.dtype), allow_unused=True)
     return slope_in, {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
 

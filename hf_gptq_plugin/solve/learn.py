@@ -1,5 +1,5 @@
-"""Let the scales and the rounding of a quantized weight go down a gradient. Pure tensors: where the gradient comes
-from is another's business.
+"""Let the scales and the rounding of a quantized weight, and plain vectors, go down a gradient. Pure tensors: where the
+gradient comes from is another's business.
 
 Rounding learns by a straight-through estimate, as in AutoRound (Cheng et al. 2023), from the dense weight on.
 """
@@ -21,11 +21,12 @@ class TuneSettings:
 
     Args:
         block_epochs: passes over the calibration windows per block, for its rounding and scales; 0 leaves it out.
-        model_epochs: passes over the windows for the whole model's scales; 0 leaves it out. It holds all quantized
-            blocks in memory.
+        model_epochs: passes over the windows for the whole model's scales and vectors; 0 leaves it out. It holds all
+            quantized blocks in memory.
         batch: windows per step.
         scale_rate: the largest step of a scale, as a fraction of the layer's mean scale.
         rounding_rate: the largest step of a weight, in units of its scale.
+        vector_rate: the largest step of a vector's element, as a fraction of the vector's mean magnitude.
     """
 
     block_epochs: int = 0
@@ -33,6 +34,7 @@ class TuneSettings:
     batch: int = 4
     scale_rate: float = 2e-3
     rounding_rate: float = 2e-2
+    vector_rate: float = 2e-3
 
     def __post_init__(self) -> None:
         for name in ("block_epochs", "model_epochs"):
@@ -43,6 +45,41 @@ class TuneSettings:
     def steps(self, windows: int, epochs: int) -> int:
         """Steps in so many passes over so many windows."""
         return epochs * (windows // min(self.batch, windows))
+
+
+class Adam:
+    """The steps of one tensor: of size 1 while its gradients keep their sign."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._first, self._second, self._steps = torch.zeros_like(like), torch.zeros_like(like), 0
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        """Where to go, uphill. gradient: fp32, of the tensor's shape."""
+        self._steps += 1
+        self._first.lerp_(gradient, 0.1)
+        self._second.mul_(0.95).addcmul_(gradient, gradient, value=0.05)
+        root = (self._second / (1 - 0.95**self._steps)).sqrt_().add_(1e-20)
+        return self._first / (1 - 0.9**self._steps) / root
+
+
+class LearnedVector:
+    """A parameter that is not quantized, while it learns: a norm's weight, a bias.
+
+    Args:
+        parameter: floating point, of any shape. It always holds the present values, rounded to its dtype. One that is
+            all zero stays so.
+    """
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter = parameter
+        self._values = parameter.detach().float().clone()
+        self._size = total(self._values.abs()) / self._values.numel()
+        self._adam = Adam(self._values)
+
+    def step(self, gradient: Tensor, settings: TuneSettings, decay: float) -> None:
+        """Go one step down; arguments as `LearnedWeight.step`."""
+        self._values -= self._adam.direction(gradient) * (settings.vector_rate * decay * self._size)
+        self.parameter.detach().copy_(self._values)
 
 
 class LearnedWeight:
@@ -68,9 +105,9 @@ class LearnedWeight:
             codes = self.codes.float()
             wanted = dense.float() / self._spread(self.scales) + self._spread(self.zeros)
             self.latent = codes + (wanted - codes).clamp(-0.49, 0.49)
-        self._moments: dict[str, tuple[Tensor, Tensor]] = {}
+        self._scale_adam = Adam(self.scales)
+        self._latent_adam = None if self.latent is None else Adam(self.latent)
         self._mean_scale = total(self.scales.abs()) / self.scales.numel()  # the same bits for any number of threads
-        self._steps = 0
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The present weight `[N, K]`."""
@@ -84,16 +121,15 @@ class LearnedWeight:
             settings: rates.
             decay: 0 to 1, times the rates.
         """
-        self._steps += 1
         levels = self._present_codes() - self._spread(self.zeros)
         by_scale = torch.zeros_like(self.scales).index_add_(1, self.group, gradient * levels)
-        by_latent = gradient * self._spread(self.scales) if self.latent is not None else None
+        by_latent = gradient * self._spread(self.scales)
         least = torch.finfo(self.start.scales.dtype).tiny
-        moved = self.scales - self._direction("scales", by_scale) * (settings.scale_rate * decay * self._mean_scale)
+        moved = self.scales - self._scale_adam.direction(by_scale) * (settings.scale_rate * decay * self._mean_scale)
         # A scale that would cross zero or become subnormal stays.
         self.scales = torch.where((moved.abs() >= least) & (moved.sign() == self.scales.sign()), moved, self.scales)
-        if by_latent is not None and self.latent is not None:
-            self.latent -= self._direction("latent", by_latent) * (settings.rounding_rate * decay)
+        if self.latent is not None and self._latent_adam is not None:
+            self.latent -= self._latent_adam.direction(by_latent) * (settings.rounding_rate * decay)
             self.latent.clamp_(-0.49, self.highest + 0.49)
 
     def finished(self) -> QuantizedWeight:
@@ -108,13 +144,3 @@ class LearnedWeight:
     def _spread(self, values: Tensor) -> Tensor:
         """`[N, G]` to `[N, K]`."""
         return values[:, self.group]
-
-    def _direction(self, name: str, gradient: Tensor) -> Tensor:
-        """Adam's."""
-        if name not in self._moments:
-            self._moments[name] = (torch.zeros_like(gradient), torch.zeros_like(gradient))
-        first, second = self._moments[name]
-        first.lerp_(gradient, 0.1)
-        second.mul_(0.95).addcmul_(gradient, gradient, value=0.05)
-        root = (second / (1 - 0.95**self._steps)).sqrt_().add_(1e-20)
-        return first / (1 - 0.9**self._steps) / root

@@ -15,7 +15,7 @@ from hf_gptq_plugin import GPTQConfig
 from hf_gptq_plugin.calibrate import tune
 from hf_gptq_plugin.calibrate.chains import find_chains
 from hf_gptq_plugin.calibrate.walk import linears, record_calls
-from hf_gptq_plugin.solve.learn import TuneSettings
+from hf_gptq_plugin.solve.learn import LearnedVector, TuneSettings
 
 
 def load(path: Path, windows: list[list[int]], **fields: Any) -> Any:
@@ -72,15 +72,26 @@ def test_gradients_are_those_of_the_whole_model(
         handle.remove()
     layers = [{n: tune.TunedLayer(layer, None) for n, layer in linears(block.module).items()} for block in blocks]
     weights = [{n: t.learned.weight(torch.float32) for n, t in part.items()} for part in layers]
-    with tune.model_loss(model, chain, blocks, ids, leaving) as loss, tune._weights_handed_in(layers):
-        value, found = tune._gradients(blocks, weights, entries, loss, [0, 2], torch.float32)
+    with (
+        tune.model_loss(model, chain, blocks, ids, leaving) as loss,
+        tune._weights_handed_in(layers),
+        tune.tuned_vectors(blocks) as vectors,
+    ):
+        parameters = [{n: v.parameter for n, v in part.items()} for part in vectors]
+        value, found = tune._gradients(blocks, weights, parameters, entries, loss, [0, 2], torch.float32)
+    assert all(part for part in parameters)
     # The same model with dense layers of the same weights.
     plain = model.hf_quantizer.dequantize(model).float()
     total = sum((kl(plain(input_ids=ids[w][None]).logits, teachers[w]) for w in (0, 2)), torch.zeros(()))
     total.backward()
     assert value == pytest.approx(total.item(), rel=1e-4)
-    for block, part in zip(blocks, found, strict=True):
+    for block, part, plain_ones in zip(blocks, found, parameters, strict=True):
+        assert part.keys() == linears(block.module).keys() | plain_ones.keys()
         for name, gradient in part.items():
+            if name in plain_ones:
+                wanted = plain.get_parameter(block.full(name)).grad
+                torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
+                continue
             layer = plain.get_submodule(block.full(name))
             wanted = layer.weight.grad if isinstance(layer, nn.Linear) else layer.weight.grad.T
             torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))
@@ -96,6 +107,32 @@ def test_learns_the_dense_models_output(tiny: Callable[..., Path], windows: list
             for epochs in (0, 20)
         )
     assert near < 0.9 * far
+
+
+def test_vectors_learn(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
+    """Norms move, by no more than the rates allow; what is no block's stays."""
+    model = load(tiny("llama"), windows, model_epochs=3)
+    dense = dict(AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32).named_parameters())
+    steps = TuneSettings().steps(len(windows), 3)
+    for name, parameter in model.named_parameters():
+        moved = (parameter - dense[name]).abs().max() if name in dense else None
+        if moved is None:
+            continue
+        assert not parameter.requires_grad or name not in dense or dense[name].requires_grad
+        if ".layers." in name and parameter.dim() == 1:
+            assert 0 < moved < 2 * steps * TuneSettings().vector_rate * dense[name].abs().mean()
+        else:
+            assert moved == 0
+
+
+def test_a_learned_vector_goes_down_its_gradient() -> None:
+    """In bf16, whose steps are larger than the rate's: the sum of small ones must not be lost."""
+    goal = torch.tensor([0.5, 1.0, 2.0])
+    parameter = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    learned, settings = LearnedVector(parameter), TuneSettings(vector_rate=1e-3)
+    for _ in range(2000):
+        learned.step(parameter.detach().float() - goal, settings, 1.0)
+    torch.testing.assert_close(parameter.detach().float(), goal, rtol=0.01, atol=0)
 
 
 def test_learns_the_dense_blocks_output(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
