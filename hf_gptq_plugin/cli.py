@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import sys
@@ -17,8 +18,12 @@ from .calibrate import processes
 from .calibrate.journal import JournalError
 from .calibrate.sources import NAMED, CalibrationError, read_text
 from .calibrate.walk import WalkError
+from .config import METHODS as QUANTIZERS
+from .config import PRESETS, GPTQConfig
 from .native import NativeError
+from .solve.gptq import ORDERS
 from .solve.hessian import SolveError
+from .solve.scales import METHODS as SEARCHES
 
 app = typer.Typer(
     name="hf-gptq",
@@ -30,6 +35,10 @@ console = Console(stderr=False)
 
 # What a user can mend; everything else is a defect of ours and shows its traceback.
 USER_ERRORS = (CalibrationError, JournalError, WalkError, SolveError, NativeError, ValueError, OSError, ImportError)
+
+_DEFAULT = {name: field.default for name, field in inspect.signature(GPTQConfig).parameters.items()}
+_PRESETS = "Steps of the preset, one by one"
+_SOLVER = "Solver"
 
 Dtype = Annotated[
     str, typer.Option(help="dtype of the unquantized parts and of the arithmetic: float32, bfloat16, float16, auto.")
@@ -51,24 +60,60 @@ def main() -> None:
 def quantize(
     model: Annotated[str, typer.Argument(help="Folder or Hub name of the dense model.")],
     out: Annotated[Path, typer.Argument(help="Folder to write the checkpoint to.")],
-    bits: Annotated[int, typer.Option(help="Width of a code: 2, 3, 4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Input features per scale; -1 for one group.")] = 128,
-    sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric or asymmetric grid.")] = True,
-    desc_act: Annotated[bool, typer.Option(help="Let groups follow the solve order (g_idx).")] = False,
+    bits: Annotated[int, typer.Option(help="Width of a code: 2, 3, 4 or 8.")] = _DEFAULT["bits"],
+    group_size: Annotated[int, typer.Option(help="Input features per scale; -1 for one group.")] = _DEFAULT[
+        "group_size"
+    ],
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric or asymmetric grid.")] = _DEFAULT["sym"],
+    desc_act: Annotated[bool, typer.Option(help="Let groups follow the solve order (g_idx).")] = _DEFAULT["desc_act"],
     calibration: Annotated[
         str,
         typer.Option(help=f"File (.txt, .json, .jsonl, .csv, .parquet), or name of a data set: {', '.join(NAMED)}."),
     ] = "wikitext2",
-    method: Annotated[str, typer.Option(help="gptq; or without calibration data rtn or hqq.")] = "gptq",
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    seqlen: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 512,
-    seed: Annotated[int, typer.Option(help="Which windows are drawn from a longer text.")] = 0,
+    method: Annotated[
+        str, typer.Option(help=f"One of {', '.join(QUANTIZERS)}; all but gptq use no calibration data.")
+    ] = _DEFAULT["method"],
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = _DEFAULT["samples"],
+    seqlen: Annotated[int, typer.Option(help="Tokens per calibration window.")] = _DEFAULT["seqlen"],
+    seed: Annotated[int, typer.Option(help="Which windows are drawn from a longer text.")] = _DEFAULT["seed"],
     preset: Annotated[
-        str, typer.Option(help="balanced; fast: less time, higher perplexity; best: lower perplexity, more time.")
-    ] = "balanced",
-    damp_percent: Annotated[float, typer.Option(help="Damping, as a fraction of the Hessian diagonal's mean.")] = 0.01,
+        str,
+        typer.Option(
+            help=f"One of {', '.join(PRESETS)}. fast: less time, higher perplexity; best: lower perplexity, more time."
+        ),
+    ] = _DEFAULT["preset"],
+    propagation: Annotated[
+        float | None,
+        typer.Option(help="How much of earlier layers' error a layer takes over, 0 to 1.", rich_help_panel=_PRESETS),
+    ] = None,
+    descent: Annotated[
+        int | None, typer.Option(help="Rounds of coordinate descent on the codes.", rich_help_panel=_PRESETS)
+    ] = None,
+    refit: Annotated[
+        bool | None, typer.Option("--refit/--no-refit", help="Fit scales to the codes.", rich_help_panel=_PRESETS)
+    ] = None,
+    block_epochs: Annotated[
+        int | None,
+        typer.Option(help="Passes in which a block's rounding and scales learn.", rich_help_panel=_PRESETS),
+    ] = None,
+    model_epochs: Annotated[
+        int | None,
+        typer.Option(
+            help="Passes in which the whole model's scales, norms and biases learn; 0 with --low-memory.",
+            rich_help_panel=_PRESETS,
+        ),
+    ] = None,
+    order: Annotated[
+        str, typer.Option(help=f"Of the columns: {' or '.join(ORDERS)}.", rich_help_panel=_SOLVER)
+    ] = _DEFAULT["order"],
+    scale_search: Annotated[
+        str, typer.Option(help=f"How scales are chosen: {', '.join(SEARCHES)}.", rich_help_panel=_SOLVER)
+    ] = _DEFAULT["scale_search"],
+    damp_percent: Annotated[
+        float, typer.Option(help="Damping, as a fraction of the Hessian diagonal's mean.", rich_help_panel=_SOLVER)
+    ] = _DEFAULT["damp_percent"],
     checkpoint_format: Annotated[str, typer.Option("--format", help="gptq (v1) or gptq_v2.")] = "gptq",
-    lm_head: Annotated[bool, typer.Option(help="Quantize the output embedding too.")] = False,
+    lm_head: Annotated[bool, typer.Option(help="Quantize the output embedding too.")] = _DEFAULT["lm_head"],
     dtype: Dtype = "auto",
     device_map: Annotated[str, typer.Option(help="Where the model is loaded, e.g. cpu, cuda, auto.")] = "cpu",
     low_memory: Annotated[
@@ -91,7 +136,6 @@ def quantize(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .calibrate.report import Perplexity
-    from .config import GPTQConfig
     from .hf.evaluate import perplexity, text_windows
     from .hf.report import write_report
     from .hf.saving import save_checkpoint
@@ -101,8 +145,10 @@ def quantize(
     dataset = calibration if method == "gptq" else None
     config = GPTQConfig(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, dataset=dataset, samples=samples, seqlen=seqlen,
-        seed=seed, method=method, preset=preset, damp_percent=damp_percent, format=checkpoint_format, lm_head=lm_head,
-        low_memory=low_memory, model_epochs=0 if low_memory else None,
+        seed=seed, method=method, preset=preset, propagation=propagation, descent=descent, refit=refit,
+        block_epochs=block_epochs, model_epochs=0 if low_memory and model_epochs is None else model_epochs, order=order,
+        scale_search=scale_search, damp_percent=damp_percent, format=checkpoint_format, lm_head=lm_head,
+        low_memory=low_memory,
     )  # fmt: skip
     journal = out.with_name(f"{out.name}.journal")
     if method == "gptq":

@@ -65,6 +65,22 @@ def hf_gptq(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     return run
 
 
+def test_every_part_of_the_solver_can_be_set(hf_gptq: Run, model: Path, text: Path, tmp_path: Path) -> None:
+    done = hf_gptq(
+        "quantize", model, tmp_path / "out", "--group-size", 32, "--calibration", text, "--samples", 4, "--seqlen", 64,
+        "--preset", "best", "--order", "natural", "--scale-search", "minmax", "--damp-percent", 0.02,
+        "--propagation", 0.25, "--descent", 1, "--no-refit", "--block-epochs", 0, "--model-epochs", 1, "--no-report",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert written["damp_percent"] == 0.02
+    expected = {
+        "order": "natural", "scale_search": "minmax", "propagation": 0.25, "descent": 1, "refit": False,
+        "block_epochs": 0, "model_epochs": 1,
+    }  # fmt: skip
+    assert written["meta"]["solver"].items() >= expected.items()
+
+
 def test_quantize_then_eval(hf_gptq: Run, model: Path, text: Path, tmp_path: Path) -> None:
     done = hf_gptq(
         "quantize", model, tmp_path / "out", "--bits", 3, "--group-size", 32, "--asym", "--desc-act",

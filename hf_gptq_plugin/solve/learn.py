@@ -1,7 +1,7 @@
 """Let the scales and the rounding of a quantized weight, and plain vectors, go down a gradient. Pure tensors: where the
 gradient comes from is another's business.
 
-Rounding learns by a straight-through estimate, as in AutoRound (Cheng et al. 2023), from the dense weight on.
+Rounding learns by a straight-through estimate, as in AutoRound (Cheng et al. 2023), from the codes found on.
 """
 
 from __future__ import annotations
@@ -13,6 +13,12 @@ from torch import Tensor
 
 from ..format.grid import QuantizedWeight
 from .linalg import total
+
+# How far from its code's centre towards the dense weight a latent begins. A solver that makes errors good elsewhere
+# gives many weights a code that is not the nearest: begun at the edge (1), those flip back within a few steps, and what
+# they made good comes back. At the centre (0), what the dense weight says is lost. Measured at 2 bit, as the
+# divergence of a model of which 5 blocks are quantized: 0.320 untuned, 0.460 from 1, 0.262 from 1/2, 0.280 from 0.
+_TOWARDS_DENSE = 0.5
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,8 @@ class LearnedWeight:
 
     Args:
         start: the weight to begin with.
-        dense: its weight before it was quantized, `[N, K]`: rounding is learned from there, as far as it stays within
-            the half step that rounds to the present codes. None to keep codes.
+        dense: its weight before it was quantized, `[N, K]`: rounding is learned from half way between the present codes
+            and there, or the half step that rounds to them. None to keep codes.
     """
 
     def __init__(self, start: QuantizedWeight, dense: Tensor | None) -> None:
@@ -104,7 +110,7 @@ class LearnedWeight:
         if dense is not None:
             codes = self.codes.float()
             wanted = dense.float() / self._spread(self.scales) + self._spread(self.zeros)
-            self.latent = codes + (wanted - codes).clamp(-0.49, 0.49)
+            self.latent = codes + (wanted - codes).clamp(-0.5, 0.5) * _TOWARDS_DENSE
         self._scale_adam = Adam(self.scales)
         self._latent_adam = None if self.latent is None else Adam(self.latent)
         self._mean_scale = total(self.scales.abs()) / self.scales.numel()  # the same bits for any number of threads
