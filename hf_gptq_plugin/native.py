@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 PACKAGED = Path(__file__).parent / "_native" / "libhf_gptq.so"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -75,7 +75,8 @@ _SIGNATURES = {
         *(c_void_p,) * 7, c_int64, c_int64, c_int64, c_int32, c_int64,
     ),
     "hf_gptq_matmul": (
-        c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int32,
+        c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64, c_int32, c_void_p, c_int64,
+        c_int32,
     ),
     "hf_gptq_factorize": (c_void_p, c_int64, c_void_p),
     "hf_gptq_solve_symmetric": (c_void_p, c_void_p, c_int64, c_int64),

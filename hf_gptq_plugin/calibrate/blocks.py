@@ -7,9 +7,12 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -25,8 +28,8 @@ from .experts import expert_hessians, own_memory
 from .plan import Plan
 from .report import LayerReport
 from .stream import Stream
-from .tune import TunedLayer, output_loss, tune
-from .walk import Block, WalkError, WholeModel, find_stages, linears, twin
+from .tune import TunedLayer, compute_dtype, output_loss, tune
+from .walk import Block, WalkError, WholeModel, find_stages, forward_replaced, linears, twin
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,14 @@ def quantize_block(
     Yields:
         A report per layer, as soon as it is solved.
     """
+    with ExitStack() as streaming:
+        yield from _quantize_block(block, dense, stream, exact, specs, plan, streaming)
+
+
+def _quantize_block(
+    block: Block, dense: Block, stream: Stream, exact: Stream | None, specs: dict[str, QuantSpec], plan: Plan,
+    streaming: ExitStack,
+) -> Iterator[LayerReport]:  # fmt: skip
     # Names only: a dense layer is to be gone once it is replaced.
     everything = list(linears(block.module))
     targets = [local for local in everything if block.full(local) in specs]
@@ -77,8 +88,8 @@ def quantize_block(
                 del hessian  # gone before the next one is gathered
                 done += names
                 if plan.true_sequential:
-                    _replace_all(block.module, solved)
-        _replace_all(block.module, solved)
+                    _replace_all(block.module, solved, streaming)
+        _replace_all(block.module, solved, streaming)
         stream.settle(done)
     own_memory(block.module)
     entered = stream.hiddens
@@ -202,7 +213,17 @@ def replace_layer(root: nn.Module, name: str, quantized: QuantizedWeight) -> Non
     root.set_submodule(name, new)
 
 
-def _replace_all(root: nn.Module, solved: dict[str, QuantizedWeight]) -> None:
+def _replace_all(root: nn.Module, solved: dict[str, QuantizedWeight], streaming: ExitStack) -> None:
+    """Put QuantLinears in the layers' places. Until `streaming` is closed, those of a bf16 model multiply with their
+    dequantized weight, where the processor does so faster than the kernel dequantizes for every window."""
     while solved:
         name, quantized = solved.popitem()
         replace_layer(root, name, quantized)
+        layer: Any = root.get_submodule(name)
+        fast = compute_dtype(layer.qweight.device) == layer.dtype == torch.bfloat16
+        if fast and not hasattr(layer, "_hf_hook"):
+            streaming.enter_context(forward_replaced(layer, partial(_dense_product, layer.weight, layer.bias)))
+
+
+def _dense_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    return nn.functional.linear(x, weight, bias)

@@ -41,22 +41,26 @@ def add_gram(total: Tensor, left: Tensor, right: Tensor | None = None) -> None:
 
     Args:
         total: fp32 `[Ka, Kb]`, contiguous; symmetric if right is None.
-        left: fp32 `[T, Ka]`, any strides.
-        right: fp32 `[T, Kb]`, any strides; None stands for left, and takes about half the time.
+        left: fp32 or bf16 `[T, Ka]`, any strides. Products of bf16 are exact, and their sums are fp32's; where the
+            processor has instructions for it, they take half the time.
+        right: `[T, Kb]`, as left; None stands for left, and takes about half the time.
 
     Raises:
         ValueError: other dtypes, shapes or strides.
     """
     other = left if right is None else right
-    _require(left.T, other)
+    _require(left.T, other, torch.float32, torch.bfloat16)
     shape = (left.shape[1], other.shape[1])
     if total.dtype != torch.float32 or total.shape != shape or not total.is_contiguous():
         raise ValueError(f"total is {total.dtype} {tuple(total.shape)}; it must be float32 {shape}, contiguous")
     library = _library_for(total, left, other)
     if library is None:
-        total.addmm_(left.T, other)
-    else:
-        _product(library, left.T, other, total, _ADD_SYMMETRIC if right is None else _ADD)
+        total.addmm_(left.T.float(), other.float())
+        return
+    dtype = left.dtype
+    if dtype == torch.bfloat16:
+        left, other = _pairs(left), _pairs(other)
+    _product(library, left.T, other, total, _ADD_SYMMETRIC if right is None else _ADD, dtype)
 
 
 def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -143,22 +147,34 @@ def total(values: Tensor) -> float:
     return math.fsum(values.flatten().tolist())
 
 
-def _require(a: Tensor, b: Tensor) -> None:
-    if not a.dtype == b.dtype == torch.float32 or a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
+def _require(a: Tensor, b: Tensor, *dtypes: torch.dtype) -> None:
+    accepted = dtypes or (torch.float32,)
+    if a.dtype != b.dtype or a.dtype not in accepted or a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in accepted)
         raise ValueError(
-            f"cannot multiply {a.dtype} {tuple(a.shape)} by {b.dtype} {tuple(b.shape)}; both must be float32 matrices, "
+            f"cannot multiply {a.dtype} {tuple(a.shape)} by {b.dtype} {tuple(b.shape)}; both must be {names} matrices, "
             "and the columns of the one as many as the rows of the other"
         )
+
+
+def _pairs(rows: Tensor) -> Tensor:
+    """bf16 `[T, K]` as `[ceil(T / 2), K]` of fp32's size, each element those of two rows, the first in its lower half;
+    a missing row is zeros."""
+    if len(rows) % 2:
+        rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+    return torch.stack([rows[0::2], rows[1::2]], -1).view(torch.float32).squeeze(-1)
 
 
 def _library_for(*tensors: Tensor) -> ctypes.CDLL | None:
     return native.library() if all(t.device.type == "cpu" for t in tensors) else None
 
 
-def _product(library: ctypes.CDLL, a: Tensor, b: Tensor, out: Tensor, mode: int) -> None:
+def _product(
+    library: ctypes.CDLL, a: Tensor, b: Tensor, out: Tensor, mode: int, dtype: torch.dtype = torch.float32
+) -> None:
     native.check(
         library.hf_gptq_matmul(
             a.data_ptr(), *a.stride(), b.data_ptr(), *b.stride(), a.shape[0], b.shape[1], a.shape[1],
-            out.data_ptr(), out.stride(0), mode,
+            native.DTYPES[dtype], out.data_ptr(), out.stride(0), mode,
         )
     )  # fmt: skip

@@ -293,17 +293,18 @@ int hf_gptq_scale_search(const float* W, const float* h, const int32_t* group_st
 
 int hf_gptq_matmul(const float* A, int64_t a_row_stride, int64_t a_column_stride, const float* B,
                    int64_t b_row_stride, int64_t b_column_stride, int64_t M, int64_t N, int64_t K,
-                   float* C, int64_t c_row_stride, int32_t mode) {
+                   int32_t dtype, float* C, int64_t c_row_stride, int32_t mode) {
   const bool symmetric = mode == HF_GPTQ_MATMUL_ADD_SYMMETRIC;
   if (mode < HF_GPTQ_MATMUL_STORE || mode > HF_GPTQ_MATMUL_ADD_SYMMETRIC) return HF_GPTQ_ERROR_MODE;
+  if (dtype != HF_GPTQ_FP32 && dtype != HF_GPTQ_BF16) return HF_GPTQ_ERROR_DTYPE;
   if (M < 0 || N < 0 || K < 0 || c_row_stride < N || (symmetric && M != N)) {
     return HF_GPTQ_ERROR_SHAPE;
   }
   if (M == 0 || N == 0) return HF_GPTQ_OK;
   if (!C || (K > 0 && (!A || !B))) return HF_GPTQ_ERROR_NULL_POINTER;
-  return dispatch().kernels->matmul({A, a_row_stride, a_column_stride, B, b_row_stride,
-                                     b_column_stride, M, N, K, C, c_row_stride,
-                                     mode != HF_GPTQ_MATMUL_STORE, symmetric, symmetric});
+  return dispatch().kernels->matmul(
+      {A, a_row_stride, a_column_stride, B, b_row_stride, b_column_stride, M, N, K, C, c_row_stride,
+       mode != HF_GPTQ_MATMUL_STORE, symmetric, symmetric, dtype == HF_GPTQ_BF16});
 }
 
 int hf_gptq_factorize(const float* H, int64_t K, float* U) {

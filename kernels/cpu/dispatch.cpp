@@ -30,8 +30,11 @@ Dispatch choose() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512f = avx2 && __builtin_cpu_supports("avx512f");
-  const Candidate candidates[] = {
-      {&kernels_avx512f, avx512f}, {&kernels_avx2, avx2}, {&kernels_portable, true}};
+  const bool avx512bf16 = avx512f && __builtin_cpu_supports("avx512bf16");
+  const Candidate candidates[] = {{&kernels_avx512bf16, avx512bf16},
+                                  {&kernels_avx512f, avx512f},
+                                  {&kernels_avx2, avx2},
+                                  {&kernels_portable, true}};
 #else
   const Candidate candidates[] = {{&kernels_portable, true}};
 #endif

@@ -77,9 +77,10 @@ struct MatmulArguments {
   int64_t M, N, K;  // M, N >= 1; K >= 0
   float* C;         // [M, N], rows C_row apart
   int64_t C_row;
-  bool accumulate;  // C += A B
-  bool lower;       // M = N, and C is read and written on and below the diagonal only
-  bool mirror;      // with lower: in the end, copy what is below the diagonal to above it
+  bool accumulate;     // C += A B
+  bool lower;          // M = N, and C is read and written on and below the diagonal only
+  bool mirror;         // with lower: in the end, copy what is below the diagonal to above it
+  bool pairs = false;  // elements of A and B are pairs of bf16
 };
 
 // As the parameters of hf_gptq_factorize.
@@ -124,6 +125,7 @@ struct Kernels {
 };
 
 #ifdef HF_GPTQ_X86_64
+extern const Kernels kernels_avx512bf16;
 extern const Kernels kernels_avx512f;
 extern const Kernels kernels_avx2;
 #endif

@@ -142,8 +142,14 @@ void matmul_tile(const MatmulJob& job, int64_t row, int64_t column, const float*
     const float* chunk_B = job.B + matmul_panels(job.columns, job.depth, t, column - job.column);
     for (int64_t j = 0; j < columns; j += kOuterColumns) {
       for (int64_t i = diagonal ? j / kOuterRows * kOuterRows : 0; i < rows; i += kOuterRows) {
-        outer_tile(chunk_A + i * count, chunk_B + j * count, count, scratch + i * stride + j,
-                   stride);
+        const float* A_panel = chunk_A + i * count;
+        const float* B_panel = chunk_B + j * count;
+        float* corner = scratch + i * stride + j;
+        if (a.pairs) {
+          outer_tile<true>(A_panel, B_panel, count, corner, stride);
+        } else {
+          outer_tile<false>(A_panel, B_panel, count, corner, stride);
+        }
       }
     }
   }

@@ -20,9 +20,10 @@ constexpr int kOuterRows = 3, kOuterVectors = 4;
 constexpr int kOuterColumns = kOuterVectors * kLanes;
 constexpr int64_t kPackColumns = 96;
 
-// C[r, j] += sum, where sum = fma(A[t, r], B[t, j], sum) for t = 0 .. count-1 from sum = 0.
-// A: [count, kOuterRows]; B: [count, kOuterColumns]; C: [kOuterRows, kOuterColumns], rows C_stride
-// apart.
+// C[r, j] += sum, where sum = fma(A[t, r], B[t, j], sum) for t = 0 .. count-1 from sum = 0; or,
+// where elements are pairs of bf16, fmadd_pairs() in place of fma. A: [count, kOuterRows]; B:
+// [count, kOuterColumns]; C: [kOuterRows, kOuterColumns], rows C_stride apart.
+template <bool kPairs = false>
 void outer_tile(const float* A, const float* B, int64_t count, float* C, int64_t C_stride) {
   VecF sum[kOuterRows][kOuterVectors] = {};
   for (int64_t t = 0; t < count; ++t) {
@@ -33,7 +34,9 @@ void outer_tile(const float* A, const float* B, int64_t count, float* C, int64_t
     for (int r = 0; r < kOuterRows; ++r) {
       const VecF a = splat(A[r]);
       HF_GPTQ_UNROLL
-      for (int v = 0; v < kOuterVectors; ++v) sum[r][v] = fmadd(b[v], a, sum[r][v]);
+      for (int v = 0; v < kOuterVectors; ++v) {
+        sum[r][v] = kPairs ? fmadd_pairs(b[v], a, sum[r][v]) : fmadd(b[v], a, sum[r][v]);
+      }
     }
     A += kOuterRows;
     B += kOuterColumns;

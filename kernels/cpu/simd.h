@@ -113,6 +113,19 @@ HF_GPTQ_INLINE bool differs(VecF a, VecF b) {
 
 #endif
 
+// c + a.upper * b.upper, then + a.lower * b.lower, for lanes that are pairs of bf16.
+#if defined(HF_GPTQ_SIMD_BF16)
+HF_GPTQ_INLINE VecF fmadd_pairs(VecF a, VecF b, VecF c) {
+  return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+}
+#else
+HF_GPTQ_INLINE VecF upper_bf16(VecF a) { return (VecF)((VecU)a & 0xffff0000u); }
+HF_GPTQ_INLINE VecF lower_bf16(VecF a) { return (VecF)((VecU)a << 16); }
+HF_GPTQ_INLINE VecF fmadd_pairs(VecF a, VecF b, VecF c) {
+  return fmadd(lower_bf16(a), lower_bf16(b), fmadd(upper_bf16(a), upper_bf16(b), c));
+}
+#endif
+
 // For short copies of unknown length, where GCC may choose a string instruction over vectors.
 HF_GPTQ_INLINE void copy_floats(const float* src, int64_t count, float* dst) {
   int64_t i = 0;

@@ -23,7 +23,7 @@
 extern "C" {
 #endif
 
-#define HF_GPTQ_ABI_VERSION 3
+#define HF_GPTQ_ABI_VERSION 4
 
 enum hf_gptq_dtype {
   HF_GPTQ_FP32 = 0,
@@ -160,6 +160,10 @@ HF_GPTQ_API int hf_gptq_repack(const int32_t* src,        // words, see layout.h
 //
 // "portable" rounds product and sum of each fma separately. An element of C has the same bits
 // whatever M, N, the strides and the number of threads are.
+//
+// With dtype HF_GPTQ_BF16 every element of A and of B is a pair of bf16 in its 32 bits, and a
+// product of two the sum of two: that of the upper halves is added first, then that of the lower.
+// Products of bf16 are exact in fp32. "avx512bf16" treats subnormal numbers as zero.
 HF_GPTQ_API int hf_gptq_matmul(const float* A,           // [M, K]
                                int64_t a_row_stride,     // elements from A[m, k] to A[m + 1, k]
                                int64_t a_column_stride,  // elements from A[m, k] to A[m, k + 1]
@@ -167,9 +171,10 @@ HF_GPTQ_API int hf_gptq_matmul(const float* A,           // [M, K]
                                int64_t b_row_stride,     // elements
                                int64_t b_column_stride,  // elements
                                int64_t M, int64_t N, int64_t K,  // >= 0
-                               float* C,                         // [M, N], see hf_gptq_matmul_mode
-                               int64_t c_row_stride,             // elements, >= N
-                               int32_t mode);                    // hf_gptq_matmul_mode
+                               int32_t dtype,  // of A and B: HF_GPTQ_FP32, or HF_GPTQ_BF16 in pairs
+                               float* C,       // [M, N], see hf_gptq_matmul_mode
+                               int64_t c_row_stride,  // elements, >= N
+                               int32_t mode);         // hf_gptq_matmul_mode
 
 // The upper triangular U with H^-1 = U^T U, in fp32: H = R R^T with R upper triangular, U = R^-1.
 //

@@ -17,7 +17,7 @@ from hf_gptq_plugin.solve.gptq import solve
 from hf_gptq_plugin.solve.hessian import Hessian
 
 UNIT = 2.0**-24  # half the distance from 1 to the next number
-ISAS = ("avx512f", "avx2", "portable")
+ISAS = ("avx512bf16", "avx512f", "avx2", "portable")
 # Every side alone, ragged in tiles (12 x 32) and packs (96); then beyond a chunk (256), a depth (1024), a block (1536).
 SHAPES = [
     (1, 1, 1),
@@ -122,10 +122,11 @@ def test_instruction_sets_with_fma_give_the_same_bits(load: Callable, monkeypatc
     a, b = torch.randn(50, 600), torch.randn(600, 70)
     matrix = well_conditioned(300)
     results = []
-    for isa in ("avx512f", "avx2"):
+    for isa in ("avx512bf16", "avx512f", "avx2"):
         use(isa, load, monkeypatch)
         results.append((linalg.matmul(a, b), linalg.inverse_factor(matrix)))
-    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    for found in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found, results[0], strict=True))
 
 
 @pytest.mark.parametrize(("tokens", "columns"), [(1, 1), (5, 129), (300, 70), (1300, 13), (30, 1700)])
@@ -144,6 +145,37 @@ def test_gram(implementation: str, tokens: int, columns: int) -> None:
     cross = torch.ones(columns, y.shape[1])
     linalg.add_gram(cross, x, y)
     assert_within_rounding(cross, x.T, y, 1.0)
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 1), (5, 129), (300, 70), (1301, 13), (30, 1700)])
+def test_gram_of_bf16(implementation: str, tokens: int, columns: int) -> None:
+    """As that of the same numbers in fp32: their products are exact, so that sums alone round."""
+    x = (torch.randn(tokens, columns) * 2.0 ** torch.randint(-20, 20, (columns,))).bfloat16()
+    y = torch.randn(tokens, columns // 2 + 1).bfloat16()
+    total, cross = torch.zeros(columns, columns), torch.ones(columns, y.shape[1])
+    linalg.add_gram(total, x)
+    linalg.add_gram(cross, x, y)
+    assert_within_rounding(total, x.T.float(), x.float())
+    assert_within_rounding(cross, x.T.float(), y.float(), 1.0)
+    if implementation != "pytorch":
+        assert torch.equal(total, total.T)
+    strided = torch.zeros(columns, columns)
+    linalg.add_gram(strided, x.T.contiguous().T)
+    assert torch.equal(strided, total)
+
+
+@needs_library
+def test_instruction_sets_give_the_same_bits_for_bf16(load: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.randn(700, 130).bfloat16(), torch.randn(700, 70).bfloat16()
+    results = []
+    for isa in ("avx512bf16", "avx512f", "avx2"):
+        use(isa, load, monkeypatch)
+        total, cross = torch.zeros(130, 130), torch.zeros(130, 70)
+        linalg.add_gram(total, x)
+        linalg.add_gram(cross, x, y)
+        results.append((total, cross))
+    for found in results[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(found, results[0], strict=True))
 
 
 @pytest.mark.parametrize("size", [1, 7, 12, 13, 129, 192, 193, 577])
@@ -247,6 +279,7 @@ def test_threads_change_no_bit() -> None:
     def run() -> list[Tensor]:
         gram, cross = square.clone(), square.clone()
         linalg.add_gram(gram, x)
+        linalg.add_gram(gram, x.bfloat16())
         linalg.add_gram(cross, x, x.flip(0))
         upper = linalg.inverse_factor(matrix)
         assert upper is not None
