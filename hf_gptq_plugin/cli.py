@@ -82,6 +82,13 @@ def quantize(
             help=f"One of {', '.join(PRESETS)}. fast: less time, higher perplexity; best: lower perplexity, more time."
         ),
     ] = _DEFAULT["preset"],
+    generated: Annotated[
+        float | None,
+        typer.Option(
+            help="Windows that the model writes itself, as a multiple of the samples; 0 with --low-memory.",
+            rich_help_panel=_PRESETS,
+        ),
+    ] = None,
     propagation: Annotated[
         float | None,
         typer.Option(help="How much of earlier layers' error a layer takes over, 0 to 1.", rich_help_panel=_PRESETS),
@@ -145,8 +152,8 @@ def quantize(
     dataset = calibration if method == "gptq" else None
     config = GPTQConfig(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, dataset=dataset, samples=samples, seqlen=seqlen,
-        seed=seed, method=method, preset=preset, propagation=propagation, descent=descent, refit=refit,
-        block_epochs=block_epochs, model_epochs=0 if low_memory and model_epochs is None else model_epochs, order=order,
+        seed=seed, method=method, preset=preset, generated=generated, propagation=propagation, descent=descent,
+        refit=refit,        block_epochs=block_epochs, model_epochs=model_epochs, order=order,
         scale_search=scale_search, damp_percent=damp_percent, format=checkpoint_format, lm_head=lm_head,
         low_memory=low_memory,
     )  # fmt: skip

@@ -17,18 +17,20 @@ from .version import __version__
 __all__ = ["GPTQConfig"]
 
 _SOLVER = SolveSettings()  # the defaults of the fields below that are the solver's
-_STEPS = ("propagation", "descent", "refit", "block_epochs", "model_epochs")  # what presets decide
+_STEPS = ("generated", "propagation", "descent", "refit", "block_epochs", "model_epochs")  # what presets decide
+_WHOLE_MODEL = ("generated", "model_epochs")  # those that need all of the model in memory
 
 # How much a calibration does: time for perplexity.
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"propagation": 0.0, "descent": 0, "refit": False, "block_epochs": 0, "model_epochs": 0},
+    "fast": {"generated": 0.0, "propagation": 0.0, "descent": 0, "refit": False, "block_epochs": 0, "model_epochs": 0},
     "balanced": {
+        "generated": 0.25,
         **{name: getattr(_SOLVER, name) for name in ("propagation", "descent", "refit")},
         "block_epochs": 0,
         "model_epochs": 0,
     },
 }
-PRESETS["best"] = {**PRESETS["balanced"], "block_epochs": 4, "model_epochs": 4}
+PRESETS["best"] = {**PRESETS["balanced"], "generated": 1.0, "block_epochs": 2, "model_epochs": 2}
 
 METHODS = ("gptq", "rtn", "hqq")
 PACKINGS = ("auto", "concat", "each")
@@ -36,8 +38,8 @@ PACKINGS = ("auto", "concat", "each")
 # What only a calibration needs. It is recorded under `meta`, never written as fields: readers would not know them,
 # and a tokenizer or a whole data set does not belong into a config.json.
 _CALIBRATION = (
-    "tokenizer", "dataset", "method", "samples", "seqlen", "seed", "packing", "preset", "order", "scale_search",
-    "blocksize", "propagation", "descent", "refit", "block_epochs", "model_epochs",
+    "tokenizer", "dataset", "method", "samples", "seqlen", "seed", "packing", "preset", "generated", "order",
+    "scale_search",    "blocksize", "propagation", "descent", "refit", "block_epochs", "model_epochs",
     "min_expert_tokens", "journal", "low_memory",
 )  # fmt: skip
 # Fields of the stock config that describe how others quantize or load; they say nothing about a checkpoint.
@@ -72,6 +74,9 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         preset: "balanced" takes every step of the solver; "fast" leaves out those after the column loop and the dense
             model's forward pass; "best" is "balanced" and then learns by gradient descent, for some times as long. The
             fields below override it one by one.
+        generated: windows that the dense model writes itself and that are used beside the samples, as a multiple of
+            their number; needs the model in memory. A text shows what its own domain asks of the weights, this what
+            all others do. Models that do not write text are calibrated without. See `calibrate.generate`.
         order: "hessian" or "natural", see `SolveSettings`.
         scale_search: "mse", "minmax", "percentile" or "entropy", see `choose_scales`.
         blocksize: columns per lazy batch of the solver.
@@ -85,7 +90,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         journal: a folder. Finished blocks are written to it, and the same job goes on from there after it was
             interrupted. It can be deleted once the model is saved.
         low_memory: keep on disk whatever is not worked on: the model's blocks and the activations. For models that
-            are larger than memory.
+            are larger than memory. Presets leave out what needs all of the model then (generated, model_epochs).
         min_expert_tokens: a layer of a mixture's expert that the router sends fewer calibration tokens leans on all
             tokens of its layer as well, as though they had been sent to it; None for twice its in_features.
         **stock: see `transformers.GPTQConfig`. An unknown name raises TypeError.
@@ -94,6 +99,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         ValueError: a value that is not supported, naming the field and what is accepted.
     """
 
+    generated: float
     propagation: float
     descent: int
     refit: bool
@@ -122,6 +128,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         order: str = _SOLVER.order,
         scale_search: str = _SOLVER.scale_search,
         blocksize: int = _SOLVER.blocksize,
+        generated: float | None = None,
         propagation: float | None = None,
         descent: int | None = None,
         refit: bool | None = None,
@@ -139,8 +146,10 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         if preset not in PRESETS:
             raise ValueError(f"preset={preset!r} is not known; use one of {', '.join(PRESETS)}")
         self.preset = preset
-        for name, value in zip(_STEPS, (propagation, descent, refit, block_epochs, model_epochs), strict=True):
-            setattr(self, name, PRESETS[preset][name] if value is None else value)
+        asked = (generated, propagation, descent, refit, block_epochs, model_epochs)
+        for name, value in zip(_STEPS, asked, strict=True):
+            usual = 0 if low_memory and name in _WHOLE_MODEL else PRESETS[preset][name]
+            setattr(self, name, usual if value is None else value)
         self.journal = None if journal is None else str(journal)
         self.low_memory = low_memory
         self.dynamic = dict(dynamic or {})
@@ -215,11 +224,14 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         few = self.min_expert_tokens
         if few is not None and (type(few) is not int or few < 1):
             raise ValueError(f"min_expert_tokens={few!r} must be an integer of at least 1, or None")
-        if self.low_memory and self.model_epochs and self.method == "gptq":
-            raise ValueError(
-                f"model_epochs={self.model_epochs} tunes the whole model at once, and low_memory=True holds one block "
-                "at a time; set model_epochs=0"
-            )
+        if type(self.generated) not in (int, float) or not 0 <= self.generated < float("inf"):
+            raise ValueError(f"generated={self.generated!r} must be a number of at least 0")
+        for name in _WHOLE_MODEL if self.low_memory and self.method == "gptq" else ():
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} needs the whole model at once, and low_memory=True holds one block "
+                    f"at a time; set {name}=0"
+                )
         if not isinstance(self.lm_head, bool):
             raise ValueError(f"lm_head={self.lm_head!r} is not supported; use True or False")
         if self.backend is None:
@@ -285,6 +297,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         solver: dict[str, Any] = {"method": self.method, "scale_search": self.scale_search}
         if self.method == "gptq":
             solver |= {
+                "generated": self.generated,
                 "order": self.order,
                 "static_groups": True,
                 "propagation": self.propagation,

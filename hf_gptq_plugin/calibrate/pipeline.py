@@ -24,6 +24,7 @@ from . import processes
 from .blocks import dense_twin, layer_hessian, quantize_block, replace_layer, solve_layer
 from .chains import find_chains
 from .experts import layouts, refuse_unknown, routers, unfuse_experts
+from .generate import generated_windows
 from .journal import Hiddens, Journal, fingerprint
 from .offload import FileTensors, Offloaded, attach, execution_device
 from .plan import Plan
@@ -47,7 +48,7 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
     Args:
         model: a Transformers model; its blocks' linear layers (and its output embedding, where asked) are replaced
             in place. On an error it is left partly quantized and must not be used.
-        windows: calibration token ids, int64 `[tokens]` each.
+        windows: calibration token ids, int64 `[tokens]` each; `plan.generated` adds some.
         plan: what and how.
 
     Returns:
@@ -63,6 +64,8 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
     model.eval()
     try:
         windows = processes.share(windows)
+        count, seed = round(plan.generated * len(windows)), plan.seed + (processes.rank() << 32)
+        windows = [*windows, *generated_windows(model, windows, count, seed)]
         chains = find_chains(model, windows[0], plan.block_name)
         journal = _journal(model, chains, windows, plan)
         separate_experts(model, chains, plan)

@@ -22,6 +22,8 @@ class Plan:
         block_name: name of the list of blocks; None to find it.
         min_expert_tokens: experts that the router sends fewer tokens lean on all of their layer, see
             `expert_hessians`; None for twice a layer's in_features.
+        generated: windows that the dense model writes itself, as a multiple of those given, see `generated_windows`.
+        seed: of what is drawn for them.
         tuning: what is learned after the solver.
         journal: folder that finished blocks are written to, and gone on from; None for no journal.
         low_memory: keep on disk whatever is not worked on: activations, and finished blocks where their weights were
@@ -34,6 +36,8 @@ class Plan:
     modules: list[list[str]] | None = None
     block_name: str | None = None
     min_expert_tokens: int | None = None
+    generated: float = 0.0
+    seed: int = 0
     tuning: TuneSettings = field(default_factory=TuneSettings)
     journal: Path | None = None
     low_memory: bool = False

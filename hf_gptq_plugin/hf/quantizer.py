@@ -216,6 +216,8 @@ class GptqQuantizer(HfQuantizer):
             modules=modules,
             block_name=config.block_name_to_quantize,
             min_expert_tokens=config.min_expert_tokens,
+            generated=config.generated,
+            seed=config.seed,
             tuning=config.tuning,
             journal=None if config.journal is None else Path(config.journal),
             low_memory=config.low_memory,

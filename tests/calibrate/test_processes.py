@@ -36,7 +36,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("fields", ["{}", '{"preset": "best", "model_epochs": 1, "block_epochs": 1}'])
+@pytest.mark.parametrize("fields", ['{"generated": 0}', '{"preset": "best", "model_epochs": 1, "block_epochs": 1}'])
 def test_two_processes(fields: str, tiny: Callable[..., Path], windows: list[list[int]], tmp_path: Path) -> None:
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
@@ -54,18 +54,19 @@ def test_two_processes(fields: str, tiny: Callable[..., Path], windows: list[lis
         out, err = child.communicate(timeout=300)
         assert child.returncode == 0, err
         printed.append(out)
-    # 8 windows of 32 tokens: every Hessian has seen those of both processes.
+    # 8 windows of 32 tokens: every Hessian has seen those of both processes; and as many that both have written.
+    tokens = 256 if "generated" in fields else 512
     assert sorted(printed) == [
-        f'{{"rank": {rank}, "count": 2, "tokens": [256]}}\n' for rank in range(2)
+        f'{{"rank": {rank}, "count": 2, "tokens": [{tokens}]}}\n' for rank in range(2)
     ]  # fmt: skip
     one, other = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
-    if fields == "{}":
+    if "generated" in fields:
         import transformers
 
         from hf_gptq_plugin import GPTQConfig
 
-        config = GPTQConfig(bits=4, group_size=32, dataset=windows, samples=8)
+        config = GPTQConfig(bits=4, group_size=32, dataset=windows, samples=8, generated=0)
         alone = transformers.AutoModelForCausalLM.from_pretrained(
             tiny("llama"), dtype=torch.float32, quantization_config=config
         )

@@ -454,8 +454,10 @@ def test_low_memory_leaves_blocks_on_disk(tiny: Callable[..., Path], windows: li
 
 
 def test_low_memory_refuses_what_contradicts_it(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
-    with pytest.raises(ValueError, match="model_epochs=4 tunes the whole model at once, and low_memory=True"):
-        GPTQConfig(preset="best", low_memory=True)
+    for name in ("model_epochs", "generated"):
+        assert getattr(GPTQConfig(preset="best"), name) > 0 == getattr(GPTQConfig(preset="best", low_memory=True), name)
+        with pytest.raises(ValueError, match=f"{name}=1 needs the whole model at once, and low_memory=True"):
+            GPTQConfig(low_memory=True, **{name: 1})
     config = GPTQConfig(group_size=32, dataset=windows, samples=8, low_memory=True)
     with pytest.raises(ValueError, match="device_map='auto' and low_memory=True both say where blocks go"):
         AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config=config, device_map="auto")

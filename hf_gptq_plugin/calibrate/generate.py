@@ -1,0 +1,101 @@
+"""Calibration text that the dense model writes itself.
+
+A text shows what its own domain asks of the weights. What a model samples comes from all that it was trained on, and
+costs nothing but time (Liu et al. 2023, LLM-QAT; Williams et al. 2024).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .sources import CalibrationError
+from .threads import in_order
+from .walk import input_device
+
+logger = logging.getLogger(__name__)
+
+# Tokens written in one go. A window holds several such pieces, as windows of joined texts do: writing takes time that
+# grows faster than the length, and every piece begins somewhere else.
+PIECE = 128
+# Pieces written side by side, by one thread whatever the number of threads: products of other sizes round otherwise,
+# and a text goes another way from there.
+_BATCH = 32
+
+
+@torch.no_grad()
+def generated_windows(model: Any, windows: list[Tensor], count: int, seed: int) -> list[Tensor]:
+    """Windows sampled from a model at temperature 1, as long as the longest of those given.
+
+    Every piece of `PIECE` tokens begins with a token drawn evenly from those that the given windows hold, behind the
+    one that all of them begin with, if so (BOS).
+
+    Args:
+        model: a dense Transformers model. One that cannot write text (an encoder, an encoder-decoder) gives none.
+        windows: token ids, int64 `[tokens]` each.
+        count: windows to write.
+        seed: of the draws.
+
+    Raises:
+        CalibrationError: the model failed while it wrote.
+    """
+    if not count:
+        return []
+    if not _writes(model):
+        logger.info("%s does not continue text: it is calibrated on the given text alone.", type(model).__name__)
+        return []
+    length = max(map(len, windows))
+    firsts = torch.stack([window[0] for window in windows]).unique()
+    opening = firsts if len(windows) > 1 and len(firsts) == 1 else firsts[:0]
+    size = max(min(PIECE, length), len(opening) + 1)
+    pieces = count * -(-length // size)
+    draw = torch.Generator().manual_seed(seed)
+    known = torch.cat(windows).unique()
+    begun = known[torch.randint(len(known), (pieces, 1), generator=draw)]
+    begun = torch.cat([opening.expand(pieces, -1), begun], 1)
+    device = input_device(model)
+    batches = list(enumerate(begun.split(_BATCH)))
+    try:
+        written = torch.cat(
+            list(in_order(lambda batch: _continued(model, batch, size, seed, device), batches, device.type == "cpu"))
+        )
+    except Exception as error:  # the model's own code, and whatever it calls
+        raise CalibrationError(
+            f"{type(model).__name__} failed to write calibration text ({type(error).__name__}: {error}); set "
+            "generated=0"
+        ) from error
+    return [window.flatten()[:length].clone() for window in written.view(count, -1)]
+
+
+def _writes(model: Any) -> bool:
+    can_generate = getattr(model, "can_generate", None)
+    return can_generate is not None and can_generate() and not model.config.is_encoder_decoder
+
+
+@torch.no_grad()
+def _continued(model: Any, batch: tuple[int, Tensor], size: int, seed: int, device: torch.device) -> Tensor:
+    """Beginnings `[pieces, few]` continued to `[pieces, size]`."""
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    number, begun = batch
+    if begun.shape[1] == size:
+        return begun
+    noise = torch.Generator().manual_seed(seed + 1 + number)
+
+    def sampled(ids: Tensor, logits: Tensor) -> Tensor:
+        """The largest of logits with Gumbel noise is a sample of their softmax. Unlike torch.multinomial behind
+        `do_sample`, it draws from a generator that no other thread uses."""
+        uniform = torch.rand(logits.shape, generator=noise).clamp_(min=torch.finfo(torch.float32).tiny)
+        return logits.float() - uniform.log_().neg_().log_().to(logits.device)
+
+    # A config of its own: the model's may ask for beams or penalties.
+    config = GenerationConfig(max_new_tokens=size - begun.shape[1], do_sample=False, pad_token_id=0, use_cache=True)
+    begun = begun.to(device)
+    out = model.generate(
+        begun, attention_mask=torch.ones_like(begun), generation_config=config,
+        logits_processor=LogitsProcessorList([sampled]),
+    )  # fmt: skip
+    return out.cpu()
