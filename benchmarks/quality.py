@@ -107,7 +107,7 @@ def run(options: argparse.Namespace, work: Path, topics: Path) -> None:
             ours(
                 "quantize", options.model, out, "--bits", bits, "--group-size", options.group_size, "--preset", preset,
                 "--calibration", options.calibration, "--samples", options.samples, "--seqlen", options.seqlen,
-                "--seed", 0, "--dtype", "float32",
+                "--seed", 0,
             )  # fmt: skip
             measure(f"{bits} bit, {preset}", out, seconds=time.perf_counter() - start)
         if options.peer is not None:
