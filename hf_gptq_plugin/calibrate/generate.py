@@ -34,7 +34,8 @@ def generated_windows(model: Any, windows: list[Tensor], count: int, seed: int) 
     one that all of them begin with, if so (BOS).
 
     Args:
-        model: a dense Transformers model. One that cannot write text (an encoder, an encoder-decoder) gives none.
+        model: a dense Transformers model. One that does not continue text (an encoder, an encoder-decoder), or is
+            partly offloaded, gives none.
         windows: token ids, int64 `[tokens]` each.
         count: windows to write.
         seed: of the draws.
@@ -44,8 +45,9 @@ def generated_windows(model: Any, windows: list[Tensor], count: int, seed: int) 
     """
     if not count:
         return []
-    if not _writes(model):
-        logger.info("%s does not continue text: it is calibrated on the given text alone.", type(model).__name__)
+    why = _cannot_write(model)
+    if why:
+        logger.info("%s %s: it is calibrated on the given text alone.", type(model).__name__, why)
         return []
     length = max(map(len, windows))
     firsts = torch.stack([window[0] for window in windows]).unique()
@@ -70,9 +72,14 @@ def generated_windows(model: Any, windows: list[Tensor], count: int, seed: int) 
     return [window.flatten()[:length].clone() for window in written.view(count, -1)]
 
 
-def _writes(model: Any) -> bool:
+def _cannot_write(model: Any) -> str:
+    """Why not, or ""."""
     can_generate = getattr(model, "can_generate", None)
-    return can_generate is not None and can_generate() and not model.config.is_encoder_decoder
+    if can_generate is None or not can_generate() or model.config.is_encoder_decoder:
+        return "does not continue text"
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return "is offloaded, and every token would read all of it"
+    return ""
 
 
 @torch.no_grad()

@@ -66,6 +66,14 @@ def test_what_does_not_continue_text_gives_none(
     assert generated_windows(model, [torch.tensor(w) for w in windows], 2, seed=0) == []
 
 
+def test_an_offloaded_model_gives_none(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
+    model = load(tiny("llama"))
+    given = [torch.tensor(w) for w in windows]
+    assert len(generated_windows(model, given, 2, seed=0)) == 2
+    model.model.layers[1].to("meta")
+    assert generated_windows(model, given, 2, seed=0) == []
+
+
 def test_a_model_that_fails(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(tiny("llama"))
 
