@@ -100,7 +100,7 @@ def test_preparing_for_training_and_checkpointing(model: Any) -> None:
 
 @pytest.mark.skipif(
     Version(version("peft")) < Version(MIN_PEFT_VERSION),
-    reason=f"this Transformers adds adapters only with PEFT {MIN_PEFT_VERSION} or newer, which may not be published yet",
+    reason=f"this Transformers adds adapters only with PEFT {MIN_PEFT_VERSION} or newer, perhaps not published yet",
 )
 def test_an_adapter_added_by_transformers(model: Any) -> None:
     model.add_adapter(lora(target_modules=["q_proj"]))
