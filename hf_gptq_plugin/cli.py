@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 import sys
 import time
+from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from .calibrate.sources import NAMED, CalibrationError, read_text
 from .calibrate.walk import WalkError
 from .config import METHODS as QUANTIZERS
 from .config import PRESETS, GPTQConfig
+from .convert.layouts import TARGETS as LAYOUTS
 from .native import NativeError
 from .solve.gptq import ORDERS
 from .solve.hessian import SolveError
@@ -36,7 +37,7 @@ console = Console(stderr=False)
 # What a user can mend; everything else is a defect of ours and shows its traceback.
 USER_ERRORS = (CalibrationError, JournalError, WalkError, SolveError, NativeError, ValueError, OSError, ImportError)
 
-_DEFAULT = {name: field.default for name, field in inspect.signature(GPTQConfig).parameters.items()}
+_DEFAULT = {name: field.default for name, field in signature(GPTQConfig).parameters.items()}
 _PRESETS = "Steps of the preset, one by one"
 _SOLVER = "Solver"
 
@@ -224,6 +225,125 @@ def evaluate(
 
 
 @app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder, GGUF file, or Hub name.")],
+    values: Annotated[bool, typer.Option(help="Read scales and group indices too, not only headers.")] = True,
+    as_json: Json = False,
+) -> None:
+    """What a checkpoint holds, how large it is, what runs it, and what is wrong with it. Exit code 1 for problems.
+
+    Example: hf-gptq inspect ./smollm2-4bit
+    """
+    from .convert.inspect import inspect as look
+
+    found = look(_folder(model), values)
+    if as_json:
+        print(json.dumps(found.to_dict()))
+        raise typer.Exit(1 if found.problems else 0)
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("format", found.layout + ("" if found.layout == found.label else f" (labelled {found.label})"))
+    table.add_row("architecture", found.architecture)
+    for kind in found.modules:
+        rest = ", ".join(f"{name} {value}" for name, value in kind.items() if name != "modules")
+        table.add_row("modules", f"{kind['modules']}: {rest}")
+    size = found.quantized_bytes + found.dense_bytes
+    table.add_row("weights", f"{found.parameters / 1e6:.1f} M in {size / 1e6:.1f} MB")
+    if found.bf16_bytes:
+        ratio = found.bf16_bytes / max(found.quantized_bytes, 1)
+        table.add_row("quantized part", f"{found.quantized_bytes / 1e6:.1f} MB, {ratio:.2f} times less than in bf16")
+    for stack, answer in found.runs.items():
+        table.add_row(stack, answer)
+    for problem in found.problems:
+        table.add_row("[red]problem[/]", problem)
+    console.print(table)
+    raise typer.Exit(1 if found.problems else 0)
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="Folder or Hub name.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[str, typer.Option(help=f"One of {', '.join(LAYOUTS)}.")],
+    shard: Annotated[float, typer.Option(help="Largest file, in GB.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="Of dense weights: bfloat16, float16, float32.")] = "bfloat16",
+    as_json: Json = False,
+) -> None:
+    """Write a quantized checkpoint in another reader's layout, or its weights dense; what is lost is said.
+
+    Every module is read back from what was written and compared with its source.
+
+    Example: hf-gptq convert ./model-awq ./model-gptq --to gptq_v2
+    """
+    from tqdm.auto import tqdm
+
+    from .convert.source import open_source
+    from .convert.stream import convert as rewrite
+
+    kept = _dtype(dtype)
+    if kept == "auto":
+        raise ValueError("--dtype='auto' is not supported here; use bfloat16, float16 or float32")
+    source = open_source(_folder(model))
+    with tqdm(total=len(source.modules), desc="Converting", unit="layer", disable=as_json) as bar:
+        done = rewrite(source, out, to, max(int(shard * 1e9), 1), kept, lambda outcome: bar.update() and None)
+    lossy = [outcome for outcome in done if not outcome.exact]
+    if as_json:
+        print(json.dumps({"from": source.layout, "to": to, "modules": [vars(outcome) for outcome in done]}))
+        return
+    if source.layout != source.label:
+        console.print(f"The source is labelled {source.label}, and its zero points are {source.layout}: read as such.")
+    if lossy:
+        worst = max(lossy, key=lambda outcome: outcome.error)
+        console.print(
+            f"{len(lossy)} of {len(done)} modules changed: {worst.note}; at most {worst.error:.2e} relative to the "
+            f"weight, in {worst.module}."
+        )
+    else:
+        console.print(f"All {len(done)} modules are what they were, bit for bit in float32.")
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    console.print(f"{out} holds {size / 1e6:.1f} MB as {to}.")
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="Folder or Hub name.")],
+    reference: Annotated[str, typer.Argument(help="Folder or Hub name of what it should be like.")],
+    text: Annotated[Path, typer.Option(help="Text file.")],
+    windows: Annotated[int, typer.Option(help="Windows, from the beginning; 0 for all.")] = 8,
+    seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    max_divergence: Annotated[
+        float | None, typer.Option(help="Exit code 1 where the mean KL divergence per token is larger.")
+    ] = None,
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> None:
+    """Two models side by side on a text: perplexity, KL divergence and agreement on the likeliest next token.
+
+    Example: hf-gptq verify ./smollm2-4bit ./smollm2 --text held-out.txt
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .hf.evaluate import compared, text_windows
+
+    pieces = text_windows(AutoTokenizer.from_pretrained(reference), read_text(text), seqlen, windows or None)
+    first, second = (AutoModelForCausalLM.from_pretrained(name, dtype=_dtype(dtype)) for name in (model, reference))
+    found = compared(first, second, pieces)
+    failed = max_divergence is not None and not found.divergence <= max_divergence
+    if as_json:
+        print(json.dumps({"model": model, "reference": reference, **vars(found)}))
+    else:
+        table = Table(show_header=False)
+        table.add_column(style="bold")
+        table.add_column()
+        table.add_row("perplexity", f"{found.perplexity:.4f}, reference {found.reference_perplexity:.4f}")
+        table.add_row("KL divergence", f"{found.divergence:.3e} per token on average, {found.largest:.3e} at most")
+        table.add_row("same likeliest token", f"{100 * found.agreement:.2f} % of {found.tokens} tokens")
+        console.print(table)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """What is installed, what works, and what to do about what does not. Exit code 1 where something is broken."""
     from . import native
@@ -255,6 +375,20 @@ def demo(
     from .demo import run
 
     run(folder, samples, windows, steps, console)
+
+
+def _folder(model: str) -> Path:
+    """A folder or file as it is; a Hub name as the folder of its snapshot, without anything that is not read."""
+    path = Path(model)
+    if path.exists():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack"]))
+    except HFValidationError:
+        raise ValueError(f"{model!r} is neither a folder nor a Hub name") from None
 
 
 def _dtype(name: str) -> Any:

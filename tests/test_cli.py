@@ -193,3 +193,43 @@ def test_help_as_a_process() -> None:
         cwd=sys.prefix,
     )
     assert done.returncode == 0 and "--group-size" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def four_bit(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("four") / "bit"
+    command = [sys.executable, "-c", "from hf_gptq_plugin.cli import main; main()", "quantize", model, out]
+    subprocess.run(
+        [*map(str, command), "--method", "rtn", "--group-size", "32", "--asym", "--format", "gptq_v2"], check=True
+    )
+    return out
+
+
+def test_inspect(hf_gptq: Run, four_bit: Path, tmp_path: Path) -> None:
+    result = hf_gptq("inspect", four_bit)
+    assert result.code == 0
+    assert "gptq_v2" in result.out and "LlamaForCausalLM" in result.out
+    assert "14: bits 4, group_size 32, sym False, desc_act False" in result.out
+    assert "no: asymmetric, v2 zeros" in result.out
+    found = json.loads(hf_gptq("inspect", four_bit, "--json").out)
+    assert found["layout"] == "gptq_v2" and found["problems"] == []
+    result = hf_gptq("inspect", tmp_path / "no" / "where" / "at all")
+    assert result.code == 1 and "neither a folder nor a Hub name" in result.err
+
+
+def test_convert_and_verify(hf_gptq: Run, four_bit: Path, model: Path, text: Path, tmp_path: Path) -> None:
+    result = hf_gptq("convert", four_bit, tmp_path / "awq", "--to", "awq")
+    assert result.code == 0 and "All 14 modules are what they were" in result.out
+    result = hf_gptq("convert", tmp_path / "awq", tmp_path / "dense", "--to", "dense", "--dtype", "bfloat16")
+    assert "14 of 14 modules changed: weights rounded to bfloat16" in result.out
+    given = json.loads(hf_gptq("convert", tmp_path / "awq", tmp_path / "back", "--to", "gptq_v2", "--json").out)
+    assert given["from"] == "awq" and all(module["exact"] for module in given["modules"])
+
+    settings = ("--text", text, "--windows", 2, "--seqlen", 64)
+    same = json.loads(hf_gptq("verify", tmp_path / "back", four_bit, *settings, "--json").out)
+    assert same["agreement"] == 1 and same["divergence"] == pytest.approx(0, abs=1e-9) and same["tokens"] == 126
+    result = hf_gptq("verify", four_bit, model, *settings, "--max-divergence", 1e-12)
+    assert result.code == 1 and "KL divergence" in result.out
+    assert hf_gptq("verify", four_bit, model, *settings, "--max-divergence", 1e3).code == 0
+    result = hf_gptq("convert", four_bit, tmp_path / "x", "--to", "exl2")
+    assert result.code == 1 and "use one of gptq, gptq_v2" in result.err

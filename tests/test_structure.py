@@ -22,13 +22,14 @@ ALLOWED: dict[str, set[str]] = {
     "nn": {"format", "native"},
     "config": {"format", "solve", "version"},
     "calibrate": {"format", "solve", "nn", "version"},
+    "convert": {"format"},
     "hf": {"format", "solve", "nn", "calibrate", "config"},
     "diagnose": {"native", "hf", "version"},
     "demo": {"config", "format", "hf"},
-    "cli": {"format", "solve", "calibrate", "config", "hf", "native", "diagnose", "demo"},
+    "cli": {"format", "solve", "calibrate", "convert", "config", "hf", "native", "diagnose", "demo"},
     "": {"config", "format", "hf", "nn", "version"},  # the package's own __init__
 }
-WITHOUT_TRANSFORMERS = {"format", "solve", "nn", "native", "version"}
+WITHOUT_TRANSFORMERS = {"convert", "format", "solve", "nn", "native", "version"}
 
 
 def room(module: str) -> str:

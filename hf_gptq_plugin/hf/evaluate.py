@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,3 +53,56 @@ def perplexity(model: Any, windows: list[Tensor], progress: bool = True) -> floa
         count += ids.shape[1] - 1
     model.train(was_training)
     return math.exp(total / count)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model beside its reference on the same tokens.
+
+    Args:
+        perplexity, reference_perplexity: see `perplexity`.
+        divergence: mean `KL(reference | model)` per token, in nats.
+        largest: its largest value for one token.
+        agreement: share of tokens at which both find the same next token likeliest.
+        tokens: predicted tokens.
+    """
+
+    perplexity: float
+    reference_perplexity: float
+    divergence: float
+    largest: float
+    agreement: float
+    tokens: int
+
+
+@torch.no_grad()
+def compared(model: Any, reference: Any, windows: list[Tensor], progress: bool = True) -> Comparison:
+    """Run two models with the same vocabulary on the same windows.
+
+    Args:
+        model, reference: causal language models of Transformers.
+        windows: token ids `[1, tokens]`.
+        progress: show a bar.
+
+    Raises:
+        ValueError: vocabularies of different sizes.
+    """
+    sizes = [m.get_input_embeddings().num_embeddings for m in (model, reference)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"the models have {sizes[0]} and {sizes[1]} tokens; only models of one vocabulary compare")
+    loss, divergence, agreed, count, largest = [0.0, 0.0], 0.0, 0, 0, 0.0
+    for ids in tqdm(windows, desc="Comparing", unit="window", disable=not progress):
+        logs = []
+        for number, each in enumerate((model, reference)):
+            each.eval()
+            logits = each(input_ids=ids.to(each.device), use_cache=False).logits[0, :-1].float().cpu()
+            logs.append(torch.log_softmax(logits, -1))
+            loss[number] += float(torch.nn.functional.nll_loss(logs[-1], ids[0, 1:], reduction="sum"))
+        each_token = (logs[1].exp() * (logs[1] - logs[0])).sum(-1)
+        divergence += float(each_token.sum())
+        largest = max(largest, float(each_token.max()))
+        agreed += int((logs[0].argmax(-1) == logs[1].argmax(-1)).sum())
+        count += ids.shape[1] - 1
+    return Comparison(
+        math.exp(loss[0] / count), math.exp(loss[1] / count), divergence / count, largest, agreed / count, count
+    )

@@ -1,0 +1,234 @@
+"""What a checkpoint folder holds, from its JSON and its safetensors headers: no model is built, no code is run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..format.checkpoint import TensorInfo, agreed_format, read_headers, zero_format
+from ..format.spec import CheckpointError, QuantSpec
+from .layouts import Layout, awq_spec, gptq_specs, layout, pack_quantized_specs
+
+INDEX = "model.safetensors.index.json"
+# Modules whose stored zeros are looked at to tell v1 from v2.
+_LOOKED_AT = 8
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on disk.
+
+    Args:
+        folder: where it lies.
+        config: its config.json.
+        layout: "gptq", "gptq_v2", "awq", "compressed-tensors", "dense", or another `quant_method` as it is written.
+        label: what the config says, where `layout` is what the tensors say.
+        headers: all tensors by name.
+        modules: quantized modules: name to tensors by short name.
+        specs: per quantized module.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    layout: str
+    label: str
+    headers: dict[str, TensorInfo]
+    modules: dict[str, dict[str, TensorInfo]]
+    specs: dict[str, QuantSpec]
+
+    def tensors(self, module: str) -> dict[str, Tensor]:
+        """The tensors of a quantized module by short name."""
+        return {leaf: load(info, f"{module}.{leaf}") for leaf, info in self.modules[module].items()}
+
+    @property
+    def dense_linears(self) -> list[str]:
+        """Modules with a dense matrix in a numbered block, and the output embedding: what writers of other layouts must
+        name as not quantized. Headers do not tell a linear layer from another matrix; naming one too many is harmless.
+        """
+        found = []
+        for name, info in self.headers.items():
+            module, _, leaf = name.rpartition(".")
+            numbered = any(part.isdigit() for part in module.split("."))
+            if leaf == "weight" and len(info.shape) == 2 and (numbered or module.endswith("lm_head")):
+                found.append(module)
+        if "lm_head" not in (*found, *self.modules):
+            found.append("lm_head")  # tied
+        return sorted(found)
+
+
+def load(info: TensorInfo, name: str) -> Tensor:
+    """One tensor of a file."""
+    with safe_open(info.file, framework="pt") as handle:
+        return handle.get_tensor(name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file.
+
+    Raises:
+        CheckpointError: no such file, or something else in it.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path.name} cannot be read as JSON ({error}); the checkpoint is incomplete") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path.name} holds a {type(value).__name__}; it must hold a JSON object")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those of the index where there is one.
+
+    Raises:
+        CheckpointError: none, a file of the index that is missing, or a name that leads out of the folder.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+            raise CheckpointError(
+                f"{folder} has no safetensors file"
+                + (f", only {', '.join(others)}; pickled files can run code and are not read" if others else "")
+            )
+        return files
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{INDEX} has no weight_map of tensor names to file names")
+    files = []
+    for name in sorted(set(names.values())):
+        if Path(name).name != name:
+            raise CheckpointError(f"{INDEX} names the file {name!r}; accepted are plain names of files in its folder")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{name} is missing, and {INDEX} names it; the checkpoint is incomplete")
+        files.append(folder / name)
+    return files
+
+
+def open_source(folder: str | Path) -> Source:
+    """Read what a checkpoint folder says about itself, and check it against its tensors' headers.
+
+    Raises:
+        CheckpointError: naming the file, field or tensor.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder")
+    config = read_json(folder / "config.json")
+    quantization = config.get("quantization_config")
+    if quantization is None and (folder / "quantize_config.json").exists():
+        quantization = read_json(folder / "quantize_config.json")
+    if quantization is None:
+        text = config.get("text_config")
+        quantization = text.get("quantization_config") if isinstance(text, dict) else None
+    if quantization is not None and not isinstance(quantization, dict):
+        raise CheckpointError(f"quantization_config must be a JSON object, but it is {quantization!r}")
+    headers = read_headers(weight_files(folder))
+    method = str((quantization or {}).get("quant_method", "gptq" if quantization else "dense"))
+    if method in ("gptq", "hf_gptq"):
+        return _gptq(folder, config, quantization or {}, headers)
+    if method == "awq":
+        spec = awq_spec(quantization or {})
+        modules = _modules(headers, layout("awq"))
+        return Source(folder, config, "awq", "awq", headers, modules, dict.fromkeys(modules, spec))
+    if method == "compressed-tensors":
+        return _pack_quantized(folder, config, quantization or {}, headers)
+    if method == "dense":
+        packed = [n for n in headers if n.rpartition(".")[2] in ("qweight", "weight_packed", "weight_scale_inv")]
+        if packed:
+            raise CheckpointError(
+                f"config.json has no quantization_config, but the checkpoint holds {packed[0]}; restore the config"
+            )
+    return Source(folder, config, method, method, headers, {}, {})
+
+
+def _modules(headers: Mapping[str, TensorInfo], kind: Layout) -> dict[str, dict[str, TensorInfo]]:
+    """Quantized modules by their leaves.
+
+    Raises:
+        CheckpointError: a module without one of the tensors it must have.
+    """
+    found: dict[str, dict[str, TensorInfo]] = {}
+    first = kind.required[0]
+    for name, info in headers.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf in kind.leaves and (f"{module}.{first}" in headers or leaf == "qzeros"):
+            found.setdefault(module, {})[leaf] = info
+    for module, tensors in found.items():
+        for leaf in kind.required:
+            if leaf not in tensors:
+                raise CheckpointError(f"{module}.{leaf} is missing from the checkpoint: fetch it again")
+        for leaf, info in tensors.items():
+            packed = leaf in ("qweight", "qzeros", "weight_packed", "weight_zero_point")
+            scale = leaf in ("scales", "weight_scale")
+            accepted = ("I32",) if packed else ("F16", "BF16", "F32") if scale else ("I32", "I64")
+            if info.dtype not in accepted:
+                raise CheckpointError(f"{module}.{leaf} has dtype {info.dtype}; accepted: {', '.join(accepted)}")
+    if not found:
+        raise CheckpointError(f"quantization_config says {kind.name}, but no module has a {first}")
+    return dict(sorted(found.items()))
+
+
+def _gptq(folder: Path, config: dict[str, Any], quantization: dict[str, Any], headers: dict[str, TensorInfo]) -> Source:
+    checkpoint = gptq_specs(quantization)
+    label = checkpoint.spec.checkpoint_format
+    modules = _modules(headers, layout("gptq"))
+    specs = {}
+    for module in modules:
+        spec = checkpoint.for_module(module)
+        if spec is None:
+            raise CheckpointError(f"{module}.qweight stands in the checkpoint, but a rule of dynamic excludes {module}")
+        specs[module] = spec
+    evidence = {}
+    for module in list(modules)[:: max(1, len(modules) // _LOOKED_AT)]:
+        info = modules[module]
+        tensors = {leaf: load(info[leaf], f"{module}.{leaf}") for leaf in ("qweight", "qzeros")}
+        evidence[module] = zero_format(tensors["qweight"], tensors["qzeros"], specs[module], info["scales"].shape[-1])
+    real = agreed_format(label, evidence)
+    specs = {module: replace(spec, checkpoint_format=real) for module, spec in specs.items()}
+    return Source(folder, config, real, label, headers, modules, specs)
+
+
+def _pack_quantized(
+    folder: Path, config: dict[str, Any], quantization: dict[str, Any], headers: dict[str, TensorInfo]
+) -> Source:
+    groups = pack_quantized_specs(quantization)
+    modules = _modules(headers, layout("compressed-tensors"))
+    specs = {}
+    for module, tensors in modules.items():
+        named = [spec for targets, spec in groups.values() if _targeted(module, targets)]
+        usual = [spec for targets, spec in groups.values() if "Linear" in targets]
+        if not (named or usual):
+            raise CheckpointError(f"{module}.weight_packed belongs to none of config_groups' targets")
+        spec = (named or usual)[0]
+        if ("weight_zero_point" in tensors) == spec.sym:
+            raise CheckpointError(
+                f"{module} has {'a' if spec.sym else 'no'} weight_zero_point, but config_groups says "
+                f"symmetric={spec.sym}"
+            )
+        specs[module] = replace(spec, desc_act="weight_g_idx" in tensors)
+    return Source(folder, config, "compressed-tensors", "compressed-tensors", headers, modules, specs)
+
+
+def _targeted(module: str, targets: list[str]) -> bool:
+    """Whether a target names a module: by name, or as a regex behind "re:"."""
+    import re
+
+    for target in targets:
+        if target == module or (target.startswith("re:") and re.match(target[3:], module)):
+            return True
+    return False
+
+
+def stored_bytes(info: TensorInfo) -> int:
+    """Size of a tensor."""
+    width = 8 if info.dtype.endswith("64") else 4 if info.dtype.endswith("32") else 2 if "16" in info.dtype else 1
+    return width * int(torch.Size(info.shape).numel())

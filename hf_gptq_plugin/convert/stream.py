@@ -1,0 +1,186 @@
+"""Rewrite a checkpoint in another layout, module by module: memory holds one shard that is being filled."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..format.checkpoint import write_json, written_whole
+from ..format.grid import QuantizedWeight, natural_groups
+from ..format.spec import CheckpointError, QuantSpec
+from .layouts import Dense, Layout, layout
+from .source import INDEX, Source, load
+
+SHARD = 1_000_000_000  # bytes
+# What goes along: no checkpoints of other frameworks, no model card, which describes the source.
+_CARRIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".vocab", ".merges")
+_NOT_CARRIED = ("config.json", "quantize_config.json", INDEX, "calibration.json")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What became of one quantized module.
+
+    Args:
+        module: its name.
+        exact: every weight is bit for bit what it was, computed in fp32.
+        error: norm of the difference relative to the norm of the weight.
+        note: what was lost, or "".
+    """
+
+    module: str
+    exact: bool
+    error: float
+    note: str
+
+
+def convert(
+    source: Source, out: str | Path, target: str, shard: int = SHARD, dtype: torch.dtype = torch.bfloat16,
+    progress: Callable[[Converted], None] | None = None,
+) -> list[Converted]:  # fmt: skip
+    """Write `source` in another layout, or in shards of another size.
+
+    Every module is read back from what was written of it and compared with its source.
+
+    Args:
+        source: see `open_source`.
+        out: folder to write; another one than the source's.
+        target: one of `layouts.TARGETS`.
+        shard: bytes per file; a tensor that is larger gets a file of its own.
+        dtype: of dense weights.
+        progress: called with every module.
+
+    Raises:
+        CheckpointError: a module that the layout cannot hold; nothing is left at `out`.
+    """
+    folder = Path(out)
+    if folder.is_file():
+        raise ValueError(f"OUT={str(folder)!r} is a file; name a folder")
+    if folder.exists() and folder.resolve() == source.folder.resolve():
+        raise ValueError(f"OUT={str(folder)!r} is the source; name another folder")
+    if shard < 1:
+        raise ValueError(f"shard={shard} must be at least 1 byte")
+    if not source.modules and target != source.layout:
+        raise CheckpointError(f"{source.folder} is {source.layout}: there is nothing in it to convert to {target}")
+    kind = layout(target, dtype)
+    done: list[Converted] = []
+    specs: dict[str, QuantSpec] = {}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        belonging = {f"{module}.{leaf}" for module, leaves in source.modules.items() for leaf in leaves}
+        for name in sorted(source.headers, key=lambda n: (source.headers[n].file, n)):
+            if name not in belonging:
+                value = load(source.headers[name], name)
+                yield name, value.to(dtype) if target == "dense" and value.is_floating_point() else value
+        for module in source.modules:
+            weight = _natural(_read(source, module))
+            written = kind.write(module, weight)
+            specs[module] = _spec(weight, kind)
+            outcome = _compared(module, weight, written, kind, specs[module])
+            done.append(outcome)
+            if progress is not None:
+                progress(outcome)
+            yield from ((f"{module}.{leaf}", value.contiguous()) for leaf, value in written.items())
+
+    with written_whole(folder) as staging:
+        _write_shards(staging, tensors(), shard)
+        config = {k: v for k, v in source.config.items() if k != "quantization_config"}
+        if isinstance(config.get("text_config"), dict):
+            config["text_config"] = {k: v for k, v in config["text_config"].items() if k != "quantization_config"}
+        described = kind.config(specs, source.dense_linears) if specs else None
+        if described is not None:
+            config["quantization_config"] = described
+            if target in ("gptq", "gptq_v2"):
+                write_json(staging / "quantize_config.json", described)
+        elif target == "dense":
+            config["dtype"] = str(dtype).removeprefix("torch.")
+            config.pop("torch_dtype", None)
+        if target in ("awq",):
+            config["dtype"] = "float16"
+            config.pop("torch_dtype", None)
+        write_json(staging / "config.json", config)
+        for path in sorted(source.folder.iterdir()):
+            carried = path.suffix in _CARRIED or path.name.upper().startswith(("LICENSE", "NOTICE"))
+            if path.is_file() and carried and path.name not in _NOT_CARRIED:
+                shutil.copyfile(path, staging / path.name)
+    if described is None or target not in ("gptq", "gptq_v2"):
+        (folder / "quantize_config.json").unlink(missing_ok=True)  # of what was there before
+    return done
+
+
+def _read(source: Source, module: str) -> QuantizedWeight:
+    tensors = source.tensors(module)
+    kind = layout(source.layout)
+    if isinstance(kind, Dense):
+        raise CheckpointError(f"{module} is dense; there are no codes to convert")
+    return kind.read(module, tensors, source.specs[module])
+
+
+def _natural(weight: QuantizedWeight) -> QuantizedWeight:
+    """The same weight, its spec saying no more than it needs: in act-order and asymmetric only where it is."""
+    spec = weight.spec
+    trivial = torch.equal(weight.group, natural_groups(weight.group.numel(), spec.group_size))
+    middle = bool((weight.zeros == 2 ** (spec.bits - 1)).all())
+    return replace(weight, spec=replace(spec, desc_act=not trivial, sym=middle))
+
+
+def _spec(weight: QuantizedWeight, kind: Layout) -> QuantSpec:
+    fmt = kind.name if kind.name in ("gptq", "gptq_v2") else "gptq"
+    return replace(weight.spec, checkpoint_format=fmt)
+
+
+def _compared(
+    module: str, weight: QuantizedWeight, written: Mapping[str, Tensor], kind: Layout, spec: QuantSpec
+) -> Converted:
+    """Read a module back from what was written and compare the weights in fp32."""
+    wanted = weight.dequantize()
+    given = written["weight"].float() if isinstance(kind, Dense) else kind.read(module, written, spec).dequantize()
+    difference = float((given - wanted).norm())
+    if not difference:
+        return Converted(module, True, 0.0, "")
+    lost = "weights rounded to " + str(kind.dtype).removeprefix("torch.") if isinstance(kind, Dense) else ""
+    size = float(wanted.norm())
+    return Converted(module, False, difference / size if size else math.inf, lost or "scales rounded to float16")
+
+
+def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: int) -> None:
+    """Tensors to `model.safetensors`, or to numbered files and an index where they are more than `limit` bytes."""
+    files: list[Path] = []
+    places: dict[str, int] = {}
+    held: dict[str, Tensor] = {}
+    size = total = 0
+
+    def flush() -> None:
+        nonlocal size
+        if held:
+            files.append(folder / f"part-{len(files)}")
+            save_file(held, files[-1], metadata={"format": "pt"})
+            held.clear()
+            size = 0
+
+    for name, value in tensors:
+        weight = value.numel() * value.element_size()
+        if size and size + weight > limit:
+            flush()
+        held[name] = value
+        places[name] = len(files)
+        size += weight
+        total += weight
+    flush()
+    if len(files) == 1:
+        os.replace(files[0], folder / "model.safetensors")
+        return
+    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    for path, name in zip(files, names, strict=True):
+        os.replace(path, folder / name)
+    index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": {n: names[i] for n, i in places.items()}}
+    write_json(folder / INDEX, index)

@@ -1,0 +1,191 @@
+"""Whole checkpoints from one layout to another: same weights, same logits, or one error and nothing written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from hf_gptq_plugin import GPTQConfig
+from hf_gptq_plugin.convert.inspect import inspect
+from hf_gptq_plugin.convert.source import open_source
+from hf_gptq_plugin.convert.stream import convert
+from hf_gptq_plugin.format.spec import CheckpointError
+
+IDS = torch.arange(3, 35)[None]
+Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    made: dict[str, Path] = {}
+
+    def make(**fields: Any) -> Path:
+        key = str(sorted(fields.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("source") / "q"
+            config = GPTQConfig(**{"bits": 4, "group_size": 32, "method": "rtn", **fields})
+            model = AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config=config, dtype=torch.float16)
+            model.save_pretrained(made[key])
+        return made[key]
+
+    return make
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model(input_ids=IDS).logits.detach()
+
+
+ROUTES = [
+    ({"sym": False, "format": "gptq_v2"}, "awq", "gptq_v2"),
+    ({"sym": False}, "compressed-tensors", "gptq"),
+    ({"sym": True}, "awq", "gptq"),
+    ({"sym": True, "bits": 3}, "compressed-tensors", "gptq"),
+    ({"sym": True, "bits": 8, "group_size": -1}, "compressed-tensors", "gptq_v2"),
+    ({"sym": True, "bits": 2}, "gptq_v2", "gptq"),
+    ({"sym": True, "dynamic": {r"-:.*down_proj": {}, r"+:.*o_proj": {"bits": 8}}}, "compressed-tensors", "gptq"),
+]
+
+
+@pytest.mark.parametrize(("fields", "there", "back"), ROUTES)
+def test_there_and_back(quantized: Make, tmp_path: Path, fields: dict[str, Any], there: str, back: str) -> None:
+    source = quantized(**fields)
+    outcomes = convert(open_source(source), tmp_path / "there", there)
+    assert len(outcomes) == len(open_source(source).modules)
+    assert all(outcome.exact for outcome in outcomes)
+    assert open_source(tmp_path / "there").layout == there
+    assert all(outcome.exact for outcome in convert(open_source(tmp_path / "there"), tmp_path / "back", back))
+    assert torch.equal(logits(tmp_path / "back"), logits(source))
+    assert open_source(tmp_path / "back").layout == back
+
+
+def test_dense_is_the_dequantized_model(quantized: Make, tmp_path: Path) -> None:
+    source = quantized(sym=True)
+    outcomes = convert(open_source(source), tmp_path / "dense", "dense", dtype=torch.float32)
+    assert all(outcome.exact for outcome in outcomes)
+    assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
+    torch.testing.assert_close(logits(tmp_path / "dense"), logits(source), rtol=1e-5, atol=1e-5)
+    rounded = convert(open_source(source), tmp_path / "bf16", "dense")
+    assert all(0 < outcome.error < 2**-8 and "bfloat16" in outcome.note for outcome in rounded)
+
+
+def test_shards(quantized: Make, tmp_path: Path) -> None:
+    source = quantized(sym=True)
+    convert(open_source(source), tmp_path / "shards", "gptq", shard=20_000)
+    files = sorted((tmp_path / "shards").glob("*.safetensors"))
+    assert len(files) > 3
+    for file in files:
+        tensors = load_file(file)
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        assert size <= 20_000 or len(tensors) == 1
+    assert torch.equal(logits(tmp_path / "shards"), logits(source))
+
+
+def test_bf16_scales_lose_nothing_or_say_so(quantized: Make, tmp_path: Path) -> None:
+    source = shutil.copytree(quantized(sym=False, format="gptq_v2"), tmp_path / "bf16")
+    tensors = load_file(source / "model.safetensors")
+    changed = {n: t.bfloat16() if n.endswith("scales") else t for n, t in tensors.items()}
+    name = next(n for n in sorted(changed) if n.endswith("scales"))
+    changed[name][0, 0] = 2.0**-22 * 1.5  # rounds in fp16, which ends at 2**-24
+    save_file(changed, source / "model.safetensors", metadata={"format": "pt"})
+    outcomes = {o.module: o for o in convert(open_source(source), tmp_path / "awq", "awq")}
+    assert all(outcome.exact for outcome in outcomes.values())  # 1.5 * 2**-22 still has a bit to spare
+    changed[name][0, 0] = 2.0**-24 * 1.5
+    save_file(changed, source / "model.safetensors", metadata={"format": "pt"})
+    outcomes = {o.module: o for o in convert(open_source(source), tmp_path / "awq", "awq")}
+    lossy = [o for o in outcomes.values() if not o.exact]
+    assert [o.module for o in lossy] == [name.removesuffix(".scales")]
+    assert "float16" in lossy[0].note
+    changed[name][0, 0] = 1e6
+    save_file(changed, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"cannot be written as AWQ: it has scales up to"):
+        convert(open_source(source), tmp_path / "none", "awq")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["awq", "bf16"]
+
+
+def test_mislabelled_zeros(quantized: Make, tmp_path: Path) -> None:
+    source = shutil.copytree(quantized(sym=True), tmp_path / "wrong")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["checkpoint_format"] = config["quantization_config"]["format"] = "gptq_v2"
+    (source / "config.json").write_text(json.dumps(config))
+    found = inspect(source)
+    assert found.layout == "gptq"
+    assert "labelled checkpoint_format=gptq_v2, but zero points are stored as gptq" in found.problems[0]
+    convert(open_source(source), tmp_path / "right", "gptq")
+    assert not inspect(tmp_path / "right").problems
+    assert torch.equal(logits(tmp_path / "right"), logits(quantized(sym=True)))
+
+
+def test_inspect_counts(quantized: Make) -> None:
+    found = inspect(quantized(sym=True, dynamic={r"+:.*o_proj": {"bits": 8}}))
+    assert found.modules == [
+        {"modules": 12, "bits": 4, "group_size": 32, "sym": True, "desc_act": False},
+        {"modules": 2, "bits": 8, "group_size": 32, "sym": True, "desc_act": False},
+    ]
+    model = AutoModelForCausalLM.from_pretrained(quantized(sym=True), dtype=torch.float16)
+    assert found.architecture == "LlamaForCausalLM"
+    linear = sum(m.in_features * m.out_features for n, m in model.named_modules() if n.endswith("_proj"))
+    assert found.bf16_bytes == 2 * linear
+    dense = sum(t.numel() * t.element_size() for n, t in model.state_dict().items() if "_proj" not in n)
+    assert found.dense_bytes == dense
+    assert found.runs["hf_gptq_plugin"] == "yes"
+
+
+def broken(source: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(source / "model.safetensors")
+    change(tensors)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_damage_is_named(quantized: Make, tmp_path: Path) -> None:
+    source = shutil.copytree(quantized(sym=True), tmp_path / "damaged")
+    name = "model.layers.1.mlp.up_proj"
+
+    def infinite(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{name}.scales"][1, 2] = float("inf")
+
+    broken(source, infinite)
+    found = inspect(source)
+    assert any(f"{name}.scales[1, 2] is inf" in problem for problem in found.problems)
+    with pytest.raises(CheckpointError, match=r"up_proj\.scales\[1, 2\] is inf"):
+        convert(open_source(source), tmp_path / "out", "gptq_v2")
+    broken(source, lambda tensors: tensors.pop(f"{name}.qzeros"))
+    with pytest.raises(CheckpointError, match=r"up_proj\.qzeros is missing"):
+        open_source(source)
+    assert [p.name for p in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_folders_that_are_none(quantized: Make, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        open_source(tmp_path / "nowhere")
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled/config.json").write_text("{}")
+    (tmp_path / "pickled/pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="pickled files can run code"):
+        open_source(tmp_path / "pickled")
+    source = shutil.copytree(quantized(sym=True), tmp_path / "escaping")
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"'\.\./model\.safetensors'; accepted are plain names"):
+        open_source(source)
+    good = open_source(quantized(sym=True))
+    with pytest.raises(ValueError, match="is the source"):
+        convert(good, good.folder, "gptq_v2")
+    with pytest.raises(ValueError, match="use one of gptq, gptq_v2"):
+        convert(good, tmp_path / "out", "marlin")
+
+
+def test_an_old_checkpoint_there_is_replaced_whole(quantized: Make, tmp_path: Path) -> None:
+    source = open_source(quantized(sym=True))
+    convert(source, tmp_path / "out", "gptq", shard=20_000)
+    convert(source, tmp_path / "out", "compressed-tensors")
+    assert [p.name for p in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+    assert not (tmp_path / "out/quantize_config.json").exists()
+    assert open_source(tmp_path / "out").layout == "compressed-tensors"
