@@ -23,13 +23,14 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"format", "solve", "version"},
     "calibrate": {"format", "solve", "nn", "version"},
     "convert": {"format"},
-    "hf": {"format", "solve", "nn", "calibrate", "config"},
+    "train": {"format", "nn"},
+    "hf": {"format", "solve", "nn", "calibrate", "config", "convert", "train"},
     "diagnose": {"native", "hf", "version"},
     "demo": {"config", "format", "hf"},
-    "cli": {"format", "solve", "calibrate", "convert", "config", "hf", "native", "diagnose", "demo"},
+    "cli": {"format", "solve", "calibrate", "convert", "train", "config", "hf", "native", "diagnose", "demo"},
     "": {"config", "format", "hf", "nn", "version"},  # the package's own __init__
 }
-WITHOUT_TRANSFORMERS = {"convert", "format", "solve", "nn", "native", "version"}
+WITHOUT_TRANSFORMERS = {"convert", "train", "format", "solve", "nn", "native", "version"}
 
 
 def room(module: str) -> str:

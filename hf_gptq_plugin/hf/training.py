@@ -1,0 +1,271 @@
+"""The whole loop: find out what a model is, quantize it if need be, train, evaluate, export, and check the export."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..calibrate.data import calibration_windows
+from ..calibrate.sources import CalibrationError
+from ..config import GPTQConfig
+from ..convert.source import open_source
+from ..convert.stream import convert
+from ..format.checkpoint import written_whole
+from ..nn.linear import QuantLinear
+from ..train.layers import require_rank
+from ..train.loop import TrainingError, TrainSettings, mean_loss, train
+from ..train.methods import METHODS, attach, export, targeted, trained
+from .saving import save_checkpoint
+
+logger = logging.getLogger(__name__)
+
+LORA_RATE = 2e-4
+TRAINABLE = ("lora", *METHODS)
+ADAPTER = "adapter"
+# Of the exported model's logits to the trained one's, relative to the largest: the same weights in another order.
+_CLOSE = 1e-3
+
+
+@dataclass(frozen=True)
+class Data:
+    """What to train and to evaluate on.
+
+    Args:
+        train: see `calibrate.sources.read_samples`.
+        held_out: the same, for evaluation; None keeps a tenth of the windows of `train` back.
+        samples: most windows.
+        seqlen: tokens per window.
+        packing: see `calibration_windows`.
+    """
+
+    train: Any
+    held_out: Any = None
+    samples: int = 256
+    seqlen: int = 256
+    packing: str = "auto"
+
+
+@dataclass
+class Outcome:
+    """What a training came to.
+
+    Args:
+        method: its name.
+        layers: how many layers learn.
+        parameters: how many numbers.
+        before, after: held-out loss per token.
+        losses: of every step.
+        difference: largest difference of the exported model's logits from the trained one's, relative to the largest.
+        folder: the checkpoint; for adapters, where it was made here, else the model's own.
+        adapter: the adapter's folder, or None.
+    """
+
+    method: str
+    layers: int
+    parameters: int
+    before: float
+    after: float
+    losses: list[float] = field(repr=False)
+    difference: float
+    folder: str
+    adapter: str | None
+
+
+def run(
+    model: str, out: Path, method: str, data: Data, settings: TrainSettings, quantization: Mapping[str, Any],
+    target_modules: list[str] | None = None, options: Mapping[str, Any] | None = None, dtype: Any = torch.float32,
+    progress: Callable[[int, float], None] | None = None,
+) -> Outcome:  # fmt: skip
+    """Train MODEL by one method and write the result to OUT.
+
+    Args:
+        model: folder or Hub name: GPTQ, AWQ, compressed-tensors, or dense.
+        out: folder to write. While training goes on, its state is beside it; the same job goes on from there.
+        method: "lora", or one of `train.methods.METHODS`.
+        data: what on.
+        settings: how.
+        quantization: fields of `GPTQConfig` for a dense model.
+        target_modules: see `attach`.
+        options: the method's.
+        dtype: of the arithmetic.
+        progress: see `train`.
+
+    Raises:
+        ValueError: a method, option or target that does not exist.
+        TrainingError: a loss that is not finite, or an export that does not answer as the trained model does.
+    """
+    if method not in TRAINABLE:
+        raise ValueError(f"method={method!r} is not known; use one of {', '.join(TRAINABLE)}")
+    if out.is_file():
+        raise ValueError(f"OUT={str(out)!r} is a file; name a folder")
+    options = dict(options or {})
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    windows, held_out = _windows(data, tokenizer, settings.seed)
+    state = out.with_name(f"{out.name}.training")
+    base = state / "base"
+    with ExitStack() as stack:
+        loaded, made = _quantized(model, base, tokenizer, quantization, dtype, stack)
+        given = _attached(loaded, method, target_modules, options)
+        before = mean_loss(given, held_out)
+        losses = train(given, windows, settings, state, progress)
+        after = mean_loss(given, held_out)
+        trainable = sum(p.numel() for p in given.parameters() if p.requires_grad)
+        wanted = _logits(given, held_out[0])
+        adapter = out / ADAPTER if method == "lora" or METHODS[method].exported == "adapter" else None
+        layers = _written(given, loaded, method, options, out, adapter, made, tokenizer, model)
+        folder = str(out) if adapter is None or made else model
+        del given, loaded
+        difference = _difference(wanted, folder, adapter, held_out[0], dtype)
+    if not difference <= _CLOSE:
+        raise TrainingError(
+            f"{out} does not answer as the trained model did: logits differ by {difference:.2e} of the largest. It is "
+            "kept for inspection; please report this"
+        )
+    shutil.rmtree(state, ignore_errors=True)
+    where = None if adapter is None else str(adapter)
+    return Outcome(method, layers, trainable, before, after, losses, difference, folder, where)
+
+
+def _windows(data: Data, tokenizer: Any, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    def read(source: Any, count: int) -> list[Tensor]:
+        return calibration_windows(source, tokenizer, count, data.seqlen, seed, len(tokenizer), data.packing)
+
+    windows = read(data.train, data.samples)
+    if data.held_out is not None:
+        return windows, read(data.held_out, max(1, data.samples // 8))
+    kept = max(1, len(windows) // 10)
+    if len(windows) <= kept:
+        raise CalibrationError(
+            f"the text gives {len(windows)} window of {data.seqlen} tokens, and one is kept back to evaluate on: pass "
+            "more text, shorter windows, or text to evaluate on"
+        )
+    return windows[:-kept], windows[-kept:]
+
+
+def _quantized(
+    model: str, base: Path, tokenizer: Any, quantization: Mapping[str, Any], dtype: Any, stack: ExitStack
+) -> tuple[Any, bool]:
+    """The quantized model, and whether its checkpoint was made here."""
+    source = open_source(model) if Path(model).is_dir() else None
+    kind = "gptq" if source is None else source.layout
+    if source is not None and kind in ("awq", "compressed-tensors"):
+        temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        convert(source, temporary / "gptq", "gptq_v2")
+        return AutoModelForCausalLM.from_pretrained(temporary / "gptq", dtype=dtype), True
+    if kind in ("gptq", "gptq_v2"):
+        found = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        if any(isinstance(module, QuantLinear) for module in found.modules()):
+            return found, False
+        kind = "dense"
+    if kind != "dense":
+        raise ValueError(f"{model} is {kind}; training starts from GPTQ, AWQ, compressed-tensors or a dense model")
+    if not (base / "config.json").exists():  # else an interrupted run has already quantized it
+        config = GPTQConfig(tokenizer=tokenizer, **quantization)
+        save_checkpoint(
+            AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype="auto"), base,
+            tokenizer=tokenizer,
+        )  # fmt: skip
+    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype), True
+
+
+def _attached(model: Any, method: str, targets: list[str] | None, options: dict[str, Any]) -> Any:
+    """The model with something that learns."""
+    if method != "lora":
+        attach(model, method, targets, **options)
+        return model
+    peft = _peft()
+    unknown = set(options) - {"rank", "gamma"}
+    if unknown:
+        raise ValueError(f"method 'lora' has no option {min(unknown)!r}; its options: rank, gamma")
+    rank = options.get("rank", 16)
+    layers = targeted(model, targets)
+    for layer in layers.values():
+        require_rank(rank, layer)
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=options.get("gamma", 2.0) * rank, target_modules=sorted(layers),
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    return peft.get_peft_model(model, config)
+
+
+def _written(
+    given: Any, loaded: Any, method: str, options: dict[str, Any], out: Path, adapter: Path | None, made: bool,
+    tokenizer: Any, model: str,
+) -> int:  # fmt: skip
+    """Write the checkpoint, the adapter, or both. Returns how many layers learned."""
+    if method == "lora":
+        with written_whole(out / ADAPTER) as staging:
+            given.save_pretrained(staging)
+        layers = sum(name.endswith(".lora_A") for name, _ in given.named_modules())
+        if made:
+            save_checkpoint(given.unload(), out, tokenizer=tokenizer)
+        return layers
+    learned = len(trained(loaded))
+    adapters = export(loaded)
+    if adapters:
+        _write_adapter(adapters, out / ADAPTER, options, str(out) if made else model)
+    _relabel(loaded)
+    if adapter is None or made:
+        save_checkpoint(loaded, out, tokenizer=tokenizer)
+    return learned
+
+
+def _write_adapter(adapters: dict[str, dict[str, Tensor]], folder: Path, options: dict[str, Any], base: str) -> None:
+    """As PEFT writes one."""
+    rank = options.get("rank", 16)
+    config = _peft().LoraConfig(
+        r=rank, lora_alpha=options.get("gamma", 2.0) * rank, target_modules=sorted(adapters), task_type="CAUSAL_LM",
+        base_model_name_or_path=base, inference_mode=True,
+    )  # fmt: skip
+    tensors = {
+        f"base_model.model.{name}.{leaf}.weight": value.contiguous()
+        for name, pair in adapters.items()
+        for leaf, value in pair.items()
+    }
+    with written_whole(folder) as staging:
+        config.save_pretrained(staging)
+        save_file(tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _relabel(model: Any) -> None:
+    """Say asymmetric where a layer has become so."""
+    config = model.config.quantization_config
+    if config.sym and any(isinstance(m, QuantLinear) and not m.spec.sym for m in model.modules()):
+        config.sym = False
+        config.dynamic = {k: {**rule, "sym": False} if "sym" in rule else rule for k, rule in config.dynamic.items()}
+
+
+@torch.no_grad()
+def _logits(model: Any, window: Tensor) -> Tensor:
+    model.eval()
+    return model(input_ids=window[None].to(model.device)).logits.float().cpu()
+
+
+def _difference(wanted: Tensor, folder: str, adapter: Path | None, window: Tensor, dtype: Any) -> float:
+    """Of a fresh load to the logits at the end of training."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    if adapter is not None:
+        loaded = _peft().PeftModel.from_pretrained(loaded, adapter)
+    given = _logits(loaded, window)
+    largest = float(wanted.abs().max())
+    return float((given - wanted).abs().max()) / largest if largest else math.inf
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise ImportError("adapters are written by PEFT; install it: pip install hf-gptq-plugin[peft]") from None
+    return peft

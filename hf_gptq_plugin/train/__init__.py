@@ -1,0 +1,1 @@
+"""What learns on a quantized base."""

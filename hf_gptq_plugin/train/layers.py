@@ -1,0 +1,322 @@
+"""Layers that stand in for a `QuantLinear` while something of it learns.
+
+All compute with exactly the weight that they export, so that a checkpoint answers as the trained model did. With
+`Ŵ = s (q - z)`, `dW = gᵀ x` for the output's gradient `g`, and `Σ` over the input features of a group:
+
+============== ==================================== ======================================================
+layer          learns                               gradients
+============== ==================================== ======================================================
+`LearnedGrid`  α `[G, N]` of s = α s₀; shift of z   dα = Σ dW Ŵ / α; dz = -s Σ dW
+`LearnedCodes` latent `[N, K]`, q = clip(round(·))  straight through: dlatent = s dW where not clipped
+`LowRankCodes` A, B: latent = q₀ + γ B A / s        through the latent's
+`PooledLora`   A `[r, G]`, B: y += γ (Σ x) Aᵀ Bᵀ    autograd's
+============== ==================================== ======================================================
+
+Sources: PEQA (Kim et al. 2023) for α; LSQ (Esser et al. 2020) for rounded zeros; L4Q (Jeon et al. 2024) for codes
+under a low-rank update; QA-LoRA (Xu et al. 2023) for pooled inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..format import packing
+from ..format.grid import QuantizedWeight
+from ..nn.linear import QuantLinear
+from ..nn.ops import KernelWeight, dequantize, linear
+
+ROWS = 512  # output features whose full gradient exists at a time
+LEAST = 2.0**-6  # of α: a scale keeps its sign and stays a normal number
+
+
+class LearnedGrid(nn.Module):
+    """A quantized layer whose scales, and if asked zeros, learn; codes stay.
+
+    Args:
+        layer: the layer. It is not changed.
+        zeros: let zeros learn too. They are rounded to the integers that a checkpoint stores.
+    """
+
+    def __init__(self, layer: QuantLinear, zeros: bool = False) -> None:
+        super().__init__()
+        self.layer = layer
+        self.alpha = nn.Parameter(torch.ones(layer.scales.shape, device=layer.scales.device))
+        self.shift = nn.Parameter(torch.zeros_like(self.alpha)) if zeros else None
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.register_buffer("group", layer._stored_g_idx().long(), persistent=False)
+        start = packing.unpack_zeros(layer.qzeros, layer.spec.bits, layer.spec.zero_offset, layer.out_features)
+        self.register_buffer("start", start, persistent=False)
+        # A zero that the checkpoint already had outside of what writers choose stays possible.
+        low, high = layer.spec.zero_range
+        self._range = min(low, int(start.min())), max(high, int(start.max()))
+
+    def scales(self) -> Tensor:
+        """The present scales as a checkpoint stores them, `[G, N]`."""
+        values = self.layer.scales.float() * self.alpha.detach().clamp_min(LEAST)
+        limit = torch.finfo(self.layer.scales.dtype).max
+        return values.clamp(-limit, limit).to(self.layer.scales.dtype)
+
+    def zeros(self) -> Tensor:
+        """The present zeros, int32 `[G, N]`."""
+        start: Tensor = self.start  # type: ignore[assignment]
+        if self.shift is None:
+            return start
+        return (start + self.shift.detach().round()).clamp(*self._range).int()
+
+    def kernel_weight(self) -> KernelWeight:
+        """The present weight as the ops take it."""
+        weight = replace(self.layer.kernel_weight, scales=self.scales())
+        if self.shift is None:
+            return weight
+        spec = self.layer.spec
+        return replace(weight, qzeros=packing.pack_zeros(self.zeros(), spec.bits, spec.zero_offset))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x @ Ŵ.T + bias`; x `[..., K]`."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        bias = self.layer.bias
+        out: Tensor = _GridProduct.apply(x, self.alpha, self.shift, self)
+        return out if bias is None else out + bias.to(out.dtype)
+
+    def quantized(self) -> QuantizedWeight:
+        """The weight as it is now."""
+        base = self.layer.quantized_weight()
+        zeros = self.zeros()
+        sym = bool((zeros == 2 ** (base.spec.bits - 1)).all())
+        spec = replace(base.spec, sym=sym)
+        return QuantizedWeight(base.codes, self.scales(), zeros, base.group, spec)
+
+
+class _GridProduct(torch.autograd.Function):
+    """`x @ Ŵ.T`, with gradients by x, α and the zeros' shift; no `[N, K]` gradient exists at any time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: Tensor, shift: Tensor | None, layer: LearnedGrid) -> Tensor:
+        weight = layer.kernel_weight()
+        ctx.save_for_backward(x, alpha, shift)
+        ctx.layer, ctx.weight = layer, weight
+        return linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = gradients
+        x, alpha, shift = ctx.saved_tensors
+        layer: LearnedGrid = ctx.layer
+        group: Tensor = layer.group  # type: ignore[assignment]
+        dense = dequantize(ctx.weight, layer.in_features, x.dtype)
+        by_x = g @ dense if ctx.needs_input_grad[0] else None
+        rows_x, rows_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+        by_alpha = by_shift = None
+        if ctx.needs_input_grad[1]:
+            by_alpha = torch.empty_like(alpha)
+            for low in range(0, layer.out_features, ROWS):
+                part = slice(low, low + ROWS)
+                product = (rows_g[:, part].T @ rows_x).float() * dense[part].float()
+                sums = product.new_zeros(product.shape[0], alpha.shape[0]).index_add_(1, group, product)
+                by_alpha[:, part] = sums.T
+            held = alpha.clamp_min(LEAST)
+            by_alpha = torch.where(alpha < LEAST, 0, by_alpha / held)
+        if shift is not None and ctx.needs_input_grad[2]:
+            pooled = pool(rows_x, group, alpha.shape[0])
+            start: Tensor = layer.start  # type: ignore[assignment]
+            inside = layer.zeros() == (start + shift.round()).int()
+            by_shift = -(pooled.T @ rows_g.float()) * ctx.weight.scales.float() * inside
+        return by_x, by_alpha, by_shift, None
+
+
+def pool(x: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Sums of input features by group: `[M, K]` to fp32 `[M, G]`."""
+    return x.new_zeros(x.shape[0], groups, dtype=torch.float32).index_add_(1, group, x.float())
+
+
+class _Round(torch.autograd.Function):
+    """Codes from latents, `clip(round(latent), 0, highest)`; the gradient passes where nothing is clipped."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, highest: int) -> Tensor:
+        ctx.save_for_backward(latent)
+        ctx.highest = highest
+        return latent.round().clamp(0, highest)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (latent,) = ctx.saved_tensors
+        inside = (latent > -0.5) & (latent < ctx.highest + 0.5)
+        return gradients[0] * inside, None
+
+
+class LearnedCodes(nn.Module):
+    """A quantized layer whose codes learn, on its own grid.
+
+    Args:
+        layer: the layer. It is not changed.
+        every: training steps between two roundings of the latents, see `advance`. With 1, codes follow straight
+            through; with more, the latents are shadow weights.
+        cap: largest share of a layer's codes that one rounding may change; those that moved furthest go first.
+        decay: share of a latent's distance to its code that every rounding takes away, so that what does not lead to
+            another code is forgotten.
+    """
+
+    def __init__(self, layer: QuantLinear, every: int = 1, cap: float = 1.0, decay: float = 0.0) -> None:
+        super().__init__()
+        if type(every) is not int or every < 1:
+            raise ValueError(f"every={every!r} must be an integer of at least 1")
+        for name, value in (("cap", cap), ("decay", decay)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}={value!r} must be between 0 and 1")
+        self.layer, self.every, self.cap, self.decay = layer, every, cap, decay
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        base = layer.quantized_weight()
+        self.latent = nn.Parameter(base.codes.float())
+        self.register_buffer("codes", base.codes, persistent=True)
+        self.register_buffer("group", base.group.long(), persistent=False)
+        self.register_buffer("zeros", base.zeros, persistent=False)
+        self.steps = 0
+
+    def spread(self, values: Tensor) -> Tensor:
+        """`[G, N]` to `[N, K]` in fp32."""
+        group: Tensor = self.group  # type: ignore[assignment]
+        return values.T.float()[:, group]
+
+    def present(self) -> Tensor:
+        """The codes that the weight is made of, as a function of the latents; fp32 `[N, K]`."""
+        rounded: Tensor = _Round.apply(self.latent, self.layer.spec.maxq)
+        codes: Tensor = self.codes  # type: ignore[assignment]
+        return rounded + (codes.float() - rounded).detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x @ Ŵ.T + bias`; x `[..., K]`."""
+        zeros: Tensor = self.zeros  # type: ignore[assignment]
+        weight = (self.present() - self.spread(zeros)) * self.spread(self.layer.scales)
+        bias = self.layer.bias
+        return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @torch.no_grad()
+    def advance(self) -> int:
+        """Note that an optimizer has stepped; round the latents if it is time. Returns how many codes changed."""
+        self.steps += 1
+        if self.steps % self.every:
+            return 0
+        codes: Tensor = self.codes  # type: ignore[assignment]
+        wanted = self.latent.round().clamp_(0, self.layer.spec.maxq).to(torch.uint8)
+        changed = wanted != codes
+        allowed = int(self.cap * codes.numel())
+        if int(changed.sum()) > allowed:
+            distance = torch.where(changed, (self.latent - codes.float()).abs(), -1.0).flatten()
+            keep = torch.zeros_like(changed).flatten()
+            keep[distance.topk(allowed).indices] = True
+            changed &= keep.view_as(changed)
+        codes[changed] = wanted[changed]
+        self.latent.clamp_(-0.49, self.layer.spec.maxq + 0.49)  # beyond, no gradient would bring it back
+        if self.decay:
+            self.latent.lerp_(codes.float(), self.decay)
+        return int(changed.sum())
+
+    def quantized(self) -> QuantizedWeight:
+        """The weight as it is now."""
+        base = self.layer.quantized_weight()
+        codes: Tensor = self.codes  # type: ignore[assignment]
+        return replace(base, codes=codes.clone())
+
+
+class LowRankCodes(nn.Module):
+    """A quantized layer whose codes follow a low-rank update of the weight, `q = clip(round(q₀ + γ B A / s))`.
+
+    Args:
+        layer: the layer. It is not changed.
+        rank: of the update.
+        gamma: its factor.
+    """
+
+    def __init__(self, layer: QuantLinear, rank: int = 16, gamma: float = 2.0) -> None:
+        super().__init__()
+        require_rank(rank, layer)
+        self.layer, self.gamma = layer, gamma
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        base = layer.quantized_weight()
+        self.A = nn.Parameter(_uniform(rank, layer.in_features))
+        self.B = nn.Parameter(torch.zeros(layer.out_features, rank))
+        self.register_buffer("codes", base.codes, persistent=False)
+        self.register_buffer("group", base.group.long(), persistent=False)
+        self.register_buffer("zeros", base.zeros, persistent=False)
+
+    def present(self) -> tuple[Tensor, Tensor]:
+        """Codes and scales, both fp32 `[N, K]`."""
+        group: Tensor = self.group  # type: ignore[assignment]
+        codes: Tensor = self.codes  # type: ignore[assignment]
+        scales = self.layer.scales.T.float()[:, group]
+        latent = codes.float() + self.gamma * (self.B @ self.A) / scales
+        rounded: Tensor = _Round.apply(latent, self.layer.spec.maxq)
+        return rounded, scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x @ Ŵ.T + bias`; x `[..., K]`."""
+        rounded, scales = self.present()
+        group: Tensor = self.group  # type: ignore[assignment]
+        zeros: Tensor = self.zeros  # type: ignore[assignment]
+        weight = (rounded - zeros.T.float()[:, group]) * scales
+        bias = self.layer.bias
+        return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def quantized(self) -> QuantizedWeight:
+        """The weight as it is now."""
+        with torch.no_grad():
+            codes = self.present()[0].to(torch.uint8)
+        return replace(self.layer.quantized_weight(), codes=codes)
+
+
+class PooledLora(nn.Module):
+    """A quantized layer with an adapter on inputs summed by group. It is an ordinary LoRA adapter whose A repeats
+    within a group, and is exported as that.
+
+    Args:
+        layer: the layer. It is not changed.
+        rank: of the adapter.
+        gamma: its factor, PEFT's `lora_alpha / r`.
+    """
+
+    def __init__(self, layer: QuantLinear, rank: int = 16, gamma: float = 2.0) -> None:
+        super().__init__()
+        require_rank(rank, layer)
+        self.layer, self.rank, self.gamma = layer, rank, gamma
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.register_buffer("group", layer._stored_g_idx().long(), persistent=False)
+        groups = layer.scales.shape[0]
+        self.A = nn.Parameter(_uniform(rank, groups) * (groups / layer.in_features) ** 0.5)
+        self.B = nn.Parameter(torch.zeros(layer.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`layer(x) + γ pool(x) Aᵀ Bᵀ`; x `[..., K]`."""
+        group: Tensor = self.group  # type: ignore[assignment]
+        pooled = x.new_zeros(*x.shape[:-1], self.A.shape[1], dtype=torch.float32).index_add(-1, group, x.float())
+        base = self.layer(x)
+        return base + (self.gamma * (pooled @ self.A.T) @ self.B.T).to(base.dtype)
+
+    def adapter(self) -> dict[str, Tensor]:
+        """The matrices of the ordinary adapter: lora_A `[r, K]`, lora_B `[N, r]`."""
+        group: Tensor = self.group  # type: ignore[assignment]
+        return {"lora_A": self.A.detach()[:, group].contiguous(), "lora_B": self.B.detach().clone()}
+
+
+def require_rank(rank: int, layer: QuantLinear) -> None:
+    """Check an adapter's rank.
+
+    Raises:
+        ValueError: it is no rank of this layer.
+    """
+    most = min(layer.in_features, layer.out_features)
+    if type(rank) is not int or not 1 <= rank <= most:
+        raise ValueError(
+            f"rank={rank!r} must be an integer from 1 to {most}, the smaller side of a layer "
+            f"[{layer.out_features}, {layer.in_features}]"
+        )
+
+
+def _uniform(rows: int, columns: int) -> Tensor:
+    """As `nn.Linear` begins: uniform within `1 / sqrt(columns)`."""
+    return (torch.rand(rows, columns) * 2 - 1) / columns**0.5

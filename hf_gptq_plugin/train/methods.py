@@ -1,0 +1,151 @@
+"""Put a way of learning onto a quantized model, and take a plain quantized model off again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..nn.linear import QuantLinear
+from .layers import LearnedCodes, LearnedGrid, LowRankCodes, PooledLora
+
+Made = LearnedGrid | LearnedCodes | LowRankCodes | PooledLora
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of learning.
+
+    Args:
+        make: the layer that stands in for a `QuantLinear`, from it and options.
+        options: names of the options it takes.
+        rate: learning rate that suits what it learns: factors of scales, steps of codes, or an adapter's matrices.
+        exported: "checkpoint" or "adapter".
+    """
+
+    make: Callable[..., Made]
+    options: tuple[str, ...]
+    rate: float
+    exported: str = "checkpoint"
+
+
+METHODS = {
+    "affine": Method(LearnedGrid, (), 1e-3),
+    "eetq": Method(lambda layer: LearnedGrid(layer, zeros=True), (), 1e-3),
+    "ste": Method(LearnedCodes, (), 2e-2),
+    "shadow": Method(
+        lambda layer, every=8, cap=0.05, decay=0.1: LearnedCodes(layer, every, cap, decay),
+        ("every", "cap", "decay"),
+        2e-2,
+    ),
+    "l4q": Method(LowRankCodes, ("rank", "gamma"), 2e-4),
+    "qa-lora": Method(PooledLora, ("rank", "gamma"), 2e-4, "adapter"),
+}
+# Steps of a zero are counted in codes: with a scale's rate it would never reach the next integer.
+ZERO_RATE = 20.0
+
+
+def attach(
+    model: nn.Module, method: str, target_modules: Sequence[str] | str | None = None, **options: Any
+) -> list[str]:
+    """Replace quantized layers by ones that learn; everything else is frozen.
+
+    Args:
+        model: with `QuantLinear` layers. Changed in place.
+        method: one of `METHODS`.
+        target_modules: last parts of layers' names, or one regex for whole names; None for all quantized layers.
+        **options: the method's.
+
+    Returns:
+        Names of the layers that learn.
+
+    Raises:
+        ValueError: an unknown method, option or target, naming what there is; or a model that already learns.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is not known; use one of {', '.join(METHODS)}")
+    chosen = METHODS[method]
+    for name in options:
+        if name not in chosen.options:
+            accepted = ", ".join(chosen.options) or "none"
+            raise ValueError(f"method {method!r} has no option {name!r}; its options: {accepted}")
+    if trained(model):
+        raise ValueError(f"{next(iter(trained(model)))} already learns; export the model before attaching again")
+    targets = targeted(model, target_modules)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name, layer in targets.items():
+        if any(parameter.is_meta for parameter in layer.parameters()):
+            raise ValueError(f"{name} is offloaded; training needs the layers that learn in memory")
+        model.set_submodule(name, chosen.make(layer, **options).train(model.training))
+    return list(targets)
+
+
+def targeted(model: nn.Module, wanted: Sequence[str] | str | None) -> dict[str, QuantLinear]:
+    """The quantized layers that are meant, by name; arguments and errors as `attach`."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no quantized layer; quantize it first")
+    if wanted is None:
+        return found
+    suffixes = sorted({name.rpartition(".")[2] for name in found})
+    if isinstance(wanted, str):
+        try:
+            chosen = {name: layer for name, layer in found.items() if re.fullmatch(wanted, name)}
+        except re.error as error:
+            raise ValueError(f"target_modules={wanted!r} is not a regex ({error})") from None
+        if not chosen:
+            raise ValueError(f"target_modules={wanted!r} matches no quantized layer; there are {', '.join(suffixes)}")
+        return chosen
+    for part in wanted:
+        if not any(name == part or name.endswith(f".{part}") for name in found):
+            raise ValueError(f"target_modules names {part!r}; the quantized layers are {', '.join(suffixes)}")
+    return {n: layer for n, layer in found.items() if any(n == part or n.endswith(f".{part}") for part in wanted)}
+
+
+def trained(model: nn.Module) -> dict[str, Made]:
+    """The layers that learn, by name."""
+    kinds = (LearnedGrid, LearnedCodes, LowRankCodes, PooledLora)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def parameter_groups(model: nn.Module, rate: float) -> list[dict[str, Any]]:
+    """What learns, for an optimizer of torch: zeros in a group of their own, nothing with weight decay (it would pull
+    factors of scales and codes to 0).
+
+    Args:
+        model: after `attach`, or any with trainable parameters (a PEFT model).
+        rate: learning rate.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    shifts = [p for name, p in named if name.rpartition(".")[2] == "shift"]
+    rest = [p for name, p in named if name.rpartition(".")[2] != "shift"]
+    groups = [{"params": rest, "lr": rate, "weight_decay": 0.0}] if rest else []
+    return groups + ([{"params": shifts, "lr": rate * ZERO_RATE, "weight_decay": 0.0}] if shifts else [])
+
+
+def advance(model: nn.Module) -> int:
+    """Tell the layers that an optimizer has stepped. Returns how many codes changed by it."""
+    return sum(layer.advance() for layer in trained(model).values() if isinstance(layer, LearnedCodes))
+
+
+@torch.no_grad()
+def export(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
+    """Put quantized layers back, as they were learned.
+
+    Returns:
+        Adapters by layer's name (`PooledLora.adapter`); empty for methods whose result is in the layers.
+    """
+    adapters = {}
+    for name, layer in trained(model).items():
+        if isinstance(layer, PooledLora):
+            adapters[name] = layer.adapter()
+            made = layer.layer
+        elif isinstance(layer, LearnedCodes | LowRankCodes | LearnedGrid):
+            made = QuantLinear.from_quantized(layer.quantized(), layer.layer.bias, layer.layer.dtype)
+        model.set_submodule(name, made.train(model.training))
+    return adapters

@@ -1,0 +1,162 @@
+"""Methods on a whole model: what they leave alone, what they refuse, and going on after an interruption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_gptq_plugin import GPTQConfig
+from hf_gptq_plugin.train.loop import STATE, TrainingError, TrainSettings, mean_loss, train
+from hf_gptq_plugin.train.methods import METHODS, attach, export, parameter_groups, trained
+
+Load = Callable[[], Any]
+
+
+@pytest.fixture(scope="module")
+def base(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "q"
+    config = GPTQConfig(bits=4, group_size=32, method="rtn", sym=False)
+    AutoModelForCausalLM.from_pretrained(
+        tiny("llama", initializer_range=0.1), quantization_config=config, dtype=torch.float32
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def load(base: Path) -> Load:
+    return lambda: AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def corpus() -> list[torch.Tensor]:
+    """Windows with something to learn: a few tokens that follow each other."""
+    starts = torch.randint(0, 7, (24,))
+    return [torch.tensor([3 + (int(s) + 2 * i) % 7 for i in range(24)]) for s in starts]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_training_changes_no_byte(load: Load, base: Path, tmp_path: Path, method: str) -> None:
+    model = load()
+    assert len(attach(model, method)) == 14
+    ids = torch.arange(3, 20)[None]
+    torch.testing.assert_close(model(input_ids=ids).logits, load()(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    export(model)
+    model.save_pretrained(tmp_path / "again")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (base / name).read_bytes()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_learning_is_kept(load: Load, corpus: list[torch.Tensor], tmp_path: Path, method: str) -> None:
+    model = load()
+    options = {"every": 2, "cap": 0.5} if method == "shadow" else {}
+    attach(model, method, ["q_proj", "o_proj", "up_proj", "down_proj"], **options)
+    integers = {name: t.clone() for name, t in model.named_parameters() if not t.is_floating_point()}
+    assert integers and not any(t.requires_grad for name, t in model.named_parameters() if name in integers)
+    before = mean_loss(model, corpus)
+    rate = {"l4q": 2e-2, "qa-lora": 1e-2, "affine": 1e-2, "eetq": 1e-2, "ste": 5e-2, "shadow": 0.2}[method]
+    losses = train(model, corpus, TrainSettings(steps=20, batch=4, rate=rate))
+    after = mean_loss(model, corpus)
+    assert len(losses) == 20 and after < before - 0.1
+    for name, t in model.named_parameters():
+        if name in integers:
+            assert torch.equal(t, integers[name]) and t.grad is None
+    wanted = model(input_ids=corpus[0][None]).logits.detach()
+    adapters = export(model)
+    assert not trained(model)
+    assert (len(adapters) == 8) == (method == "qa-lora")
+    if method == "qa-lora":
+        return
+    if any(not m.spec.sym for m in model.modules() if hasattr(m, "spec")):
+        model.config.quantization_config.sym = False
+    model.save_pretrained(tmp_path / "learned")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "learned", dtype=torch.float32)
+    torch.testing.assert_close(again(input_ids=corpus[0][None]).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["eetq", "shadow"])
+def test_going_on_gives_the_same_curve(load: Load, corpus: list[torch.Tensor], tmp_path: Path, method: str) -> None:
+    def run(folder: Path | None, stop: int | None) -> tuple[list[float], dict[str, torch.Tensor]]:
+        model = load()
+        attach(model, method, **({"every": 3} if method == "shadow" else {}))
+
+        def progress(done: int, loss: float) -> None:
+            if done == stop:
+                raise KeyboardInterrupt
+
+        settings = TrainSettings(steps=10, batch=5, rate=1e-2, save_every=4)
+        try:
+            losses = train(model, corpus, settings, folder, progress)
+        except KeyboardInterrupt:
+            losses = []
+        export(model)
+        return losses, {n: p.detach() for n, p in model.named_parameters()}
+
+    wanted, parameters = run(None, None)
+    assert run(tmp_path, 7)[0] == []
+    assert len(load_file(tmp_path / STATE)["losses"]) == 4
+    losses, resumed = run(tmp_path, None)
+    assert losses == wanted
+    assert all(torch.equal(resumed[name], value) for name, value in parameters.items())
+    with pytest.raises(TrainingError, match="the state of another training"):
+        model = load()
+        attach(model, method)
+        train(model, corpus, TrainSettings(steps=11), tmp_path)
+
+
+def test_a_loss_that_is_not_finite(load: Load, corpus: list[torch.Tensor], tmp_path: Path) -> None:
+    model = load()
+    attach(model, "affine")
+    seen: list[torch.Tensor] = []
+
+    def progress(done: int, loss: float) -> None:
+        if done == 3:
+            seen.extend(p.detach().clone() for p in model.parameters() if p.requires_grad)
+            model.model.norm.weight.fill_(float("nan"))
+
+    with pytest.raises(TrainingError, match=r"step 4 of 8: the loss is nan"):
+        train(model, corpus, TrainSettings(steps=8), tmp_path, progress)
+    kept = load_file(tmp_path / STATE)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert all(torch.equal(kept[f"parameter.{n}"], value) for n, value in zip(names, seen, strict=True))
+    assert len(kept["losses"]) == 3
+
+
+def test_what_is_refused(load: Load, corpus: list[torch.Tensor], tiny: Callable[..., Path]) -> None:
+    model = load()
+    with pytest.raises(ValueError, match="method='lisa' is not known; use one of affine, eetq"):
+        attach(model, "lisa")
+    with pytest.raises(ValueError, match="target_modules names 'query'; the quantized layers are down_proj, gate_proj"):
+        attach(model, "affine", ["query"])
+    with pytest.raises(ValueError, match=r"target_modules='\.\*query' matches no quantized layer"):
+        attach(model, "affine", ".*query")
+    with pytest.raises(ValueError, match="method 'affine' has no option 'rank'; its options: none"):
+        attach(model, "affine", rank=4)
+    with pytest.raises(ValueError, match="has nothing trainable"):
+        for p in model.parameters():
+            p.requires_grad_(False)
+        train(model, corpus, TrainSettings(steps=1))
+    assert attach(model, "affine", r".*layers\.1\..*q_proj") == ["model.layers.1.self_attn.q_proj"]
+    with pytest.raises(ValueError, match="already learns"):
+        attach(model, "affine")
+    with pytest.raises(ValueError, match="has no quantized layer"):
+        attach(AutoModelForCausalLM.from_pretrained(tiny("llama")), "affine")
+    with pytest.raises(ValueError, match="steps=0 must be an integer of at least 1"):
+        TrainSettings(steps=0)
+    with pytest.raises(ValueError, match=r"warmup=2 must be positive and at most 1"):
+        TrainSettings(warmup=2)
+
+
+def test_zeros_step_in_a_group_of_their_own(load: Load) -> None:
+    model = load()
+    attach(model, "eetq", ["q_proj"])
+    first, second = parameter_groups(model, 1e-3)
+    assert len(first["params"]) == len(second["params"]) == 2
+    assert second["lr"] == pytest.approx(2e-2)
+    assert first["weight_decay"] == second["weight_decay"] == 0
