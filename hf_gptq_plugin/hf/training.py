@@ -34,8 +34,9 @@ logger = logging.getLogger(__name__)
 LORA_RATE = 2e-4
 TRAINABLE = ("lora", *METHODS)
 ADAPTER = "adapter"
-# Of the exported model's logits to the trained one's, relative to the largest: the same weights in another order.
-_CLOSE = 1e-3
+# Of the exported model's logits to the trained one's, relative to the largest: the same weights, summed in another order
+# and, below float32, rounded elsewhere.
+_CLOSE, _CLOSE_HALF = 1e-3, 5e-2
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def run(
         folder = str(out) if adapter is None or made else model
         del given, loaded
         difference = _difference(wanted, folder, adapter, held_out[0], dtype)
-    if not difference <= _CLOSE:
+    if not difference <= (_CLOSE if dtype == torch.float32 else _CLOSE_HALF):
         raise TrainingError(
             f"{out} does not answer as the trained model did: logits differ by {difference:.2e} of the largest. It is "
             "kept for inspection; please report this"
