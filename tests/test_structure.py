@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"format", "solve", "version"},
     "calibrate": {"format", "solve", "nn", "version"},
     "convert": {"format"},
-    "train": {"format", "nn"},
+    "train": {"format", "nn", "solve"},
     "hf": {"format", "solve", "nn", "calibrate", "config", "convert", "train"},
     "diagnose": {"native", "hf", "version"},
     "demo": {"config", "format", "hf"},

@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 LORA_RATE = 2e-4
 TRAINABLE = ("lora", *METHODS)
 ADAPTER = "adapter"
-# Of the exported model's logits to the trained one's, relative to the largest: the same weights, summed in another order
-# and, below float32, rounded elsewhere.
+# Of the exported model's logits to the trained one's, relative to the largest: the same weights, summed in another
+# order and, below float32, rounded elsewhere.
 _CLOSE, _CLOSE_HALF = 1e-3, 5e-2
 
 
