@@ -117,8 +117,7 @@ class _GridProduct(torch.autograd.Function):
             for low in range(0, layer.out_features, ROWS):
                 part = slice(low, low + ROWS)
                 product = (rows_g[:, part].T @ rows_x).float() * dense[part].float()
-                sums = product.new_zeros(product.shape[0], alpha.shape[0]).index_add_(1, group, product)
-                by_alpha[:, part] = sums.T
+                by_alpha[:, part] = group_sums(product, group, alpha.shape[0]).T
             held = alpha.clamp_min(LEAST)
             by_alpha = torch.where(alpha < LEAST, 0, by_alpha / held)
         if shift is not None and ctx.needs_input_grad[2]:
@@ -131,7 +130,18 @@ class _GridProduct(torch.autograd.Function):
 
 def pool(x: Tensor, group: Tensor, groups: int) -> Tensor:
     """Sums of input features by group: `[M, K]` to fp32 `[M, G]`."""
-    return x.new_zeros(x.shape[0], groups, dtype=torch.float32).index_add_(1, group, x.float())
+    return group_sums(x.float(), group, groups)
+
+
+def group_sums(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Sums of columns by group, `[R, K]` to `[R, G]`. Where groups lie side by side in one width, as they do in all but
+    act-order checkpoints, without the scattered additions that take most of a step otherwise."""
+    columns = values.shape[1]
+    width = -(-columns // groups)
+    if groups == -(-columns // width) and torch.equal(group, torch.arange(columns, device=group.device) // width):
+        padded = nn.functional.pad(values, (0, groups * width - columns)) if columns % width else values
+        return padded.view(len(values), groups, width).sum(-1)
+    return values.new_zeros(len(values), groups).index_add_(1, group, values)
 
 
 class _Round(torch.autograd.Function):

@@ -1,0 +1,123 @@
+"""Integers of 8 and 4 bits with a scale per block of 256 values: what optimizer states and gradients are kept in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+
+
+@dataclass
+class Int8Blocks:
+    """A float tensor as int8 in blocks of 256, `value = code · scale`, `scale = max |value| / 127` of the block.
+
+    Args:
+        codes: int8 `[blocks, 256]`, zero beyond the tensor's end.
+        scales: fp32 `[blocks]`.
+        shape: of the tensor.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, values: Tensor) -> Int8Blocks:
+        """Round to the nearest."""
+        blocks = _blocks(values)
+        scales = blocks.abs().amax(1) / 127
+        codes = (blocks / _divisor(scales)[:, None]).round().to(torch.int8)
+        return cls(codes, scales, values.shape)
+
+    def dense(self) -> Tensor:
+        """Back, in fp32."""
+        return _cut(self.codes.float() * self.scales[:, None], self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes."""
+        return self.codes.numel() + 4 * self.scales.numel() - (self.codes.numel() - self.shape.numel())
+
+
+@dataclass
+class Squares8:
+    """A tensor of squares as the codes of its roots, uint8 in blocks of 256: small squares keep their order of
+    magnitude, which a linear code of the squares themselves would lose.
+
+    Args:
+        codes: uint8 `[blocks, 256]`.
+        scales: fp32 `[blocks]`, of the roots.
+        shape: of the tensor.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, values: Tensor) -> Squares8:
+        """Round roots up, so that a step divided by one never grows by rounding."""
+        roots = _blocks(values).sqrt()
+        scales = roots.amax(1) / 255
+        return cls((roots / _divisor(scales)[:, None]).ceil().clamp_(max=255).to(torch.uint8), scales, values.shape)
+
+    def dense(self) -> Tensor:
+        """Back to squares, in fp32."""
+        return _cut((self.codes.float() * self.scales[:, None]).square(), self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes."""
+        return self.shape.numel() + 4 * self.scales.numel()
+
+
+@dataclass
+class Int4Blocks:
+    """A float tensor in 4 bits, two codes to a byte, `value = low + code · step` per block of 256.
+
+    Args:
+        codes: uint8 `[blocks, 128]`; the first 128 codes of a block are the low halves.
+        low, step: fp32 `[blocks]`.
+        shape: of the tensor.
+    """
+
+    codes: Tensor
+    low: Tensor
+    step: Tensor
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, values: Tensor) -> Int4Blocks:
+        """Round to the nearest."""
+        blocks = _blocks(values)
+        low, high = blocks.aminmax(dim=1)
+        step = (high - low) / 15
+        codes = ((blocks - low[:, None]) / _divisor(step)[:, None]).round().to(torch.uint8)
+        return cls(codes[:, : BLOCK // 2] | codes[:, BLOCK // 2 :] << 4, low, step, values.shape)
+
+    def dense(self) -> Tensor:
+        """Back, in fp32."""
+        codes = torch.cat([self.codes & 15, self.codes >> 4], 1).float()
+        return _cut(self.low[:, None] + codes * self.step[:, None], self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes."""
+        return self.codes.numel() + 8 * self.step.numel()
+
+
+def _blocks(values: Tensor) -> Tensor:
+    flat = values.detach().float().flatten()
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+
+
+def _divisor(scales: Tensor) -> Tensor:
+    """A block of zeros is divided by 1."""
+    return torch.where(scales > 0, scales, 1.0)
+
+
+def _cut(blocks: Tensor, shape: torch.Size) -> Tensor:
+    return blocks.flatten()[: shape.numel()].view(shape)
