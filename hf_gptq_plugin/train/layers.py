@@ -30,6 +30,7 @@ from ..nn.linear import QuantLinear
 from ..nn.ops import KernelWeight, dequantize, linear
 
 ROWS = 512  # output features whose full gradient exists at a time
+SPREAD = 0.98  # of the latents of one code, in codes
 LEAST = 2.0**-6  # of α: a scale keeps its sign and stays a normal number
 
 
@@ -182,7 +183,11 @@ class LearnedCodes(nn.Module):
         self.layer, self.every, self.cap, self.decay = layer, every, cap, decay
         self.in_features, self.out_features = layer.in_features, layer.out_features
         base = layer.quantized_weight()
-        self.latent = nn.Parameter(base.codes.float())
+        # Spread evenly over what rounds to the code: begun at its centre, no latent would reach another code before its
+        # half step is done, and then all at once.
+        draw = torch.Generator().manual_seed(base.codes.numel())
+        offset = torch.rand(base.codes.shape, generator=draw).sub_(0.5).mul_(SPREAD).to(base.codes.device)
+        self.latent = nn.Parameter(base.codes.float() + offset)
         self.register_buffer("codes", base.codes, persistent=True)
         self.register_buffer("group", base.group.long(), persistent=False)
         self.register_buffer("zeros", base.zeros, persistent=False)

@@ -36,11 +36,11 @@ class Method:
 METHODS = {
     "affine": Method(LearnedGrid, (), 1e-3),
     "eetq": Method(lambda layer: LearnedGrid(layer, zeros=True), (), 1e-3),
-    "ste": Method(LearnedCodes, (), 2e-2),
+    "ste": Method(LearnedCodes, (), 1e-3),
     "shadow": Method(
         lambda layer, every=8, cap=0.05, decay=0.1: LearnedCodes(layer, every, cap, decay),
         ("every", "cap", "decay"),
-        2e-2,
+        1e-3,
     ),
     "l4q": Method(LowRankCodes, ("rank", "gamma"), 2e-4),
     "qa-lora": Method(PooledLora, ("rank", "gamma"), 2e-4, "adapter"),

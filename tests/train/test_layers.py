@@ -148,6 +148,15 @@ def test_rounding_of_latents_by_hand() -> None:
     torch.testing.assert_close(learned.latent.detach(), wanted)
 
 
+def test_latents_begin_evenly_within_their_codes() -> None:
+    learned = LearnedCodes(quantized(n=64, k=256))
+    offset = (learned.latent - learned.codes.float()).detach()
+    assert 0.48 < float(offset.max()) < 0.5 and -0.5 < float(offset.min()) < -0.48
+    counts = torch.histc(offset, 8, -0.49, 0.49)
+    assert float((counts / offset.numel() - 1 / 8).abs().max()) < 0.01
+    assert torch.equal(LearnedCodes(learned.layer).latent, learned.latent)
+
+
 def test_codes_under_a_low_rank_update() -> None:
     layer = quantized()
     learned = LowRankCodes(layer, rank=3, gamma=1.5)

@@ -60,7 +60,7 @@ def test_learning_is_kept(load: Load, corpus: list[torch.Tensor], tmp_path: Path
     integers = {name: t.clone() for name, t in model.named_parameters() if not t.is_floating_point()}
     assert integers and not any(t.requires_grad for name, t in model.named_parameters() if name in integers)
     before = mean_loss(model, corpus)
-    rate = {"l4q": 2e-2, "qa-lora": 1e-2, "affine": 1e-2, "eetq": 1e-2, "ste": 5e-2, "shadow": 0.2}[method]
+    rate = {"l4q": 2e-2, "qa-lora": 1e-2, "affine": 1e-2, "eetq": 1e-2, "ste": 2e-2, "shadow": 2e-2}[method]
     losses = train(model, corpus, TrainSettings(steps=20, batch=4, rate=rate))
     after = mean_loss(model, corpus)
     assert len(losses) == 20 and after < before - 0.1
