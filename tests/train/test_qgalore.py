@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from safetensors.torch import load_file
 from torch import nn
 
 from hf_gptq_plugin.train.blocks import Int4Blocks, Int8Blocks, Squares8
-from hf_gptq_plugin.train.comm import Int8AllReduce, Int8Gradients
+from hf_gptq_plugin.train.comm import Int8Gradients
 from hf_gptq_plugin.train.qgalore import QGaLore
 
 
@@ -142,38 +143,46 @@ def test_gradients_in_int8_after_the_warm_up() -> None:
     assert float(torch.cosine_similarity(p.grad, g, dim=0)) > 0.9998
 
 
-def _process(rank: int, count: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
-    hook = Int8AllReduce()
-    values = torch.randn(5000, generator=torch.Generator().manual_seed(rank))
-    sums = torch.zeros(5000)
-    for _ in range(50):
-        sums += hook.reduce(values)
-    first = Int8AllReduce(feedback=False).reduce(values)
-    torch.manual_seed(0)
-    model = nn.parallel.DistributedDataParallel(nn.Linear(40, 30))
-    ddp = Int8AllReduce()
-    model.register_comm_hook(None, ddp)
-    x = torch.randn(8, 40, generator=torch.Generator().manual_seed(10 + rank))
-    model(x).square().mean().backward()
-    gradient = model.module.weight.grad.clone()
-    del model  # while its process group is there
-    from safetensors.torch import save_file
+WORK = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+from hf_gptq_plugin.train.comm import Int8AllReduce
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+hook = Int8AllReduce()
+values = torch.randn(5000, generator=torch.Generator().manual_seed(rank))
+sums = torch.zeros(5000)
+for _ in range(50):
+    sums += hook.reduce(values)
+first = Int8AllReduce(feedback=False).reduce(values)
+torch.manual_seed(0)
+model = nn.parallel.DistributedDataParallel(nn.Linear(40, 30))
+model.register_comm_hook(None, Int8AllReduce())
+x = torch.randn(8, 40, generator=torch.Generator().manual_seed(10 + rank))
+model(x).square().mean().backward()
+gradient = model.module.weight.grad.clone()
+del model  # while its process group is there
+sent = torch.tensor([hook.sent, hook.plain])
+save_file({"first": first, "mean": sums / 50, "gradient": gradient, "sent": sent}, f"{folder}/{rank}.safetensors")
+dist.barrier()
+dist.destroy_process_group()
+"""
 
-    save_file(
-        {"first": first, "mean": sums / 50, "gradient": gradient, "sent": torch.tensor([hook.sent, hook.plain])},
-        f"{folder}/{rank}.safetensors",
-    )
-    dist.barrier()
-    dist.destroy_process_group()
 
-
-@pytest.mark.filterwarnings("ignore")  # of gloo, about this machine
 def test_two_processes_send_int8(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
-    mp.spawn(_process, (2, str(tmp_path)), nprocs=2)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", WORK]
+    children = [
+        subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for child in children:
+        _, err = child.communicate(timeout=300)
+        assert child.returncode == 0, err
     found = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
     values = [torch.randn(5000, generator=torch.Generator().manual_seed(rank)) for rank in range(2)]
     mean = (values[0] + values[1]) / 2
