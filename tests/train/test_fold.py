@@ -20,6 +20,9 @@ from hf_gptq_plugin.hf import folding
 from hf_gptq_plugin.nn.linear import QuantLinear
 from hf_gptq_plugin.train.fold import fold
 
+# PEFT 0.21 uses names that Transformers 5.23 replaced.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+
 
 def weight(n: int, k: int, **fields: Any) -> QuantizedWeight:
     spec = QuantSpec(**{"bits": 4, "group_size": 32, **fields})
