@@ -5,7 +5,7 @@
 #include "emulator.h"
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
   cudaDevAttrComputeCapabilityMinor,
@@ -44,7 +44,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 
-inline const char* cudaGetErrorString(cudaError_t) { return emulate::error.c_str(); }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorLaunchFailure ? emulate::error.c_str() : "invalid argument";
+}
 
 // hf_gptq_launch(kernel, grid, block, shared bytes, stream, arguments...)
 template <class... Parameters, class... Arguments>
@@ -53,5 +55,7 @@ cudaError_t hf_gptq_launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
   emulate::run(grid, block, shared, [=] { kernel(arguments...); });
   return emulate::error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
+
+inline cudaError_t hf_gptq_load(const void*) { return cudaSuccess; }
 
 #endif  // HF_GPTQ_EMULATE_RUNTIME_H_
