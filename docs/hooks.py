@@ -57,7 +57,7 @@ def _command(name: str, command: Any) -> str:
 
 
 def _row(parameter: Any) -> str:
-    names = [parameter.human_readable_name]
+    names = [parameter.metavar or parameter.name.upper()]
     if parameter.param_type_name == "option":
         names = [*parameter.opts, *parameter.secondary_opts]
     usual = parameter.default
