@@ -21,7 +21,8 @@ CASES = [
 def tool(name: str) -> str:
     """A program of the CUDA toolkit: on PATH, or the one that Triton or PyPI's nvidia packages carry."""
     found = shutil.which(name)
-    for package, folder in (("triton", "backends/nvidia/bin"), ("nvidia", "cu13/bin"), ("nvidia", "cuda_cuobjdump/bin")):
+    carriers = (("triton", "backends/nvidia/bin"), ("nvidia", "cu13/bin"), ("nvidia", "cuda_cuobjdump/bin"))
+    for package, folder in carriers:
         spec = importlib.util.find_spec(package)
         for root in (spec.submodule_search_locations or []) if spec else []:
             candidate = Path(root) / folder / name
