@@ -133,6 +133,7 @@ class QuantLinear(nn.Linear):
             bits=self.spec.bits,
             group_size=self.spec.width(self.in_features),
             zero_offset=self.spec.zero_offset,
+            in_features=self.in_features,
         )
 
     @property
@@ -168,6 +169,15 @@ class QuantLinear(nn.Linear):
             return QuantizedWeight.unpack(
                 qweight=self.kernel_weight.canonical_qweight(), g_idx=self._stored_g_idx(), spec=self.spec, **tensors
             )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
+        """Moves and casts; on another kind of device the codes are laid out for its kernels."""
+        super()._apply(fn, recurse)
+        if self.finalized and all(p.device.type != "meta" for p in self.parameters(recurse=False)):
+            packed = self.kernel_weight.packed()
+            if packed.qweight is not self.qweight:
+                self.qweight.data, self.perm = packed.qweight, packed.perm
+        return self
 
     def _stored_g_idx(self) -> Tensor:
         if self.g_idx is not None:
