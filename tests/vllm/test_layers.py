@@ -6,7 +6,6 @@ the weight itself: code minus zero, times a scale of 11 bits, fits a float32, so
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -350,25 +349,3 @@ def test_output_is_new_contiguous_and_of_the_input_dtype(dtype: torch.dtype) -> 
     assert out.dtype == dtype and out.is_contiguous() and torch.equal(x, before)
     expected = x.double() @ dense(list(weights.values())).T
     torch.testing.assert_close(out.double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=0.05)
-
-
-def test_compiles_once_for_all_numbers_of_tokens() -> None:
-    spec = QuantSpec(4, 32, sym=False, desc_act=True)
-    with tensor_parallel():
-        layer = make_qkv(spec)
-        for shard, weight in qkv_weights(spec).items():
-            load(layer, weight, shard)
-        finish(layer)
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(
-        lambda x: layer.quant_method.apply(layer, x), backend=backend, fullgraph=True, dynamic=True
-    )
-    for tokens in (2, 5, 17):
-        x = torch.randn(tokens, K)
-        assert torch.equal(compiled(x), layer.quant_method.apply(layer, x))
-    assert len(graphs) == 1
