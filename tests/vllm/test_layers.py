@@ -298,6 +298,36 @@ def test_values_that_cannot_be_are_refused() -> None:
             finish(layer)
 
 
+@pytest.mark.parametrize("group", [-1, 3, 2**31 - 1])
+def test_group_index_out_of_range_is_refused(group: int) -> None:
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    spec = QuantSpec(4, 32, desc_act=True)
+    weight = random_weight(64, spec)
+    weight.group[70] = group
+    for rank, size in ((0, 1), (1, 2)):
+        with tensor_parallel(rank, size):
+            layer = make(RowParallelLinear, spec, K, 64, prefix="layer")
+            load(layer, weight)
+            with pytest.raises(CheckpointError, match=rf"layer\.g_idx holds group {group}; with 3 groups the accepted"):
+                finish(layer)
+
+
+def test_bits_beyond_the_last_zero_say_nothing() -> None:
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    spec = QuantSpec(3, 32, sym=False)
+    weight = random_weight(38, spec)  # 114 bits of 128
+    with tensor_parallel():
+        layer = make(ReplicatedLinear, spec, K, 38, prefix="layer")
+        load(layer, weight, leave_out=("qzeros",))
+        stray = weight.pack()["qzeros"]
+        stray[:, -1] |= torch.tensor(0x7FFC0000, dtype=torch.int32)
+        layer.qzeros.weight_loader(layer.qzeros, stray)
+        finish(layer)
+    assert torch.equal(decoded(layer), dense([weight]))
+
+
 def test_mislabelled_zeros_are_read_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
     """A layer that shows no evidence follows one that does, also when it was loaded first."""
     from vllm.model_executor.layers.linear import ReplicatedLinear
