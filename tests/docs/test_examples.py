@@ -22,7 +22,13 @@ def run(*command: object, **environment: str) -> str:
     """What a program prints."""
     done = subprocess.run(
         [sys.executable, *map(str, command)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "HF_HUB_OFFLINE": "1", **environment},
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        },
         capture_output=True,
         text=True,
         timeout=600,
@@ -48,7 +54,7 @@ def base(text_model: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactor
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", 29900 + os.getpid() % 90)
     printed = run(
         *launcher, EXAMPLES / "multi_process_calibration.py", text_model, out, "--calibration", corpus, *SMALL,
-        OMP_NUM_THREADS="1",
+
     )  # fmt: skip
     assert "2 processes, 1024 calibration tokens" in printed
     return out

@@ -21,7 +21,12 @@ TUTORIALS = sorted(page for page in (DOCS / "tutorials").glob("*.md") if any(blo
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
 def test_tutorial(page: Path, text_model: Path, tmp_path: Path) -> None:
     shutil.copytree(text_model, tmp_path / "SmolLM2")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(RUNNER.parent), str(ROOT)]), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(RUNNER.parent), str(ROOT)]),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [sys.executable, RUNNER, page], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )
