@@ -174,11 +174,78 @@ def test_without_headers_the_rules_decide() -> None:
     assert made.scheme("model.layers.0.self_attn.o_proj") is None
 
 
-def test_experts(tmp_path: Path) -> None:
-    from vllm.model_executor.layers.fused_moe import RoutedExperts
+def routed(gate: str = "gate_proj", down: str = "down_proj", up: str | None = "up_proj", count: int = 2) -> Any:
+    """What a layer of routed experts tells about its checkpoint."""
+    from types import SimpleNamespace
 
-    layer = RoutedExperts.__new__(RoutedExperts)
-    prefix = "model.layers.0.mlp.experts"
-    quantized = config(write(tmp_path, [f"{prefix}.0.up_proj"]))
-    with pytest.raises(CheckpointError, match=rf"{prefix}: quantized mixture-of-experts layers are not supported"):
-        quantized.get_quant_method(layer, prefix)
+    return SimpleNamespace(
+        ckpt_gate_proj_name=gate, ckpt_down_proj_name=down, ckpt_up_proj_name=up, global_num_experts=count
+    )
+
+
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+def expert_modules(*leaves: str) -> list[str]:
+    return [f"{EXPERTS}.{expert}.{leaf}" for expert in range(2) for leaf in leaves]
+
+
+@pytest.mark.parametrize("leaves", [("gate_proj", "down_proj", "up_proj"), ("w1", "w2", "w3")])
+def test_experts_by_either_names(tmp_path: Path, leaves: tuple[str, str, str]) -> None:
+    made = config(write(tmp_path, expert_modules(*leaves)), dynamic={rf"+:.*\.{leaves[1]}": {"bits": 8}})
+    scheme = made.experts_scheme(routed(*leaves), EXPERTS)
+    assert (scheme.up, scheme.down) == (QuantSpec(4, 32), QuantSpec(8, 32))
+    assert scheme.scales_dtype == torch.float16
+    assert scheme.names[1, "w3"] == f"{EXPERTS}.1.{leaves[2]}"
+
+
+def test_experts_without_a_gate(tmp_path: Path) -> None:
+    made = config(write(tmp_path, expert_modules("up_proj", "down_proj")))
+    scheme = made.experts_scheme(routed("up_proj", "down_proj", None), EXPERTS)
+    assert sorted(scheme.names) == [(0, "w1"), (0, "w2"), (1, "w1"), (1, "w2")]
+
+
+def test_renamed_experts_keep_the_rules_of_their_own_names(tmp_path: Path) -> None:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    made = config(write(tmp_path, expert_modules("w1", "w2", "w3")), dynamic={r"+:.*\.w2": {"bits": 8}})
+    made.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
+    scheme = made.experts_scheme(routed("w1", "w2", "w3"), f"language_model.{EXPERTS}")
+    assert scheme.down.bits == 8 and scheme.names[0, "w1"] == f"{EXPERTS}.0.w1"
+
+
+def test_dense_experts_of_a_quantized_model(tmp_path: Path) -> None:
+    made = config(write(tmp_path, ATTENTION))
+    assert made.experts_scheme(routed(), EXPERTS) is None
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "message"),
+    [
+        ({r"+:.*\.1\..*": {"bits": 8}}, r"experts\.0\.gate_proj: bits=4.*experts\.1\.gate_proj: bits=8"),
+        ({r"+:.*up_proj": {"group_size": 64}}, r"experts\.0\.gate_proj.*experts\.0\.up_proj.*group_size=64"),
+    ],
+)
+def test_experts_that_differ_are_named(tmp_path: Path, dynamic: dict[str, Any], message: str) -> None:
+    made = config(write(tmp_path, expert_modules("gate_proj", "down_proj", "up_proj")), dynamic=dynamic)
+    with pytest.raises(CheckpointError, match=message):
+        made.experts_scheme(routed(), EXPERTS)
+
+
+def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
+    made = config(write(tmp_path, expert_modules("gate_proj", "down_proj", "up_proj")))
+    with pytest.raises(CheckpointError, match=r"neither .*experts\.2\.gate_proj\.qweight nor"):
+        made.experts_scheme(routed(count=3), EXPERTS)
+
+
+def test_experts_that_are_quantized_in_part(tmp_path: Path) -> None:
+    down = tuple(f"{EXPERTS}.{expert}.down_proj" for expert in range(2))
+    made = config(write(tmp_path, expert_modules("gate_proj", "up_proj"), dense=down))
+    with pytest.raises(CheckpointError, match="only some of their matrices are quantized"):
+        made.experts_scheme(routed(), EXPERTS)
+
+
+def test_experts_under_other_names(tmp_path: Path) -> None:
+    made = config(write(tmp_path, expert_modules("gate_up_proj", "down_projection")))
+    with pytest.raises(CheckpointError, match=r"none is named as vLLM expects .*experts\.0\.gate_proj"):
+        made.experts_scheme(routed(), EXPERTS)

@@ -224,54 +224,71 @@ def test_column_parallel_ranks_make_up_the_layer(kv_heads: int) -> None:
         assert torch.equal(heads[-1], dense([weight])[-32:])  # a single head lies on both ranks
 
 
-@pytest.mark.parametrize("group_size", [32, -1])
-def test_row_parallel_ranks_make_up_the_layer(group_size: int) -> None:
+@pytest.mark.parametrize(
+    ("in_features", "spec"),
+    [
+        (128, QuantSpec(3, 32, sym=False)),
+        (128, QuantSpec(3, -1, sym=False)),
+        pytest.param(256, QuantSpec(4, 96), id="the second rank begins inside a group"),
+        pytest.param(80, QuantSpec(3, 16, sym=False), id="inside a group and a word"),
+        pytest.param(80, QuantSpec(3, -1), id="inside a word"),
+        *(
+            pytest.param(80, QuantSpec(bits, 32, bits != 4, desc_act=True), id=f"act-order, {bits} bit")
+            for bits in (2, 3, 4, 8)
+        ),
+    ],
+)
+def test_row_parallel_ranks_make_up_the_layer(in_features: int, spec: QuantSpec) -> None:
     from vllm.model_executor.layers.linear import RowParallelLinear
 
-    spec = QuantSpec(3, group_size, sym=False)
-    weight = random_weight(38, spec, in_features=128)
+    weight = random_weight(38, spec, in_features=in_features)
     parts = []
     for rank in range(2):
         with tensor_parallel(rank, 2):
-            layer = make(RowParallelLinear, spec, 128, 38, prefix="layer")
+            layer = make(RowParallelLinear, spec, in_features, 38, prefix="layer")
             load(layer, weight)
             parts.append(decoded(finish(layer)))
     assert torch.equal(torch.cat(parts, dim=1), dense([weight]))
 
 
-@pytest.mark.parametrize(
-    ("in_features", "spec", "multiples"),
-    [
-        (256, QuantSpec(4, 96), "8 and 96"),
-        (80, QuantSpec(3, 8), "32 and 8"),
-        (80, QuantSpec(3, -1), "32 and 1"),
-    ],
-)
-def test_row_slice_that_cuts_a_word_or_group(in_features: int, spec: QuantSpec, multiples: str) -> None:
+def test_a_rank_keeps_the_groups_that_it_uses() -> None:
     from vllm.model_executor.layers.linear import RowParallelLinear
 
-    message = rf"layer: {in_features // 2} input features on each rank.*multiples of {multiples}.*smaller --tensor"
-    with tensor_parallel(0, 2), pytest.raises(CheckpointError, match=message):
-        make(RowParallelLinear, spec, in_features, 64, prefix="layer")
+    spec = QuantSpec(4, 96)
+    with tensor_parallel(1, 2):
+        layer = make(RowParallelLinear, spec, 256, 38, prefix="layer")
+        load(layer, random_weight(38, spec, in_features=256))
+        finish(layer)
+    assert layer.g_idx.tolist() == [0] * 64 + [1] * 64  # inputs 128 to 255 lie in groups 1 and 2
+    assert len(layer.scales) == len(layer.qzeros) == 2
 
 
-@pytest.mark.parametrize(("size", "remedy"), [(1, "Transformers"), (2, "smaller --tensor-parallel-size")])
-def test_fused_zeros_that_fill_no_whole_words(size: int, remedy: str) -> None:
+def test_row_parallel_rank_without_g_idx() -> None:
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    spec = QuantSpec(4, 48, sym=False)
+    weight = random_weight(38, spec, in_features=128)
+    with tensor_parallel(1, 2):
+        layer = make(RowParallelLinear, spec, 128, 38, prefix="layer")
+        load(layer, weight, leave_out=("g_idx",))
+        assert torch.equal(decoded(finish(layer)), dense([weight])[:, 64:])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_fused_zeros_that_fill_no_whole_words(size: int) -> None:
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 
-    message = rf"mlp\.gate_up_proj: shard 1 has {80 // size} output features.*multiples of 32.*{remedy}"
-    with tensor_parallel(0, size), pytest.raises(CheckpointError, match=message):
-        make(MergedColumnParallelLinear, QuantSpec(3, 32), K, [64, 80], prefix="mlp.gate_up_proj")
-
-
-def test_row_parallel_act_order_is_refused() -> None:
-    from vllm.model_executor.layers.linear import RowParallelLinear
-
-    spec = QuantSpec(4, 32, desc_act=True)
-    with tensor_parallel(0, 2):
-        layer = make(RowParallelLinear, spec, 128, 64, prefix="layer")
-        with pytest.raises(CheckpointError, match=r"layer\.g_idx is in act-order.*--tensor-parallel-size 1"):
-            load(layer, random_weight(64, spec, in_features=128))
+    spec = QuantSpec(3, 32, sym=False)
+    weights = [random_weight(64, spec), random_weight(80, spec, seed=1)]
+    ranks = []
+    for rank in range(size):
+        with tensor_parallel(rank, size):
+            layer = make(MergedColumnParallelLinear, spec, K, [64, 80], prefix="mlp.gate_up_proj")
+            for shard, weight in enumerate(weights):
+                load(layer, weight, shard)
+            ranks.append(decoded(finish(layer)).split([64 // size, 80 // size]))
+    for part, weight in enumerate(weights):
+        assert torch.equal(torch.cat([rank[part] for rank in ranks]), dense([weight]))
 
 
 def test_shards_of_different_act_order_are_refused() -> None:
@@ -320,7 +337,7 @@ def test_missing_bias_is_named() -> None:
 
     with tensor_parallel():
         scheme = Scheme(("attn.qkv_proj",), QuantSpec(4, 32), torch.float16, has_bias=False)
-        loader = ShardLoader(make_qkv(scheme.spec), scheme, K, load=lambda *_: None)
+        loader = ShardLoader(make_qkv(scheme.spec), scheme, (0, K), load=lambda *_: None)
         with pytest.raises(CheckpointError, match=r"no .*attn\.qkv_proj\.bias, so attn\.qkv_proj cannot be served"):
             loader.require_all(torch.empty(128))
 
