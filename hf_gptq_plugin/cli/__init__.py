@@ -6,6 +6,7 @@ from .convert import convert
 from .evaluate import evaluate, verify
 from .fold import fold
 from .inspect import inspect
+from .push import push
 from .quantize import quantize
 from .train import train
 
@@ -19,5 +20,6 @@ app.command()(fold)
 app.command()(inspect)
 app.command()(convert)
 app.command()(verify)
+app.command()(push)
 app.command()(doctor)
 app.command()(demo)
