@@ -23,9 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_gptq_plugin.calibrate.data import calibration_windows
 from hf_gptq_plugin.demo import texts
 from hf_gptq_plugin.hf import folding
-from hf_gptq_plugin.hf.training import LORA_RATE, TRAINABLE, Data, run
+from hf_gptq_plugin.hf.training import TRAINABLE, Data, run, usual_rate
 from hf_gptq_plugin.train.loop import TrainSettings, mean_loss
-from hf_gptq_plugin.train.methods import METHODS
 
 
 def main() -> None:
@@ -33,9 +32,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="folder of a GPTQ checkpoint")
     parser.add_argument("--methods", default=",".join(TRAINABLE))
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=90, help="windows to train on")
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--samples", type=int, default=64, help="windows to train on")
+    parser.add_argument("--target-modules", default="o_proj,down_proj", help="layers that learn")
     parser.add_argument("--seqlen", type=int, default=128)
     parser.add_argument("--rate", type=float, default=None, help="instead of the method's own")
     parser.add_argument("--out", type=Path, default=Path("training-methods"))
@@ -64,14 +64,17 @@ def main() -> None:
 
 def trained(arguments: Any, method: str, files: list[Path]) -> dict[str, Any]:
     """One method's row."""
-    usual = LORA_RATE if method == "lora" else METHODS[method].rate
+
     settings = TrainSettings(
-        steps=arguments.steps, batch=arguments.batch, rate=arguments.rate or usual, save_every=arguments.steps
+        steps=arguments.steps,
+        batch=arguments.batch,
+        rate=arguments.rate or usual_rate(method),
+        save_every=arguments.steps,
     )
     data = Data(str(files[0]), str(files[1]), arguments.samples, arguments.seqlen)
     moments: list[float] = []
     found = run(
-        arguments.base, arguments.out / method, method, data, settings, {},
+        arguments.base, arguments.out / method, method, data, settings, {}, arguments.target_modules.split(","),
         progress=lambda done, loss: moments.append(time.perf_counter()),
     )  # fmt: skip
     per_step = (moments[-1] - moments[0]) / max(1, len(moments) - 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +39,8 @@ def tune_memory_budget(
     Raises:
         ValueError: an argument that cannot be, or a model that cannot be planned.
     """
-    if not isinstance(model, nn.Module):
-        model = skeleton(Path(model), dtype, QuantSpec(bits, group_size))
-    return budgeted(model, budget, prepare=_without_mask, **options)
+    loaded = model if isinstance(model, nn.Module) else skeleton(Path(model), dtype, QuantSpec(bits, group_size))
+    return budgeted(loaded, budget, prepare=_without_mask, **options)
 
 
 def skeleton(folder: Path, dtype: torch.dtype, spec: QuantSpec) -> Any:
@@ -59,15 +57,20 @@ def skeleton(folder: Path, dtype: torch.dtype, spec: QuantSpec) -> Any:
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if source.layout == "dense":
-        head = model.get_output_embeddings()
-        found = {name: m for name, m in model.named_modules() if isinstance(m, LINEAR) and m is not head}
-        for name, layer in found.items():
-            k, n = linear_shape(layer)
-            model.set_submodule(name, QuantLinear(k, n, spec, layer.bias is not None, dtype=dtype))
-        return model
+        return as_quantized(model, spec)
     quantization = AutoQuantizationConfig.from_dict(config.quantization_config)
     quantizer = GptqQuantizer(quantization, pre_quantized=True)
     quantizer.preprocess_model(model, dtype=dtype, checkpoint_files=[str(file) for file in weight_files(folder)])
+    return model
+
+
+def as_quantized(model: Any, spec: QuantSpec) -> Any:
+    """A dense model on the meta device, as it will be: every linear layer but the output embeddings on codes."""
+    head = model.get_output_embeddings()
+    found = {name: m for name, m in model.named_modules() if isinstance(m, LINEAR) and m is not head}
+    for name, layer in found.items():
+        k, n = linear_shape(layer)
+        model.set_submodule(name, QuantLinear(k, n, spec, layer.bias is not None, dtype=layer.weight.dtype))
     return model
 
 
