@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="folder of a GPTQ checkpoint")
     parser.add_argument("--methods", default=",".join(TRAINABLE))
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--samples", type=int, default=64, help="windows to train on")
     parser.add_argument("--target-modules", default="o_proj,down_proj", help="layers that learn")
