@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from emulated_cuda import KERNELS
 from hopper import Problem, load, start_build
+
+from hf_gptq_plugin.format.grid import QuantizedWeight
+from hf_gptq_plugin.format.spec import QuantSpec
+from hf_gptq_plugin.nn import cuda
+from hf_gptq_plugin.nn.ops import KernelWeight
 
 EVERY = """
 #include "hopper_half.cu"
@@ -121,6 +127,30 @@ def test_bits_depend_neither_on_the_schedule_nor_on_other_rows(built: tuple[Path
         assert torch.equal(y, expected)
     few, _ = Problem(20, 300, 320, 64, chunks=4).run(run)
     assert torch.equal(few, expected[:20])
+
+
+@pytest.mark.parametrize("order", ["natural", "shuffled", "irregular"])
+@pytest.mark.parametrize("rows", [5, 70])
+def test_through_the_op(emulated: Callable[..., None], order: str, rows: int) -> None:
+    """The plan, the gathering of x and the kernel, with groups in any order, chunks and x at an odd address."""
+    emulated(seed=rows, capability=90, shared_bytes=227 * 1024)
+    out_features, in_features = 88, 512
+    spec = QuantSpec(4, 64, False)
+    group = torch.arange(in_features, dtype=torch.int32) // 64
+    if order == "shuffled":
+        group = group[torch.randperm(in_features)]
+    elif order == "irregular":
+        group = torch.randint(0, 8, (in_features,), dtype=torch.int32)
+    zeros = torch.randint(1, 17, (8, out_features), dtype=torch.int32)
+    codes = torch.randint(0, 16, (out_features, in_features), dtype=torch.uint8)
+    scales = (torch.rand(8, out_features) / 64 + 0.01).half()
+    weight = QuantizedWeight(codes=codes, scales=scales, zeros=zeros, group=group, spec=spec)
+    kernel = KernelWeight.from_canonical(**weight.pack(), spec=spec, in_features=in_features).packed()
+    dense = (codes.double() - zeros[group.long()].T) * scales.double()[group.long()].T
+    x, bias = torch.randn(rows, in_features + 1).half()[:, 1:], torch.randn(out_features).half()
+    y = cuda.linear(x, bias, *kernel.arguments, regime=3)
+    exact = x.double() @ dense.T + bias.double()
+    assert bool(((y.double() - exact).abs() <= 2**-11 * exact.abs() + 1e-4).all())
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
