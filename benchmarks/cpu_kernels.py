@@ -231,7 +231,7 @@ def backward(
                 truth = g[:TRUTH_ROWS].double() @ full.double()
                 dense_error = check("dense", g[:TRUTH_ROWS] @ dense, truth, 2e-2)
                 got = ops.linear_transposed(g, packed, in_features)[:TRUTH_ROWS]
-                error = check(f"M={m} {name}", got, truth, dense_error * 1.05)
+                error = check(f"M={m} {name}", got, truth, dense_error * 1.5)
                 us = best_us(lambda _i, g=g, w=packed, k=in_features: ops.linear_transposed(g, w, k), seconds)
                 theirs = best_us(lambda _i, g=g, w=dense: g @ w, seconds)
                 wide = g.float()

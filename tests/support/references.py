@@ -162,7 +162,7 @@ def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     rest = total - product
     error = (product - (total - rest)) + (wide - rest)  # what the addition lost, exactly
     even = total.view(np.int64) % 2 == 0
-    to_odd = np.where((error != 0) & even, np.nextafter(total, np.sign(error) * np.inf), total)
+    to_odd = np.where((error != 0) & even, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total)
     return to_odd.astype(np.float32)
 
 
