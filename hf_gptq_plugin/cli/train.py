@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..config import PRESETS
-from .app import DEFAULT, Dtype, Json, console, torch_dtype
+from .app import DEFAULT, Dtype, Json, console, print_json, torch_dtype
 
 
 def train(
@@ -80,7 +79,7 @@ def train(
             torch_dtype(dtype), progress,
         )  # fmt: skip
     if as_json:
-        print(json.dumps(vars(found)))
+        print_json(vars(found))
         return
     console.print(
         f"{found.method}: {found.parameters / 1e6:.2f} M numbers in {found.layers} layers; held-out loss "
