@@ -2,9 +2,9 @@
 
     python benchmarks/training_step.py DENSE BASE [--seqlen 128] [--windows 1] [--steps 5] [--dtype float32]
 
-Both models get the same adapter on every quantized layer and the same tokens. Steps take turns, so that both see the same
-machine; the first of each is not counted. Memory is what PyTorch's allocator gives out during a step, beside parameters,
-gradients and optimizer states; the plan is `hf-gptq plan`'s.
+Both models get the same adapter on every quantized layer and the same tokens. Steps take turns, so that both see the
+same machine; the first of each is not counted. Memory is what PyTorch's allocator gives out during a step, beside
+parameters, gradients and optimizer states; the plan is `hf-gptq plan`'s.
 """
 
 from __future__ import annotations

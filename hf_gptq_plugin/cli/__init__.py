@@ -7,6 +7,7 @@ from .evaluate import evaluate, verify
 from .fold import fold
 from .inspect import inspect
 from .plan import plan
+from .push import push
 from .quantize import quantize
 from .train import train
 
@@ -21,5 +22,6 @@ app.command()(plan)
 app.command()(inspect)
 app.command()(convert)
 app.command()(verify)
+app.command()(push)
 app.command()(doctor)
 app.command()(demo)
