@@ -71,6 +71,7 @@ def trained(arguments: Any, method: str, files: list[Path]) -> dict[str, Any]:
         rate=arguments.rate or usual_rate(method),
         save_every=arguments.steps,
     )
+    targets = None if arguments.target_modules is None else arguments.target_modules.split(",")
     data = Data(str(files[0]), str(files[1]), arguments.samples, arguments.seqlen)
     moments: list[float] = []
     found = run(
