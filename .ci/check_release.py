@@ -38,6 +38,7 @@ def main(sdist: Path, wheel: Path, from_sdist: Path, from_tree: Path) -> None:
     top = {name.split("/")[0] for name in files}
     require(top == {*TOP, info}, f"top-level names of the wheel: {sorted(top)}")
     require("hf_gptq_plugin/_native/libhf_gptq.so" in files, "the wheel has no native library")
+    require({f"{name}/py.typed" for name in TOP} <= set(files), "the wheel lacks py.typed")
     license_name = f"{info}/licenses/LICENSE"
     require(files.get(license_name) == (ROOT / "LICENSE").read_bytes(), f"the wheel has no {license_name}")
     stray = [name for name in files if re.search(r"\.(cpp|h|cu|cuh|o|a|pyc)$|(^|/)tests?/", name)]

@@ -28,6 +28,8 @@ def on_page_content(content: str, **_: Any) -> str:
 def _mathml(found: re.Match[str]) -> str:
     block = found[2] == "["
     made = convert(html.unescape(found[3]).strip(), display="block" if block else "inline")
+    if "\\" in made:
+        raise ValueError(f"a formula has a command that latex2mathml does not know: {found[3]}")
     return f"<p>{made}</p>" if block else made
 
 

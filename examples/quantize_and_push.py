@@ -40,8 +40,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model, quantization_config=config, dtype="auto")
 
     # Look before you publish: a layer that calibration did not reach, or that needed much damping, shows here.
-    for report in sorted(model.hf_quantizer.reports, key=lambda report: -report.relative_error)[:5]:
-        print(f"{report.name}: relative error {report.relative_error:.2e}, damping {report.damp_percent:g}")
+    for report in sorted(model.hf_quantizer.reports, key=lambda report: -report.solve.relative_error)[:5]:
+        print(f"{report.name}: relative error {report.solve.relative_error:.2e}, damping {report.solve.damp_percent:g}")
 
     model.push_to_hub(arguments.repo, private=not arguments.public)
     tokenizer.push_to_hub(arguments.repo)

@@ -14,6 +14,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.model_executor.models.utils import WeightsMapper
+from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from hf_gptq_plugin.format.checkpoint import TensorInfo, quantized_modules
@@ -237,14 +238,16 @@ def _describe(spec: QuantSpec | None) -> str:
 
 
 def _refused_by_vllm(config: Mapping[str, Any]) -> bool:
-    """Whether vLLM's own GPTQ method would refuse or misread the checkpoint, or a part of it."""
+    """Whether vLLM's own GPTQ method would refuse, misread or fail on the checkpoint, or on a part of it."""
     try:
         checkpoint = CheckpointConfig.from_dict(config)
     except CheckpointError:
         return False  # not ours to explain unless we are asked for
+    if any(field not in config for field in ("group_size", "desc_act", "sym")):
+        return True  # it has no defaults for them
     rules = (resolve(checkpoint.spec, {".*": o}, "") for p, o in checkpoint.dynamic.items() if p[:2] != "-:")
     return any(
-        spec.bits not in (4, 8)
+        spec.bits not in _own_bits()
         or not spec.sym
         or (spec.desc_act and spec.group_size != -1)
         or spec.checkpoint_format != "gptq"
@@ -252,3 +255,13 @@ def _refused_by_vllm(config: Mapping[str, Any]) -> bool:
         for spec in (checkpoint.spec, *rules)
         if spec is not None
     )
+
+
+def _own_bits() -> tuple[int, ...]:
+    """The bits for which vLLM's own method has a kernel on this machine."""
+    if not current_platform.is_cpu():
+        return (4, 8)
+    import vllm._custom_ops  # noqa: F401  (loads the library for this processor)
+
+    # Its library for processors without AVX-512 lacks the kernel, which shows at the first forward pass only.
+    return (4,) if hasattr(torch.ops._C, "cpu_gemm_wna16") else ()

@@ -174,4 +174,4 @@ def _zero_evidence(layer: Any, loaded: dict[str, Tensor], spec: QuantSpec) -> st
     if isinstance(layer, ParallelLMHead):
         columns = layer.num_org_embeddings_per_partition
     qzeros = loaded["qzeros"][:, : words(columns, spec.bits)]
-    return zero_format(loaded["qweight"][:, :columns], qzeros, spec, columns)
+    return zero_format(loaded["qweight"][:, :columns], qzeros, spec, columns, loaded["g_idx"])

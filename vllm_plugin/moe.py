@@ -217,7 +217,8 @@ class HfGptqMoEMethod(FusedMoEMethodBase):
             check_values(" and ".join(names), loaded["scales"][local], loaded["g_idx"][local])
             fields = pack_stream(loaded["qzeros"][local], side.spec.bits)
             columns = loaded["scales"].shape[-1]
-            self._zeros.add(names[0], zero_format(loaded["qweight"][local], fields, side.spec, columns))
+            shown = zero_format(loaded["qweight"][local], fields, side.spec, columns, loaded["g_idx"][local])
+            self._zeros.add(names[0], shown)
         return used_groups(loaded)
 
     def _lay_out(self, stem: str, loaded: dict[str, Tensor]) -> KernelWeight:

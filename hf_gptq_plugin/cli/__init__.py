@@ -6,6 +6,8 @@ from .convert import convert
 from .evaluate import evaluate, verify
 from .fold import fold
 from .inspect import inspect
+from .plan import plan
+from .push import push
 from .quantize import quantize
 from .train import train
 
@@ -16,8 +18,10 @@ app.command()(quantize)
 app.command("eval")(evaluate)
 app.command()(train)
 app.command()(fold)
+app.command()(plan)
 app.command()(inspect)
 app.command()(convert)
 app.command()(verify)
+app.command()(push)
 app.command()(doctor)
 app.command()(demo)

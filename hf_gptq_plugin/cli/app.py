@@ -18,9 +18,15 @@ from ..native import NativeError
 from ..solve.hessian import SolveError
 from ..train.loop import TrainingError
 
+# Exit codes beside 0; 2, for a command line that cannot be read, is the parser's.
+FAILED = 1  # an error a user can mend, told in one line
+CHECK_FAILED = 3  # the command did its work, and what it looked at is not as it should be
+
 app = typer.Typer(
     name="hf-gptq",
-    help="GPTQ for Transformers and vLLM: quantize, evaluate, check.",
+    help="GPTQ for Transformers and vLLM: quantize, evaluate, train, convert, publish.",
+    epilog="Exit codes: 0 done; 1 an error, told in one line; 2 a command line that cannot be read; 3 a check failed "
+    "(inspect, verify, doctor).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -47,7 +53,7 @@ def main() -> None:
     except USER_ERRORS as error:
         Console(stderr=True).print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
         Console(stderr=True, highlight=False).print(str(error), markup=False, soft_wrap=True)
-        sys.exit(1)
+        sys.exit(FAILED)
 
 
 def folder_of(model: str) -> Path:

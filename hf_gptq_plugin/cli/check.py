@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .app import Json, console
+from .app import CHECK_FAILED, Json, console
 
 
 def doctor(as_json: Json = False) -> None:
-    """What is installed, what works, and what to do about what does not. Exit code 1 where something is broken."""
+    """What is installed, what works, and what to do about what does not. Exit code 3 where something is broken."""
     from .. import native
     from ..diagnose import findings
 
@@ -29,7 +29,7 @@ def doctor(as_json: Json = False) -> None:
         for row in rows:
             table.add_row(marks[row.state], row.part, row.detail)
         console.print(table)
-    raise typer.Exit(1 if broken else 0)
+    raise typer.Exit(CHECK_FAILED if broken else 0)
 
 
 def demo(

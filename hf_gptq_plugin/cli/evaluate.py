@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from ..calibrate.sources import read_text
-from .app import Dtype, Json, console, torch_dtype
+from .app import CHECK_FAILED, Dtype, Json, console, torch_dtype
 
 
 def evaluate(
@@ -52,7 +52,7 @@ def verify(
     windows: Annotated[int, typer.Option(help="Windows, from the beginning; 0 for all.")] = 8,
     seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     max_divergence: Annotated[
-        float | None, typer.Option(help="Exit code 1 where the mean KL divergence per token is larger.")
+        float | None, typer.Option(help="Exit code 3 where the mean KL divergence per token is larger.")
     ] = None,
     dtype: Dtype = "float32",
     as_json: Json = False,
@@ -81,4 +81,4 @@ def verify(
         table.add_row("KL divergence", f"{found.divergence:.3e} per token on average, {found.largest:.3e} at most")
         table.add_row("same likeliest token", f"{100 * found.agreement:.2f} % of {found.tokens} tokens")
         console.print(table)
-    raise typer.Exit(1 if failed else 0)
+    raise typer.Exit(CHECK_FAILED if failed else 0)

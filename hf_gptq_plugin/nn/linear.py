@@ -92,7 +92,7 @@ class QuantLinear(nn.Linear):
     def zero_format(self) -> str | None:
         """The format that the loaded zeros show, or None; see `format.checkpoint.zero_format`."""
         with _materialized(self):
-            return zero_format(self.qweight, self.qzeros, self.spec, self.out_features)
+            return zero_format(self.qweight, self.qzeros, self.spec, self.out_features, self._stored_g_idx())
 
     def finalize(self, spec: QuantSpec | None = None, name: str = "layer") -> None:
         """Check the loaded tensors and lay them out for the kernels.
@@ -133,6 +133,7 @@ class QuantLinear(nn.Linear):
             bits=self.spec.bits,
             group_size=self.spec.width(self.in_features),
             zero_offset=self.spec.zero_offset,
+            in_features=self.in_features,
         )
 
     @property
@@ -168,6 +169,15 @@ class QuantLinear(nn.Linear):
             return QuantizedWeight.unpack(
                 qweight=self.kernel_weight.canonical_qweight(), g_idx=self._stored_g_idx(), spec=self.spec, **tensors
             )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
+        """Moves and casts; on another kind of device the codes are laid out for its kernels."""
+        super()._apply(fn, recurse)
+        if self.finalized and all(p.device.type != "meta" for p in self.parameters(recurse=False)):
+            packed = self.kernel_weight.packed()
+            if packed.qweight is not self.qweight:
+                self.qweight.data, self.perm = packed.qweight, packed.perm
+        return self
 
     def _stored_g_idx(self) -> Tensor:
         if self.g_idx is not None:

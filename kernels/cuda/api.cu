@@ -1,10 +1,13 @@
 // The exported functions: they validate, choose a regime and launch.
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 
 #include <type_traits>
 
 #include "dequantize.h"
 #include "hf_gptq_cuda.h"
+#include "hopper.h"
 #include "linear.h"
 #include "repack.h"
 
@@ -71,20 +74,26 @@ int64_t copy_bytes(const hf_gptq_cuda_weight& w, int64_t M, bool x_plain) {
   return needs_copy(w, x_plain) ? align(M * copy_pitch(w) * 2) : 0;
 }
 
-Regime regime_for(const Device& device, const hf_gptq_cuda_weight& w, int x_dtype, int64_t M,
-                  int wanted) {
+// A switch in the environment, read at every call: it costs less than a launch by far.
+bool is_on(const char* name) {
+  const char* value = getenv(name);
+  return value && strcmp(value, "1") == 0;
+}
+
+Regime regime_for(const Device& device, int x_dtype, int64_t M, int wanted) {
   if (x_dtype == HF_GPTQ_FP32 || (x_dtype == HF_GPTQ_BF16 && device.capability < 80)) {
     return kDense;
   }
   if (wanted >= 0) return static_cast<Regime>(wanted);
-  (void)w;
-  return choose_regime(device, M);
+  const bool invariant = is_on("HF_GPTQ_BATCH_INVARIANT");
+  if (!invariant && hopper_accepts(device, M) && is_on("HF_GPTQ_CUDA_HOPPER")) return kHopper;
+  return choose_regime(device, M, invariant);
 }
 
 // Whether a wanted regime can compute M rows at all.
-bool is_possible(int regime, int64_t M) {
+bool is_possible(const Device& device, int regime, int64_t M) {
   return regime == -1 || regime == kDense || (regime == kNarrow && M <= kNarrowRows) ||
-         regime == kWide;
+         regime == kWide || (regime == kHopper && device.capability == 90);
 }
 
 int group_slices(const hf_gptq_cuda_weight& w) {
@@ -155,7 +164,11 @@ int hf_gptq_cuda_check_device(void) {
     return HF_GPTQ_CUDA_ERROR_DEVICE;
   }
   cudaError_t error = load_half();
-  if (error == cudaSuccess) error = load_bfloat16();
+  if (error == cudaSuccess && device.capability >= 80) error = load_bfloat16();
+  if (device.capability == 90) {
+    if (error == cudaSuccess) error = load_hopper_half();
+    if (error == cudaSuccess) error = load_hopper_bfloat16();
+  }
   const void* const others[] = {reinterpret_cast<const void*>(gather_kernel),
                                 reinterpret_cast<const void*>(unpack_kernel),
                                 reinterpret_cast<const void*>(repack_kernel<2>),
@@ -202,13 +215,13 @@ int hf_gptq_cuda_unpack(const void* tiles, const int32_t* row_of, int32_t* qweig
 
 int hf_gptq_cuda_plan(const hf_gptq_cuda_weight* weight, int32_t x_dtype, int64_t M,
                       int32_t x_plain, int32_t regime, hf_gptq_cuda_plan_t* plan) {
-  if (!is_weight(weight) || !is_dtype(x_dtype) || M < 1 || M > int64_t{1} << 24 || !plan ||
-      !is_possible(regime, M)) {
+  if (!is_weight(weight) || !is_dtype(x_dtype) || M < 1 || M > int64_t{1} << 24 || !plan) {
     return HF_GPTQ_CUDA_ERROR_ARGUMENT;
   }
   Device device;
   if (const int error = find_device(&device)) return error;
-  *plan = {0, 0, regime_for(device, *weight, x_dtype, M, regime)};
+  if (!is_possible(device, regime, M)) return HF_GPTQ_CUDA_ERROR_ARGUMENT;
+  *plan = {0, 0, regime_for(device, x_dtype, M, regime)};
   if (plan->regime == kDense) return HF_GPTQ_CUDA_OK;
   plan->scratch_bytes = copy_bytes(*weight, M, x_plain);
   if (plan->regime == kWide) {
@@ -260,7 +273,7 @@ int hf_gptq_cuda_linear(const hf_gptq_cuda_weight* weight, const void* x, int32_
   p.zero_offset = w.zero_offset;
   p.scale_dtype = w.scale_dtype;
   p.bits = w.bits;
-  p.chunks = chunk_count(w.N, w.rows);
+  p.chunks = plan.regime == kHopper ? hopper_chunks(M, w.N, p.k_tiles) : chunk_count(w.N, w.rows);
 
   char* free_scratch = static_cast<char*>(scratch);
   if (needs_copy(w, x_plain)) {
@@ -279,7 +292,8 @@ int hf_gptq_cuda_linear(const hf_gptq_cuda_weight* weight, const void* x, int32_
   p.partials = reinterpret_cast<float*>(free_scratch);
   const bool half = x_dtype == HF_GPTQ_FP16;
   const auto launch = plan.regime == kNarrow ? (half ? launch_narrow_half : launch_narrow_bfloat16)
-                                             : (half ? launch_wide_half : launch_wide_bfloat16);
+                      : plan.regime == kWide ? (half ? launch_wide_half : launch_wide_bfloat16)
+                                             : (half ? launch_hopper_half : launch_hopper_bfloat16);
   return runtime_error(launch(p, device, queue));
 }
 

@@ -17,8 +17,13 @@
 //   turns, a stage each, in turning scales and zeros into what the consumers use.
 //   full[stage]: the copies' bytes, the warp that issued them and the warp of the scales.
 //   empty[stage]: the eight warps of the consumers.
+//   A warp that fills every third stage cannot fall two phases behind, as there are three or more.
 //
-// Order of a sum, the same for every M, grid and seed:
+// X comes by a tensor map because one instruction then swizzles it and fills ragged edges with
+// zeros; row by row, copies could do neither, and threads that copy would need a proxy fence per
+// stage. The packed weights need no map: what a panel gives to a stage lies together.
+//
+// Order of a sum, the same for every M and grid (how many splits there are: hopper_chunks):
 //   part  = sum over a chunk of Chunk * 16 inputs on the tensor cores, from 0, in fp32
 //   total = fma(part, scale of the chunk's group, total), chunks upwards in k
 //   y     = total of split 0 + total of split 1 + .. + bias, rounded once

@@ -64,9 +64,11 @@ constexpr int kWarps = kThreads / 32;
 
 enum Regime { kDense = 0, kNarrow = 1, kWide = 2, kHopper = 3 };
 
-static inline Regime choose_regime(const Device& device, int64_t M) {
+// `invariant`: a row must have the same bits whatever M is, so the wide kernel takes every M.
+static inline Regime choose_regime(const Device& device, int64_t M, bool invariant) {
   if (M <= kNarrowRows) return kNarrow;
-  return M <= (device.capability < 80 ? kMostRowsTuring : kMostRows) ? kWide : kDense;
+  const int most = device.capability < 80 ? kMostRowsTuring : kMostRows;
+  return M <= most || invariant ? kWide : kDense;
 }
 
 // Token tiles of 8 that a block of the wide kernel takes: 1, 2, 4 or 8.

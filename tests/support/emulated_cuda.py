@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import subprocess
-from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
-
-import torch
-from torch import Tensor
-
-from hf_gptq_plugin import native
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 FLAGS = (

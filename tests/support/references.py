@@ -152,3 +152,37 @@ def half_quadratic(
         for t in steps:
             meet(float(np.float16(around * t)), zero if sym else min(max(zero + shift, lowest), last))
     return best[1:]
+
+
+def tile_place(n: int, k: int, bits: int, b: int) -> tuple[int, int]:
+    """Word of its tile, and bit of that word, of bit `b` of the code at output `n`, input `k`."""
+    lane, part = 4 * (n % 8) + k % 8 // 2, k % 64 // 16
+    right, below, odd = k % 16 // 8, n % 16 // 8, k % 2
+    pair = 2 * right + below  # register of the fragment
+    if bits == 4:
+        return 4 * lane + part, 4 * pair + 16 * odd + b
+    if bits == 8:
+        return 128 * (part // 2) + 4 * lane + 2 * (part % 2) + right, 8 * (2 * below + odd) + b
+    if b < 2:
+        return 2 * lane + part // 2, 8 * (part % 2) + 2 * pair + 16 * odd + b
+    return 64 + lane, 4 * part + pair + 16 * odd
+
+
+def pack_tiles(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes `[N, K]` in the layout of `kernels/include/fragments.h`, uint32 `[panels, k_tiles, 4, 32 * bits]`, bit by
+    bit; each place of the result must be written exactly once."""
+    n_count, k_count = codes.shape
+    panels, k_tiles = -(-n_count // 64), -(-k_count // 64)
+    words = np.zeros((panels, k_tiles, 4, 32 * bits), dtype=np.uint32)
+    written = np.zeros_like(words)
+    for n in range(panels * 64):
+        for k in range(k_tiles * 64):
+            code = int(codes[n, k]) if n < n_count and k < k_count else 0
+            for b in range(bits):
+                word, bit = tile_place(n, k, bits, b)
+                place = (n // 64, k // 64, n % 64 // 16, word)
+                assert not int(written[place]) >> bit & 1
+                written[place] |= np.uint32(1 << bit)
+                words[place] |= np.uint32((code >> b & 1) << bit)
+    assert (written == 0xFFFFFFFF).all()
+    return words

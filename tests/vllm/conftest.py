@@ -58,6 +58,15 @@ def quantized(
     return make
 
 
+@pytest.fixture(scope="module")
+def vllm_config() -> Iterator[None]:
+    """Layers of vLLM can be made without an engine."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
 @pytest.fixture(scope="session")
 def prompts() -> list[list[int]]:
     """Token ids of three prompts of different lengths."""

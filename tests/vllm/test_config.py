@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from importlib.metadata import entry_points
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +73,68 @@ def test_vllm_finds_the_plugin() -> None:
         ({"group_size": 48}, None, True),
         ({"group_size": -1}, None, False),
         ({"dynamic": {"+:.*down_proj": {"bits": 3}}}, None, True),
+        ({"dynamic": {"+:.*down_proj": {"bits": 8}}}, None, False),
         ({"dynamic": {"-:.*down_proj": {"bits": 3}}}, None, False),
         ({"quant_method": "awq", "bits": 3}, "hf_gptq", False),
         ({"bits": 5}, None, False),
         ({"bits": 5}, "hf_gptq", True),
     ],
 )
-def test_checkpoints_that_the_plugin_takes(fields: dict[str, Any], user: str | None, ours: bool) -> None:
+def test_checkpoints_that_the_plugin_takes(
+    fields: dict[str, Any], user: str | None, ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vllm_plugin.config as module
+
+    monkeypatch.setattr(module, "_own_bits", lambda: (4, 8))
+    chosen = module.HfGptqConfig.override_quantization_method({**JSON, **fields}, user)
+    assert chosen == ("hf_gptq" if ours else None)
+
+
+@pytest.mark.parametrize("field", ["group_size", "desc_act", "sym"])
+def test_a_config_without_what_vllm_has_no_default_for(field: str) -> None:
     from vllm_plugin.config import HfGptqConfig
 
-    chosen = HfGptqConfig.override_quantization_method({**JSON, **fields}, user)
-    assert chosen == ("hf_gptq" if ours else None)
+    assert HfGptqConfig.override_quantization_method({k: v for k, v in JSON.items() if k != field}, None) == "hf_gptq"
+
+
+def test_without_vllms_own_kernel_every_checkpoint_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm_plugin.config as module
+
+    monkeypatch.setattr(module, "_own_bits", lambda: ())
+    assert module.HfGptqConfig.override_quantization_method(JSON, None) == "hf_gptq"
+    assert module.HfGptqConfig.override_quantization_method(JSON, "gptq") is None
+
+
+def test_what_vllm_itself_refuses_today() -> None:
+    """The plugin offers itself exactly where vLLM's own method fails. When this fails, vLLM has changed: change
+    `_refused_by_vllm` with it."""
+    from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig, AutoGPTQLinearMethod
+    from vllm.platforms import current_platform
+
+    from vllm_plugin.config import HfGptqConfig
+
+    if not current_platform.is_cpu():
+        pytest.skip("on a GPU what vLLM takes also depends on its compute capability")
+    has_kernel = hasattr(torch.ops._C, "cpu_gemm_wna16")
+
+    def vllm_takes(json: dict[str, Any]) -> bool:
+        try:
+            made = AutoGPTQConfig.from_config(json)
+            AutoGPTQLinearMethod(made)
+        except ValueError:
+            return False
+        return True
+
+    fields = {"bits": (2, 3, 4, 8), "sym": (True, False), "desc_act": (False, True), "group_size": (16, 48, 128, -1)}
+    disagreements = []
+    for values in product(*fields.values()):
+        json = {**JSON, **dict(zip(fields, values, strict=True))}
+        chosen = HfGptqConfig.override_quantization_method(json, None)
+        if (chosen is None) != (vllm_takes(json) and has_kernel):
+            disagreements.append(json)
+    assert not disagreements
+    # It does not look at the format, and so reads every zero one too high.
+    assert vllm_takes({**JSON, "checkpoint_format": "gptq_v2"})
 
 
 @pytest.mark.parametrize(

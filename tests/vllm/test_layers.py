@@ -6,18 +6,15 @@ the weight itself: code minus zero, times a scale of 11 bits, fits a float32, so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
-import numpy as np
 import pytest
-import references
 import torch
+from vllm_layers import K, decoded, dense, finish, load, make, random_weight, tensor_parallel
 
-from hf_gptq_plugin.format.grid import QuantizedWeight, natural_groups
+from hf_gptq_plugin.format.grid import QuantizedWeight
 from hf_gptq_plugin.format.spec import CheckpointError, QuantSpec
 
 pytest.importorskip("vllm.version", reason="these tests need vLLM")
@@ -28,7 +25,6 @@ pytestmark = [
     pytest.mark.usefixtures("vllm_config"),
 ]
 
-K = 80  # with groups of 32 the last one is ragged
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 SPECS = [
     QuantSpec(bits, 32, sym, desc_act, fmt)
@@ -36,86 +32,11 @@ SPECS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def vllm_config() -> Iterator[None]:
-    from vllm.config import VllmConfig, set_current_vllm_config
-
-    with set_current_vllm_config(VllmConfig()):
-        yield
-
-
-@contextmanager
-def tensor_parallel(rank: int = 0, size: int = 1) -> Iterator[None]:
-    """Layers made inside believe to be rank `rank` of `size`."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in ("layers.linear", "layers.vocab_parallel_embedding", "parameter"):
-            path = f"vllm.model_executor.{module}.get_tensor_model_parallel"
-            patch.setattr(f"{path}_rank", lambda: rank)
-            patch.setattr(f"{path}_world_size", lambda: size)
-        yield
-
-
-def random_weight(
-    out_features: int, spec: QuantSpec, in_features: int = K, group: torch.Tensor | None = None, seed: int = 0
-) -> QuantizedWeight:
-    """Codes that lie evenly around the zeros, as those of real weights do, so that the format shows."""
-    rng = torch.Generator().manual_seed(seed)
-    groups, middle = spec.groups(in_features), 2 ** (spec.bits - 1)
-    if group is None:
-        group = natural_groups(in_features, spec.group_size)
-        if spec.desc_act:
-            group = group[torch.randperm(in_features, generator=rng)]
-    lowest = middle if spec.sym else middle - 1 - spec.maxq // 8
-    zeros = torch.randint(lowest, middle + 1, (groups, out_features), generator=rng, dtype=torch.int32)
-    reach = max(1, spec.maxq // 4)
-    steps = torch.randint(-reach, reach + 1, (out_features // 2, in_features), generator=rng)
-    codes = torch.cat((steps, -steps)) + zeros.T[:, group.long()]
-    scales = torch.rand(groups, out_features, generator=rng).add(0.5).mul(0.02).half()
-    return QuantizedWeight(codes.to(torch.uint8), scales, zeros, group, spec)
-
-
-def dense(weights: list[QuantizedWeight]) -> torch.Tensor:
-    """float64 `[N, K]` of all weights below each other."""
-    parts = [references.dequantize(*(t.numpy() for t in (w.codes, w.scales, w.zeros, w.group))) for w in weights]
-    return torch.from_numpy(np.concatenate(parts))
-
-
-def make(kind: Callable[..., Any], spec: QuantSpec, *sizes: Any, **arguments: Any) -> Any:
-    """A layer of vLLM named "layer", quantized by the plugin."""
-    from vllm_plugin.config import HfGptqConfig
-
-    config = HfGptqConfig.from_config(
-        {
-            "quant_method": "gptq", "bits": spec.bits, "group_size": spec.group_size, "sym": spec.sym,
-            "desc_act": spec.desc_act, "checkpoint_format": spec.checkpoint_format, "lm_head": True,
-        }
-    )  # fmt: skip
-    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    return kind(*sizes, bias=False, params_dtype=torch.float32, quant_config=config, **arguments)
-
-
 def make_qkv(spec: QuantSpec, kv_heads: int = 1) -> Any:
     """A fused layer of 2 query heads and `kv_heads` key-value heads of 32."""
     from vllm.model_executor.layers.linear import QKVParallelLinear
 
     return make(QKVParallelLinear, spec, K, 32, 2, kv_heads, prefix="attn.qkv_proj")
-
-
-def load(layer: Any, weight: QuantizedWeight, *shard: Any, leave_out: tuple[str, ...] = ()) -> None:
-    for leaf, tensor in weight.pack().items():
-        if leaf not in leave_out:
-            parameter = getattr(layer, leaf)
-            parameter.weight_loader(parameter, tensor, *shard)
-
-
-def finish(layer: Any) -> Any:
-    layer.quant_method.process_weights_after_loading(layer)
-    return layer
-
-
-def decoded(layer: Any) -> torch.Tensor:
-    """The layer's weight `[N, K]`, seen through its output."""
-    return layer.quant_method.apply(layer, torch.eye(layer.g_idx.numel())).T.double()
 
 
 def qkv_weights(spec: QuantSpec, kv_heads: int = 1) -> dict[str, QuantizedWeight]:
@@ -377,6 +298,36 @@ def test_values_that_cannot_be_are_refused() -> None:
             finish(layer)
 
 
+@pytest.mark.parametrize("group", [-1, 3, 2**31 - 1])
+def test_group_index_out_of_range_is_refused(group: int) -> None:
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    spec = QuantSpec(4, 32, desc_act=True)
+    weight = random_weight(64, spec)
+    weight.group[70] = group
+    for rank, size in ((0, 1), (1, 2)):
+        with tensor_parallel(rank, size):
+            layer = make(RowParallelLinear, spec, K, 64, prefix="layer")
+            load(layer, weight)
+            with pytest.raises(CheckpointError, match=rf"layer\.g_idx holds group {group}; with 3 groups the accepted"):
+                finish(layer)
+
+
+def test_bits_beyond_the_last_zero_say_nothing() -> None:
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    spec = QuantSpec(3, 32, sym=False)
+    weight = random_weight(38, spec)  # 114 bits of 128
+    with tensor_parallel():
+        layer = make(ReplicatedLinear, spec, K, 38, prefix="layer")
+        load(layer, weight, leave_out=("qzeros",))
+        stray = weight.pack()["qzeros"]
+        stray[:, -1] |= torch.tensor(0x7FFC0000, dtype=torch.int32)
+        layer.qzeros.weight_loader(layer.qzeros, stray)
+        finish(layer)
+    assert torch.equal(decoded(layer), dense([weight]))
+
+
 def test_mislabelled_zeros_are_read_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
     """A layer that shows no evidence follows one that does, also when it was loaded first."""
     from vllm.model_executor.layers.linear import ReplicatedLinear
@@ -428,25 +379,3 @@ def test_output_is_new_contiguous_and_of_the_input_dtype(dtype: torch.dtype) -> 
     assert out.dtype == dtype and out.is_contiguous() and torch.equal(x, before)
     expected = x.double() @ dense(list(weights.values())).T
     torch.testing.assert_close(out.double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=0.05)
-
-
-def test_compiles_once_for_all_numbers_of_tokens() -> None:
-    spec = QuantSpec(4, 32, sym=False, desc_act=True)
-    with tensor_parallel():
-        layer = make_qkv(spec)
-        for shard, weight in qkv_weights(spec).items():
-            load(layer, weight, shard)
-        finish(layer)
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(
-        lambda x: layer.quant_method.apply(layer, x), backend=backend, fullgraph=True, dynamic=True
-    )
-    for tokens in (2, 5, 17):
-        x = torch.randn(tokens, K)
-        assert torch.equal(compiled(x), layer.quant_method.apply(layer, x))
-    assert len(graphs) == 1

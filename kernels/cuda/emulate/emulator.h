@@ -16,6 +16,7 @@
 #ifndef HF_GPTQ_EMULATOR_H_
 #define HF_GPTQ_EMULATOR_H_
 
+#include <setjmp.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -67,7 +68,9 @@ struct Block;
 struct Warp;
 
 struct Lane {
-  ucontext_t context;
+  ucontext_t context;  // of its start; later switches go by jump, which needs no system call
+  jmp_buf jump;
+  bool started = false;
   void* stack = nullptr;
   dim3 thread;
   int lane = 0;
@@ -105,7 +108,7 @@ struct Block {
 
 inline Lane* current = nullptr;
 inline dim3 grid_dim, block_dim;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::vector<Lane*> runnable, polling;
 inline std::mt19937_64 random_bits;
 inline std::function<void()> body;
@@ -117,8 +120,16 @@ inline void fail(const std::string& what) {
 
 // Back to the scheduler; the caller has put the fiber on a list.
 inline void suspend() {
-  Lane* me = current;
-  swapcontext(&me->context, &scheduler);
+  if (_setjmp(current->jump) == 0) _longjmp(scheduler, 1);
+}
+
+// Runs a fiber until it suspends itself or ends.
+__attribute__((noinline)) inline void resume(Lane* lane) {
+  current = lane;
+  if (_setjmp(scheduler)) return;
+  if (lane->started) _longjmp(lane->jump, 1);
+  lane->started = true;
+  setcontext(&lane->context);
 }
 
 // A point where another fiber may go on.
@@ -223,7 +234,7 @@ inline void enter() {
     }
     if (!me->open.empty()) fail("a thread returns with an asynchronous copy in no group");
   }
-  swapcontext(&me->context, &scheduler);
+  _longjmp(scheduler, 1);
 }
 
 inline std::unique_ptr<Block> start_block(unsigned number, size_t shared_bytes) {
@@ -324,10 +335,10 @@ inline void run(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()
       break;
     }
     const size_t chosen = random_bits() % runnable.size();
-    current = runnable[chosen];
+    Lane* lane = runnable[chosen];
     runnable[chosen] = runnable.back();
     runnable.pop_back();
-    swapcontext(&scheduler, &current->context);
+    resume(lane);
     if (!current->done) continue;
     free_stacks.push_back(current->stack);
     current->stack = nullptr;
