@@ -14,7 +14,9 @@ MISTAKES = {
     "none": ("wide.h", "", "", ""),
     "wide: copies not waited for": ("wide.h", "      wait_stage(p.stages);\n", "", "wrong"),
     "wide: stage overwritten while read": ("wide.h", "__syncthreads();  // the stage has", "// the stage has", "wrong"),
-    "wide: the last but one adds up": ("wide.h", "*ticket != p.chunks - 1", "*ticket != p.chunks - 2", "wrong|counters"),
+    "wide: the last but one adds up": (
+        "wide.h", "*ticket != p.chunks - 1", "*ticket != p.chunks - 2", "wrong|counters",
+    ),
     "wide: the counter stays": ("wide.h", "if (threadIdx.x == 0) p.counters[block] = 0;", "", "counters"),
     "wide: outputs read before they are staged": (
         "wide.h", "    __syncthreads();\n    const int column", "    const int column", "wrong",
