@@ -82,7 +82,7 @@ def convert(
                 value = load(source.headers[name], name)
                 yield name, value.to(dtype) if target == "dense" and value.is_floating_point() else value
         for module in source.modules:
-            weight = _natural(_read(source, module))
+            weight = read_module(source, module)
             written = kind.write(module, weight)
             specs[module] = _spec(weight, kind)
             outcome = _compared(module, weight, written, kind, specs[module])
@@ -117,16 +117,16 @@ def convert(
     return done
 
 
-def _read(source: Source, module: str) -> QuantizedWeight:
-    tensors = source.tensors(module)
+def read_module(source: Source, module: str) -> QuantizedWeight:
+    """A quantized module, its spec saying no more than it needs: in act-order and asymmetric only where it is.
+
+    Raises:
+        CheckpointError: tensors that do not fit the spec.
+    """
     kind = layout(source.layout)
     if isinstance(kind, Dense):
         raise CheckpointError(f"{module} is dense; there are no codes to convert")
-    return kind.read(module, tensors, source.specs[module])
-
-
-def _natural(weight: QuantizedWeight) -> QuantizedWeight:
-    """The same weight, its spec saying no more than it needs: in act-order and asymmetric only where it is."""
+    weight = kind.read(module, source.tensors(module), source.specs[module])
     spec = weight.spec
     trivial = torch.equal(weight.group, natural_groups(weight.group.numel(), spec.group_size))
     middle = bool((weight.zeros == 2 ** (spec.bits - 1)).all())
@@ -144,12 +144,20 @@ def _compared(
     """Read a module back from what was written and compare the weights in fp32."""
     wanted = weight.dequantize()
     given = written["weight"].float() if isinstance(kind, Dense) else kind.read(module, written, spec).dequantize()
-    difference = float((given - wanted).norm())
-    if not difference:
+    error = relative_error(given, wanted)
+    if not error:
         return Converted(module, True, 0.0, "")
     lost = "weights rounded to " + str(kind.dtype).removeprefix("torch.") if isinstance(kind, Dense) else ""
+    return Converted(module, False, error, lost or "scales rounded to float16")
+
+
+def relative_error(given: Tensor, wanted: Tensor) -> float:
+    """Norm of the difference relative to the norm of `wanted`; 0 only where every element is the same."""
+    difference = float((given - wanted).norm())
     size = float(wanted.norm())
-    return Converted(module, False, difference / size if size else math.inf, lost or "scales rounded to float16")
+    if not difference:
+        return 0.0 if torch.equal(given, wanted) else math.ulp(0.0)  # squares that underflow
+    return difference / size if size else math.inf
 
 
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: int) -> None:

@@ -92,7 +92,7 @@ class QuantLinear(nn.Linear):
     def zero_format(self) -> str | None:
         """The format that the loaded zeros show, or None; see `format.checkpoint.zero_format`."""
         with _materialized(self):
-            return zero_format(self.qweight, self.qzeros, self.spec, self.out_features)
+            return zero_format(self.qweight, self.qzeros, self.spec, self.out_features, self._stored_g_idx())
 
     def finalize(self, spec: QuantSpec | None = None, name: str = "layer") -> None:
         """Check the loaded tensors and lay them out for the kernels.

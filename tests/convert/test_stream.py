@@ -126,10 +126,12 @@ def test_mislabelled_zeros(quantized: Make, tmp_path: Path) -> None:
 
 def test_inspect_counts(quantized: Make) -> None:
     found = inspect(quantized(sym=True, dynamic={r"+:.*o_proj": {"bits": 8}}))
+    names = [kind.pop("names") for kind in found.modules]
     assert found.modules == [
         {"modules": 12, "bits": 4, "group_size": 32, "sym": True, "desc_act": False},
         {"modules": 2, "bits": 8, "group_size": 32, "sym": True, "desc_act": False},
     ]
+    assert names[1] == ["model.layers.*.self_attn.o_proj"] and len(names[0]) == 6
     model = AutoModelForCausalLM.from_pretrained(quantized(sym=True), dtype=torch.float16)
     assert found.architecture == "LlamaForCausalLM"
     linear = sum(m.in_features * m.out_features for n, m in model.named_modules() if n.endswith("_proj"))
