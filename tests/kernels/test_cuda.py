@@ -9,11 +9,12 @@ from collections.abc import Callable
 import pytest
 import references
 import torch
+from emulated_cuda import make
 from torch import Tensor
 
 from hf_gptq_plugin import native_cuda
 from hf_gptq_plugin.format import packing, tiles
-from hf_gptq_plugin.format.grid import QuantizedWeight, natural_groups
+from hf_gptq_plugin.format.grid import QuantizedWeight
 from hf_gptq_plugin.format.spec import QuantSpec
 from hf_gptq_plugin.nn import cuda, ops
 from hf_gptq_plugin.nn.linear import QuantLinear
@@ -22,31 +23,6 @@ from hf_gptq_plugin.nn.ops import KernelWeight
 BITS = (2, 3, 4, 8)
 NARROW, WIDE = 1, 2
 Configure = Callable[..., None]
-
-
-def make(
-    spec: QuantSpec, out_features: int, in_features: int, order: str = "natural", scales_dtype: torch.dtype = torch.half
-) -> tuple[QuantizedWeight, Tensor]:
-    """A random weight and what it stands for, in float64."""
-    groups = spec.groups(in_features)
-    low = spec.zero_offset
-    zeros = torch.randint(low, spec.maxq + 1 + low, (groups, out_features), dtype=torch.int32)
-    if spec.sym:
-        zeros = torch.full_like(zeros, 2 ** (spec.bits - 1))
-    group = natural_groups(in_features, spec.group_size)
-    if order == "shuffled":
-        group = group[torch.randperm(in_features)]
-    elif order == "irregular":
-        group = torch.randint(0, groups, (in_features,), dtype=torch.int32)
-    weight = QuantizedWeight(
-        codes=torch.randint(0, spec.maxq + 1, (out_features, in_features), dtype=torch.uint8),
-        scales=((torch.rand(groups, out_features) + 0.1) * 0.02 * (1 - 2 * torch.randint(0, 2, ()))).to(scales_dtype),
-        zeros=zeros,
-        group=group,
-        spec=spec,
-    )
-    dense = (weight.codes.double() - zeros[group.long()].T) * weight.scales[group.long()].T.double()
-    return weight, dense
 
 
 def packed(weight: QuantizedWeight) -> KernelWeight:

@@ -77,6 +77,13 @@ struct Engine {
 
 inline std::map<const Block*, Engine> engines;
 
+// Blocks of a cluster: `cluster_size` neighbours of the grid. A block is known to the others from
+// the first meeting of the cluster until it ends.
+inline unsigned cluster_size = 1;
+inline std::map<unsigned, Block*> cluster_blocks;
+inline std::map<unsigned, size_t> cluster_arrivals;  // threads that came, by cluster
+constexpr int kPeerShift = 20;  // an address with rank + 1 above these bits is a peer's
+
 inline Engine& engine() { return engines[current->block]; }
 
 inline int thread_number() {
@@ -84,9 +91,23 @@ inline int thread_number() {
   return static_cast<int>(thread.x + block_dim.x * (thread.y + block_dim.y * thread.z));
 }
 
-// The byte at an address of the shared window.
+// The block whose shared memory an address lies in; the address becomes one of its window.
+inline Block* owner(uint32_t& address) {
+  const uint32_t rank = address >> kPeerShift;
+  if (rank == 0) return current->block;
+  address &= (1u << kPeerShift) - 1;
+  const unsigned first = current->block->index.x / cluster_size * cluster_size;
+  auto found = cluster_blocks.find(first + rank - 1);
+  if (rank > cluster_size || found == cluster_blocks.end()) {
+    fail("shared memory of a block that is not there, or no longer");
+    return current->block;
+  }
+  return found->second;
+}
+
+// The byte at an address of the shared window, or of a peer's.
 inline unsigned char* shared_byte(uint32_t address, uint32_t bytes) {
-  const Block& block = *current->block;
+  const Block& block = *owner(address);
   if (address < kWindow || address + bytes > kWindow + block.shared_bytes) {
     fail("an address lies outside of shared memory");
     return block.shared;
@@ -99,8 +120,9 @@ inline unsigned char* shared_byte(uint32_t address, uint32_t bytes) {
 inline uint32_t swizzle_128(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
 inline PhaseBarrier* find_barrier(uint32_t address) {
-  auto found = engine().barriers.find(address);
-  if (found == engine().barriers.end()) {
+  Engine& there = engines[owner(address)];
+  auto found = there.barriers.find(address);
+  if (found == there.barriers.end()) {
     fail("an mbarrier is used that was not initialised");
     return nullptr;
   }
@@ -212,9 +234,18 @@ inline void wait_for_engine(const char* what, std::function<bool()> condition) {
   lag();
 }
 
-// Runs a grid of kernels that use the engine.
-inline void run_hopper(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel) {
+// Runs a grid of kernels that use the engine, in clusters of `cluster` blocks.
+inline void run_hopper(unsigned cluster, dim3 grid, dim3 block, size_t shared_bytes,
+                       std::function<void()> kernel) {
   engines.clear();
+  cluster_blocks.clear();
+  cluster_arrivals.clear();
+  cluster_size = cluster;
+  const int resident = settings.resident;
+  if (cluster > 1) {
+    settings.resident = static_cast<int>(grid.x);  // whole clusters
+    if (grid.x % cluster) return fail("a grid must consist of whole clusters");
+  }
   run(grid, block, shared_bytes, [kernel = std::move(kernel)] {
     kernel();
     Block* mine = current->block;
@@ -224,7 +255,9 @@ inline void run_hopper(dim3 grid, dim3 block, size_t shared_bytes, std::function
     }
     if (!engines[mine].copies.empty()) fail("a block ends before its copies have happened");
     engines.erase(mine);
+    cluster_blocks.erase(mine->index.x);
   });
+  settings.resident = resident;
 }
 
 }  // namespace emulate
@@ -271,6 +304,31 @@ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   emulate::PhaseBarrier* found = emulate::find_barrier(barrier);
   if (!found) return;
   emulate::wait_for_engine("mbarrier_wait", [=] { return (found->phase & 1) != parity; });
+}
+
+inline void cluster_sync() {
+  emulate::Block* block = emulate::current->block;
+  const unsigned cluster = block->index.x / emulate::cluster_size;
+  const size_t threads = block->lanes.size() * emulate::cluster_size;
+  emulate::cluster_blocks[block->index.x] = block;
+  const size_t round = emulate::cluster_arrivals[cluster]++ / threads;
+  emulate::wait_until("cluster_sync",
+                      [=] { return emulate::cluster_arrivals[cluster] >= (round + 1) * threads; });
+}
+
+inline uint32_t peer_address(uint32_t address, uint32_t rank) {
+  return address | (rank + 1) << emulate::kPeerShift;
+}
+
+inline void mbarrier_arrive_peer(uint32_t barrier) { mbarrier_arrive(barrier); }
+
+inline void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+  mbarrier_wait(barrier, parity);
+}
+
+inline void load_peer_four(float (&values)[4], uint32_t address) {
+  if (address % 16) emulate::fail("a vector of four floats is not aligned to 16 bytes");
+  memcpy(values, emulate::shared_byte(address, 16), 16);
 }
 
 inline void bulk_copy(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier) {
@@ -409,8 +467,6 @@ inline void store_four(float* address, float a, float b, float c, float d) {
   memcpy(address, values, 16);
 }
 
-inline void load_four(float (&values)[4], const float* address) { memcpy(values, address, 16); }
-
 // Row r of matrix i goes to the address of lane 8 i + r.
 inline void stmatrix_transposed(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   struct Arguments {
@@ -447,9 +503,10 @@ cudaError_t make_tensor_map(TensorMap* map, const void* x, int64_t columns, int6
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch_engine(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
-                          cudaStream_t, Arguments... arguments) {
-  emulate::run_hopper(grid, block, shared, [=] { kernel(arguments...); });
+cudaError_t launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3 block,
+                            size_t shared, cudaStream_t, Arguments... arguments) {
+  emulate::run_hopper(static_cast<unsigned>(cluster), grid, block, shared,
+                      [=] { kernel(arguments...); });
   return emulate::error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
