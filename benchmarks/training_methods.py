@@ -32,10 +32,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="folder of a GPTQ checkpoint")
     parser.add_argument("--methods", default=",".join(TRAINABLE))
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--samples", type=int, default=64, help="windows to train on")
-    parser.add_argument("--target-modules", default="o_proj,down_proj", help="layers that learn")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=90, help="windows to train on")
+    parser.add_argument("--target-modules", help="layers that learn: last parts of names, with commas; all by default")
     parser.add_argument("--seqlen", type=int, default=128)
     parser.add_argument("--rate", type=float, default=None, help="instead of the method's own")
     parser.add_argument("--out", type=Path, default=Path("training-methods"))
@@ -71,10 +71,11 @@ def trained(arguments: Any, method: str, files: list[Path]) -> dict[str, Any]:
         rate=arguments.rate or usual_rate(method),
         save_every=arguments.steps,
     )
+    targets = None if arguments.target_modules is None else arguments.target_modules.split(",")
     data = Data(str(files[0]), str(files[1]), arguments.samples, arguments.seqlen)
     moments: list[float] = []
     found = run(
-        arguments.base, arguments.out / method, method, data, settings, {}, arguments.target_modules.split(","),
+        arguments.base, arguments.out / method, method, data, settings, {}, targets,
         progress=lambda done, loss: moments.append(time.perf_counter()),
     )  # fmt: skip
     per_step = (moments[-1] - moments[0]) / max(1, len(moments) - 1)
