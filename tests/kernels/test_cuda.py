@@ -161,6 +161,16 @@ def test_rules(emulated: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     del keep
 
 
+def test_more_rows_than_one_launch_takes(emulated: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_GPTQ_BATCH_INVARIANT", "1")
+    weight, dense = make(QuantSpec(4, 64), 24, 256)
+    kernel, x = packed(weight), torch.randn(520, 256).half()
+    y = ops.linear(x, kernel)
+    check(y, x, dense)
+    for row in (0, 511, 512, 519):
+        assert torch.equal(ops.linear(x[row : row + 1], kernel), y[row : row + 1])
+
+
 def test_little_shared_memory(emulated: Configure) -> None:
     emulated(shared_bytes=64 * 1024, capability=75)
     weight, dense = make(QuantSpec(8, 16, False), 48, 200, scales_dtype=torch.float32)
