@@ -237,21 +237,25 @@ class HfGptqMoEMethod(FusedMoEMethodBase):
         natural = natural_groups(in_features, spec.group_size, loaded["g_idx"].device)
         is_symmetric = self._zeros.is_certain and bool((zeros == 2 ** (spec.bits - 1)).all())
         is_natural = bool((loaded["g_idx"] == natural).all())
-        return stack(
-            [
-                KernelWeight(
-                    qweight=loaded["qweight"][expert],
-                    scales=loaded["scales"][expert],
-                    qzeros=None if is_symmetric else loaded["qzeros"][expert],
-                    g_idx=None if is_natural else loaded["g_idx"][expert],
-                    perm=None,
-                    bits=spec.bits,
-                    group_size=spec.width(in_features),
-                    zero_offset=spec.zero_offset,
-                ).packed()
-                for expert in range(len(loaded["qweight"]))
-            ]
-        )
+        weights = [
+            KernelWeight(
+                qweight=loaded["qweight"][expert],
+                scales=loaded["scales"][expert],
+                qzeros=None if is_symmetric else loaded["qzeros"][expert],
+                g_idx=None if is_natural else loaded["g_idx"][expert],
+                perm=None,
+                bits=spec.bits,
+                group_size=spec.width(in_features),
+                zero_offset=spec.zero_offset,
+                in_features=in_features,
+            )
+            for expert in range(len(loaded["qweight"]))
+        ]
+        packed = [weight.packed() for weight in weights]
+        # A kernel's layout may pad groups, by more where an expert's groups are more uneven; the ops also take
+        # checkpoints' own layout.
+        shapes = {(w.qweight.shape, None if w.perm is None else w.perm.shape) for w in packed}
+        return stack(packed if len(shapes) == 1 else weights)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """None: nothing for vLLM's own kernels."""
