@@ -17,20 +17,21 @@ PACKAGE = ROOT / "hf_gptq_plugin"
 ALLOWED: dict[str, set[str]] = {
     "version": set(),
     "native": set(),
+    "native_cuda": {"native"},
     "format": set(),
     "solve": {"format", "native"},
-    "nn": {"format", "native"},
+    "nn": {"format", "native", "native_cuda"},
     "config": {"format", "solve", "version"},
     "calibrate": {"format", "solve", "nn", "version"},
     "convert": {"format"},
     "train": {"format", "nn", "solve"},
     "hf": {"format", "solve", "nn", "calibrate", "config", "convert", "train"},
-    "diagnose": {"native", "hf", "version"},
+    "diagnose": {"native", "native_cuda", "hf", "version"},
     "demo": {"config", "format", "hf"},
     "cli": {"format", "solve", "calibrate", "convert", "train", "config", "hf", "native", "diagnose", "demo"},
     "": {"config", "format", "hf", "nn", "version"},  # the package's own __init__
 }
-WITHOUT_TRANSFORMERS = {"convert", "train", "format", "solve", "nn", "native", "version"}
+WITHOUT_TRANSFORMERS = {"convert", "train", "format", "solve", "nn", "native", "native_cuda", "version"}
 
 
 def room(module: str) -> str:

@@ -14,12 +14,14 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.model_executor.models.utils import WeightsMapper
+from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
 from hf_gptq_plugin.format.checkpoint import TensorInfo, quantized_modules
 from hf_gptq_plugin.format.spec import CheckpointConfig, CheckpointError, QuantSpec, resolve
 
 from .linear import HfGptqLinearMethod, Scheme, ZeroFormat
+from .moe import ExpertsScheme, HfGptqMoEMethod
 
 NAME = "hf_gptq"
 
@@ -125,8 +127,10 @@ class HfGptqConfig(QuantizationConfig):
             CheckpointError: a layer that cannot be run as the checkpoint stores it.
         """
         if isinstance(layer, RoutedExperts):
-            self._refuse_quantized_experts(prefix)
-            return UnquantizedFusedMoEMethod(layer.moe_config)
+            experts = self.experts_scheme(layer, prefix)
+            if experts is None:
+                return UnquantizedFusedMoEMethod(layer.moe_config)
+            return HfGptqMoEMethod(experts, self.zero_format, layer.moe_config, prefix)
         if isinstance(layer, LinearBase):
             scheme = self.scheme(prefix)
             return HfGptqLinearMethod(scheme, self.zero_format) if scheme else UnquantizedLinearMethod()
@@ -142,21 +146,63 @@ class HfGptqConfig(QuantizationConfig):
             CheckpointError: a fused layer of modules that are not quantized alike.
         """
         names = self._checkpoint_modules(prefix)
+        spec = self._common_spec(prefix, names)
+        if spec is None:
+            return None
+        has_bias = not self._headers or any(f"{name}.bias" in self._headers for name in names)
+        return Scheme(tuple(names), spec, self._scales_dtype(names), has_bias)
+
+    def experts_scheme(self, layer: RoutedExperts, prefix: str) -> ExpertsScheme | None:
+        """How the checkpoint stores the routed experts `prefix`; None where they are not quantized.
+
+        Raises:
+            CheckpointError: experts that are not quantized alike.
+        """
+        leaves = {"w1": layer.ckpt_gate_proj_name, "w3": layer.ckpt_up_proj_name, "w2": layer.ckpt_down_proj_name}
+        modules = {
+            (expert, shard): f"{prefix}.{expert}.{leaf}"
+            for expert in range(layer.global_num_experts)
+            for shard, leaf in leaves.items()
+            if leaf is not None
+        }
+        names = {place: self._sources.get(module, module) for place, module in modules.items()}
+        if self._headers and not any(name in self._quantized for name in names.values()):
+            if any(name.startswith(f"{prefix}.") for name in self._quantized):
+                raise CheckpointError(
+                    f"{prefix}: the checkpoint has quantized experts, but none is named as vLLM expects "
+                    f"({names[0, 'w1']}); serve the checkpoint with Transformers"
+                )
+            return None
+        up = self._common_spec(prefix, [name for (_, shard), name in names.items() if shard != "w2"])
+        down = self._common_spec(prefix, [name for (_, shard), name in names.items() if shard == "w2"])
+        if up is None or down is None:
+            if up is down:
+                return None
+            raise CheckpointError(
+                f"vLLM runs the experts of {prefix} as one layer, but only some of their matrices are quantized; "
+                "quantize all or none, or serve the checkpoint with Transformers"
+            )
+        return ExpertsScheme(names, up, down, self._scales_dtype(list(names.values())))
+
+    def _common_spec(self, prefix: str, names: list[str]) -> QuantSpec | None:
+        missing = [n for n in names if n not in self._quantized and f"{n}.weight" not in self._headers]
+        if missing and len(missing) < len(names) and self._headers:
+            raise _incomplete(missing[0])
         specs = {name: self._spec(name) for name in names}
         if len(set(specs.values())) > 1:
-            listed = "; ".join(f"{name}: {_describe(spec)}" for name, spec in specs.items())
+            # One name for each way of being quantized tells enough: there may be hundreds of experts.
+            examples = {spec: name for name, spec in reversed(specs.items())}
+            listed = "; ".join(f"{name}: {_describe(spec)}" for spec, name in reversed(examples.items()))
             raise CheckpointError(
                 f"vLLM runs {prefix} as one layer, but its parts are not quantized alike ({listed}); "
                 "quantize them with one setting, or serve the checkpoint with Transformers"
             )
-        spec = specs[names[0]]
-        if spec is None:
-            return None
+        return specs[names[0]]
+
+    def _scales_dtype(self, names: list[str]) -> torch.dtype:
         dtypes = {self._quantized[name]["scales"].torch_dtype for name in names if name in self._quantized}
         # float32 holds scales of any stored dtype unchanged.
-        scales_dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        has_bias = not self._headers or any(f"{name}.bias" in self._headers for name in names)
-        return Scheme(tuple(names), spec, scales_dtype, has_bias)
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
     def _checkpoint_modules(self, prefix: str) -> list[str]:
         parent, dot, leaf = prefix.rpartition(".")
@@ -171,21 +217,18 @@ class HfGptqConfig(QuantizationConfig):
         if name in self._quantized:
             return self.checkpoint.for_module(name) or self.checkpoint.spec
         if f"{name}.weight" not in self._headers and _has_child(name.rpartition(".")[0], self._quantized):
-            raise CheckpointError(
-                f"the checkpoint has neither {name}.qweight nor {name}.weight; it is incomplete: fetch it again"
-            )
+            raise _incomplete(name)
         return None
-
-    def _refuse_quantized_experts(self, prefix: str) -> None:
-        if not self._headers or any(".experts." in name for name in self._quantized):
-            raise CheckpointError(
-                f"{prefix}: quantized mixture-of-experts layers are not supported yet; where the checkpoint "
-                "is 4 or 8 bit and symmetric, serve it with vLLM's own method (--quantization gptq)"
-            )
 
 
 def _has_child(parent: str, modules: Iterable[str]) -> bool:
     return parent != "" and any(module.rpartition(".")[0] == parent for module in modules)
+
+
+def _incomplete(name: str) -> CheckpointError:
+    return CheckpointError(
+        f"the checkpoint has neither {name}.qweight nor {name}.weight; it is incomplete: fetch it again"
+    )
 
 
 def _describe(spec: QuantSpec | None) -> str:
@@ -195,14 +238,16 @@ def _describe(spec: QuantSpec | None) -> str:
 
 
 def _refused_by_vllm(config: Mapping[str, Any]) -> bool:
-    """Whether vLLM's own GPTQ method would refuse or misread the checkpoint, or a part of it."""
+    """Whether vLLM's own GPTQ method would refuse, misread or fail on the checkpoint, or on a part of it."""
     try:
         checkpoint = CheckpointConfig.from_dict(config)
     except CheckpointError:
         return False  # not ours to explain unless we are asked for
+    if any(field not in config for field in ("group_size", "desc_act", "sym")):
+        return True  # it has no defaults for them
     rules = (resolve(checkpoint.spec, {".*": o}, "") for p, o in checkpoint.dynamic.items() if p[:2] != "-:")
     return any(
-        spec.bits not in (4, 8)
+        spec.bits not in _own_bits()
         or not spec.sym
         or (spec.desc_act and spec.group_size != -1)
         or spec.checkpoint_format != "gptq"
@@ -210,3 +255,13 @@ def _refused_by_vllm(config: Mapping[str, Any]) -> bool:
         for spec in (checkpoint.spec, *rules)
         if spec is not None
     )
+
+
+def _own_bits() -> tuple[int, ...]:
+    """The bits for which vLLM's own method has a kernel on this machine."""
+    if not current_platform.is_cpu():
+        return (4, 8)
+    import vllm._custom_ops  # noqa: F401  (loads the library for this processor)
+
+    # Its library for processors without AVX-512 lacks the kernel, which shows at the first forward pass only.
+    return (4,) if hasattr(torch.ops._C, "cpu_gemm_wna16") else ()

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.parameter import (
-    ChannelQuantScaleParameter,
+    BasevLLMParameter,
     GroupQuantScaleParameter,
-    PackedColumnParameter,
     PackedvLLMParameter,
-    RowvLLMParameter,
 )
 
 from hf_gptq_plugin.format.checkpoint import TENSORS, agreed_format, check_values, zero_format
-from hf_gptq_plugin.format.grid import natural_groups
+from hf_gptq_plugin.format.packing import pack_stream
 from hf_gptq_plugin.format.spec import WORD, QuantSpec, words
 from hf_gptq_plugin.nn.ops import KernelWeight, linear
 
-from .loading import Scheme, ShardLoader, check_slices
+from .compiled import note
+from .loading import Scheme, ShardLoader, empty_tensors, used_groups
 
 
 class ZeroFormat:
@@ -51,6 +53,11 @@ class ZeroFormat:
         if found is not None and found not in self._evidence.values():
             self._evidence[layer] = found
             self._set(agreed_format(self._label, self._evidence))
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether a layer has shown how zeros are stored, so that no later one can change it."""
+        return bool(self._evidence)
 
     def _set(self, value: str) -> None:
         self.value = value
@@ -80,52 +87,25 @@ class HfGptqLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register the checkpoint's tensors, in the sizes of this rank, as parameters of `layer`.
-
-        Raises:
-            CheckpointError: a fused or tensor-parallel layer that cannot be cut where vLLM cuts it.
-        """
-        spec, in_features = self._scheme.spec, input_size_per_partition
-        check_slices(layer.prefix, spec, input_size, output_size, in_features, output_partition_sizes)
-        self._in_features = in_features
-        self._group_size = spec.width(in_features)
-        self._loader = ShardLoader(layer, self._scheme, in_features, extra_weight_attrs["weight_loader"])
-        empty = {
-            leaf: torch.empty(shape, dtype=self._scheme.scales_dtype if leaf == "scales" else torch.int32)
-            for leaf, shape in spec.shapes(in_features, sum(output_partition_sizes)).items()
+        """Register the checkpoint's tensors, in the sizes of this rank, as parameters of `layer`."""
+        spec = self._scheme.spec
+        start = layer.tp_rank * input_size_per_partition if input_size_per_partition != input_size else 0
+        rows = (start, start + input_size_per_partition)
+        self._in_features = input_size_per_partition
+        self._vllm_config = get_current_vllm_config()
+        self._loader = ShardLoader(layer, self._scheme, rows, extra_weight_attrs["weight_loader"])
+        empty = empty_tensors(spec, self._scheme.scales_dtype, rows, input_size, sum(output_partition_sizes))
+        along_both = {"input_dim": 0, "output_dim": 1}
+        kinds: dict[str, Callable[..., BasevLLMParameter]] = {
+            "qweight": partial(
+                PackedvLLMParameter, packed_dim=0, packed_factor=Fraction(WORD, spec.bits), **along_both
+            ),
+            "qzeros": partial(GroupQuantScaleParameter, **along_both),
+            "scales": partial(GroupQuantScaleParameter, **along_both),
+            "g_idx": BasevLLMParameter,
         }
-        factor = Fraction(WORD, spec.bits)
-        # The one group of a layer that is split along its input lies on every rank.
-        replicated = in_features != input_size and spec.groups(input_size) == 1
-        scales_class, qzeros_class = (
-            (ChannelQuantScaleParameter, PackedColumnParameter)
-            if replicated
-            else (GroupQuantScaleParameter, PackedvLLMParameter)
-        )
-        along_groups = {"output_dim": 1} if replicated else {"output_dim": 1, "input_dim": 0}
         parameters = {
-            "qweight": PackedvLLMParameter(
-                data=empty["qweight"],
-                input_dim=0,
-                output_dim=1,
-                packed_dim=0,
-                packed_factor=factor,
-                weight_loader=self._loader.loader("qweight"),
-            ),
-            "qzeros": qzeros_class(
-                data=empty["qzeros"],
-                packed_dim=1,
-                packed_factor=factor,
-                weight_loader=self._loader.loader("qzeros"),
-                **along_groups,
-            ),
-            "scales": scales_class(data=empty["scales"], weight_loader=self._loader.loader("scales"), **along_groups),
-            # Stays as it is where the checkpoint has none.
-            "g_idx": RowvLLMParameter(
-                data=natural_groups(in_features, spec.group_size, empty["qweight"].device),
-                input_dim=0,
-                weight_loader=self._loader.loader("g_idx"),
-            ),
+            leaf: kind(data=empty[leaf], weight_loader=self._loader.loader(leaf)) for leaf, kind in kinds.items()
         }
         for leaf, parameter in parameters.items():
             layer.register_parameter(leaf, parameter)
@@ -141,23 +121,35 @@ class HfGptqLinearMethod(LinearMethodBase):
         """
         self._loader.require_all(layer.bias)
         loaded = {leaf: getattr(layer, leaf).data for leaf in TENSORS}
-        spec = self._scheme.spec
         check_values(layer.prefix, loaded["scales"], loaded["g_idx"])
-        found = _zero_evidence(layer, loaded, spec)
-        self._zeros.add(layer.prefix, found)
+        loaded = used_groups(loaded)
+        spec = self._scheme.spec
+        loaded["qzeros"] = pack_stream(loaded["qzeros"], spec.bits)
+        self._zeros.add(layer.prefix, _zero_evidence(layer, loaded, spec))
         spec = replace(spec, checkpoint_format=self._zeros.value)
         weight = KernelWeight.from_canonical(**loaded, spec=spec, in_features=self._in_features).packed()
-        # A layer that shows no evidence must follow a later one that does, so its zeros are kept.
-        self._symmetric = weight.qzeros is None and found is not None
+        # Before there is evidence, a layer must be able to follow a later one, so its zeros are kept.
+        self._symmetric = weight.qzeros is None and self._zeros.is_certain
         self._natural = weight.g_idx is None
-        for leaf, tensor in {**loaded, "qweight": weight.qweight}.items():
+        self._group_size = weight.group_size
+        kept = {
+            "qzeros": loaded["qzeros"],
+            "g_idx": loaded["g_idx"],
+            "qweight": weight.qweight,
+            "scales": weight.scales,
+        }
+        for leaf, tensor in kept.items():
             # Plain parameters: vLLM's own would send every call of the op through __torch_function__.
             layer.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
         layer.register_buffer("perm", weight.perm, persistent=False)
+        note(self._vllm_config, layer.prefix, self._weight(layer))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ weight.T + bias`, a new tensor `[..., N]`; x `[..., K]`."""
-        weight = KernelWeight(
+        return linear(x, self._weight(layer), bias)
+
+    def _weight(self, layer: Any) -> KernelWeight:
+        return KernelWeight(
             qweight=layer.qweight,
             scales=layer.scales,
             qzeros=None if self._symmetric else layer.qzeros,
@@ -167,7 +159,6 @@ class HfGptqLinearMethod(LinearMethodBase):
             group_size=self._group_size,
             zero_offset=self._zeros.offset,
         )
-        return linear(x, weight, bias)
 
     def tie_weights(self, layer: Any, embed_tokens: nn.Module) -> nn.Module:
         """Refuse: a quantized output embedding has a weight of its own."""
@@ -183,4 +174,4 @@ def _zero_evidence(layer: Any, loaded: dict[str, Tensor], spec: QuantSpec) -> st
     if isinstance(layer, ParallelLMHead):
         columns = layer.num_org_embeddings_per_partition
     qzeros = loaded["qzeros"][:, : words(columns, spec.bits)]
-    return zero_format(loaded["qweight"][:, :columns], qzeros, spec, columns)
+    return zero_format(loaded["qweight"][:, :columns], qzeros, spec, columns, loaded["g_idx"])

@@ -1,7 +1,12 @@
 """How a checkpoint's tensors come into a vLLM layer: each is checked before it is copied, none may stay out.
 
-vLLM fuses modules (q, k, v; gate, up) into one layer and loads each tensor shard by shard. Its loaders cut
-out what they need without comparing shapes, and nothing notices a tensor that never came.
+vLLM fuses modules (q, k, v; gate, up) into one layer, loads each tensor shard by shard, and keeps of each what
+belongs to its tensor-parallel rank. Its loaders cut out what they need without comparing shapes, and nothing
+notices a tensor that never came.
+
+A rank may begin anywhere: inside a 32-bit word, inside a group. So zeros lie unpacked until all of a layer is
+there, and a layer that is split along its input holds the scales and zeros of every group until its g_idx shows
+which of them the rank uses.
 """
 
 from __future__ import annotations
@@ -16,8 +21,8 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVPar
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from hf_gptq_plugin.format.checkpoint import TENSORS, check_shapes
-from hf_gptq_plugin.format.grid import natural_groups
-from hf_gptq_plugin.format.spec import WORD, CheckpointError, QuantSpec, words
+from hf_gptq_plugin.format.packing import slice_codes, unpack_stream
+from hf_gptq_plugin.format.spec import CheckpointError, QuantSpec
 
 ShardId = Any  # vLLM's: "q", "k", "v", an index, a tuple of indices, or None for the whole layer
 
@@ -45,17 +50,18 @@ class ShardLoader:
     Args:
         layer: the layer.
         scheme: how the checkpoint stores it.
-        rank_in_features: `K` of this rank's part.
-        load: vLLM's loader of the layer, called as `load(param, tensor)` or `load(param, tensor, shard_id)`.
+        rows: the input features `[start, stop)` of this rank.
+        load: vLLM's loader of the layer, called as `load(param, tensor)` or `load(param, tensor, shard_id)`; it
+            picks this rank's output features.
     """
 
-    def __init__(self, layer: Any, scheme: Scheme, rank_in_features: int, load: Callable[..., None]) -> None:
+    def __init__(self, layer: Any, scheme: Scheme, rows: tuple[int, int], load: Callable[..., None]) -> None:
         self._prefix = layer.prefix
         self._scheme = scheme
         self._in_features = layer.input_size  # of the whole layer, not of this rank's part
+        self._rows = rows
         self._widths = _shard_widths(layer)
-        self._load = _load_vocabulary(layer, scheme.spec.bits) if isinstance(layer, ParallelLMHead) else load
-        self._is_row_slice = rank_in_features != layer.input_size
+        self._load = _load_vocabulary(layer) if isinstance(layer, ParallelLMHead) else load
         self._loaded: dict[str, set[ShardId]] = {leaf: set() for leaf in TENSORS}
         self._g_idx: tuple[str, Tensor] | None = None
 
@@ -71,9 +77,12 @@ class ShardLoader:
             width = sum(self._widths[shard] for shard in shards)
             check_shapes(module, {leaf: tuple(loaded.shape)}, self._scheme.spec, self._in_features, width)
             if leaf == "g_idx":
-                self._check_g_idx(module, loaded)
-            if leaf != "g_idx" or not self._is_row_slice:
-                self._load(param, loaded, *(() if shard_id is None else (shard_id,)))
+                self._check_same_order(module, loaded)
+            part = rank_rows(leaf, loaded, self._scheme.spec, self._rows, self._in_features, width)
+            if leaf == "g_idx" or self._rows != (0, self._in_features):
+                param.data.copy_(part)  # a layer split along its input is neither fused nor split along its output
+            else:
+                self._load(param, part, *(() if shard_id is None else (shard_id,)))
             self._loaded[leaf].update(shards)
 
         return load
@@ -87,10 +96,7 @@ class ShardLoader:
         Raises:
             CheckpointError: naming each that did not.
         """
-        spec = self._scheme.spec
-        # A layer without g_idx has its groups in natural order, unless act-order says otherwise.
-        ordered = spec.desc_act and spec.groups(self._in_features) > 1
-        required = TENSORS if ordered or self._loaded["g_idx"] else TENSORS[:-1]
+        required = required_tensors(self._scheme.spec, self._in_features, bool(self._loaded["g_idx"]))
         missing = [
             f"{self._module((shard,))}.{leaf}"
             for leaf in required
@@ -99,19 +105,9 @@ class ShardLoader:
         ]
         if bias is not None and not self._scheme.has_bias:
             missing += [f"{name}.bias" for name in self._scheme.names]
-        if missing:
-            raise CheckpointError(
-                f"the checkpoint has no {', '.join(dict.fromkeys(missing))}, so {self._prefix} cannot be "
-                "served; the checkpoint is incomplete: fetch it again"
-            )
+        refuse_missing(self._prefix, missing)
 
-    def _check_g_idx(self, module: str, g_idx: Tensor) -> None:
-        natural = natural_groups(self._in_features, self._scheme.spec.group_size, g_idx.device)
-        if self._is_row_slice and not torch.equal(g_idx, natural):
-            raise CheckpointError(
-                f"{module}.g_idx is in act-order (desc_act=true), and tensor parallelism splits the layer "
-                "along its input, which is not supported yet; serve with --tensor-parallel-size 1"
-            )
+    def _check_same_order(self, module: str, g_idx: Tensor) -> None:
         if self._g_idx is None:
             self._g_idx = module, g_idx
         elif not torch.equal(self._g_idx[1], g_idx):
@@ -144,42 +140,67 @@ class ShardLoader:
         return f"{self._prefix}[{', '.join(map(str, shards))}]"
 
 
-def check_slices(
-    prefix: str,
-    spec: QuantSpec,
-    in_features: int,
-    out_features: int,
-    rank_in_features: int,
-    rank_out_features: list[int],
-) -> None:
-    """Check that a layer's shards, and a rank's part of it, begin and end at whole words and whole groups.
+def empty_tensors(
+    spec: QuantSpec, scales_dtype: torch.dtype, rows: tuple[int, int], in_features: int, out_features: int
+) -> dict[str, Tensor]:
+    """What a rank's tensors are loaded into.
 
     Args:
-        prefix: the layer, for messages.
-        in_features, out_features: `K` and `N` of the whole layer.
-        rank_in_features: `K` of this rank's part.
-        rank_out_features: `N` of this rank's part, by shard.
+        rows: its input features `[start, stop)`, of `in_features`.
+        out_features: its `N`.
 
-    Raises:
-        CheckpointError: naming the part.
+    Returns:
+        qweight int32 `[words(stop - start), N]`; qzeros uint8 `[G, N]`, the stored fields unpacked; scales
+        `[G, N]`; g_idx int32 `[stop - start]` in natural order, which stays where the checkpoint has none. `G` counts
+        all groups of `in_features`.
     """
-    whole = next(count for count in range(1, WORD + 1) if count * spec.bits % WORD == 0)
-    is_column_slice = sum(rank_out_features) != out_features
-    for shard, width in enumerate(rank_out_features):
-        if width % whole and (is_column_slice or len(rank_out_features) > 1):
-            remedy = "a smaller --tensor-parallel-size" if is_column_slice else "Transformers to serve it"
-            raise CheckpointError(
-                f"{prefix}: shard {shard} has {width} output features on each rank; with bits={spec.bits} "
-                f"zeros can only be cut at multiples of {whole}, where 32-bit words end: use {remedy}"
-            )
-    if rank_in_features == in_features:
-        return
-    size = spec.group_size if spec.groups(in_features) > 1 else 1
-    if rank_in_features % whole or rank_in_features % size:
+    groups, width = spec.groups(in_features), spec.width(in_features)
+    return {
+        "qweight": torch.empty(spec.shapes(rows[1] - rows[0], out_features)["qweight"], dtype=torch.int32),
+        "qzeros": torch.empty(groups, out_features, dtype=torch.uint8),
+        "scales": torch.empty(groups, out_features, dtype=scales_dtype),
+        "g_idx": torch.arange(*rows, dtype=torch.int32) // width,
+    }
+
+
+def rank_rows(
+    leaf: str, loaded: Tensor, spec: QuantSpec, rows: tuple[int, int], in_features: int, out_features: int
+) -> Tensor:
+    """Of a checked tensor, what a rank with input features `rows` loads into `empty_tensors`; every output feature."""
+    if leaf == "qzeros":
+        return unpack_stream(loaded, spec.bits, out_features)
+    if rows == (0, in_features):
+        return loaded
+    if leaf == "qweight":
+        return slice_codes(loaded, spec.bits, *rows)
+    return loaded[slice(*rows)] if leaf == "g_idx" else loaded
+
+
+def used_groups(loaded: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the groups before the first and after the last that a rank's g_idx names; one layer or stacked experts."""
+    g_idx = loaded["g_idx"]
+    first, last = int(g_idx.min()), int(g_idx.max())
+    groups = {leaf: loaded[leaf][..., first : last + 1, :] for leaf in ("scales", "qzeros")}
+    return {**loaded, **groups, "g_idx": g_idx - first}
+
+
+def required_tensors(spec: QuantSpec, in_features: int, has_g_idx: bool) -> tuple[str, ...]:
+    """The tensors that every module must have; without g_idx groups are in natural order, unless act-order says
+    otherwise.
+
+    Args:
+        has_g_idx: another module of the same layer has a g_idx.
+    """
+    ordered = spec.desc_act and spec.groups(in_features) > 1
+    return TENSORS if ordered or has_g_idx else TENSORS[:-1]
+
+
+def refuse_missing(prefix: str, missing: list[str]) -> None:
+    """Raise CheckpointError if there is a `missing` tensor of layer `prefix`."""
+    if missing:
         raise CheckpointError(
-            f"{prefix}: {rank_in_features} input features on each rank; with bits={spec.bits} and "
-            f"group_size={spec.group_size} codes can only be cut at multiples of {whole} and {size}, where "
-            "32-bit words and groups end: use a smaller --tensor-parallel-size"
+            f"the checkpoint has no {', '.join(dict.fromkeys(missing))}, so {prefix} cannot be served; the "
+            "checkpoint is incomplete: fetch it again"
         )
 
 
@@ -196,20 +217,15 @@ def _shard_widths(layer: Any) -> dict[ShardId, int]:
     return {None: layer.org_vocab_size if isinstance(layer, ParallelLMHead) else layer.output_size}
 
 
-def _load_vocabulary(layer: ParallelLMHead, bits: int) -> Callable[..., None]:
+def _load_vocabulary(layer: ParallelLMHead) -> Callable[..., None]:
     """The loader of an output embedding, whose vocabulary vLLM pads; its own fails where there is padding.
 
     Padding gets scale zero, hence logit zero, and is cut off by vLLM.
     """
 
     def load(param: Any, loaded: Tensor) -> None:
-        if loaded.dim() == 2:
-            first, end = layer.shard_indices.org_vocab_start_index, layer.shard_indices.org_vocab_end_index
-            if getattr(param, "packed_dim", None) == 1:
-                first, end = words(first, bits), words(end, bits)
-            param.data.zero_()
-            param.data[:, : end - first] = loaded[:, first:end]
-        else:
-            param.data.copy_(loaded)
+        first, end = layer.shard_indices.org_vocab_start_index, layer.shard_indices.org_vocab_end_index
+        param.data.zero_()
+        param.data[:, : end - first] = loaded[:, first:end]
 
     return load

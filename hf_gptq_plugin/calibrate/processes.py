@@ -25,6 +25,12 @@ def rank() -> int:
     return dist.get_rank() if count() > 1 else 0
 
 
+def wait() -> None:
+    """Until all processes have come here."""
+    if count() > 1:
+        dist.barrier()
+
+
 def share(windows: list[Tensor]) -> list[Tensor]:
     """This process's windows. Every process gets as many; a remainder is left out.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,9 +12,17 @@ import torch
 
 from ..format.checkpoint import check_shapes, check_values
 from ..format.spec import WORD, CheckpointError, QuantSpec
-from .source import Source, load, open_source, stored_bytes
+from .source import Source, load, open_source, read_json, stored_bytes, weight_files
+from .stream import read_module
 
+_FLOATS = ("F64", "F32", "F16", "BF16")  # of GGUF
+_STACKS = ("hf_gptq_plugin", "vLLM with this plugin", "vLLM alone")
+_DAMAGED = "no: it is damaged, see below"
 _READ = ("gptq", "gptq_v2", "awq", "compressed-tensors", "dense")
+# Tensors of a module beside its weight.
+_BITSANDBYTES = re.compile(
+    r"(?P<module>.+?)(\.weight\.((nested_)?(absmax|quant_map)|quant_state\.bitsandbytes__(?P<kind>\w+))|\.SCB|\.weight_format)"
+)
 
 
 @dataclass
@@ -25,7 +34,7 @@ class Findings:
         layout: see `Source`; "gguf" for a GGUF file.
         label: what its config says.
         architecture: class of the model, as config.json names it.
-        modules: how many modules have which spec, commonest first.
+        modules: how many modules have which spec, commonest first, with their names, numbers as `*`.
         quantized_bytes, dense_bytes: of quantized modules' tensors, and of all others.
         bf16_bytes: what the quantized modules would take in bf16.
         parameters: weights of the whole checkpoint.
@@ -58,32 +67,61 @@ def inspect(folder: str | Path, values: bool = True) -> Findings:
         values: read the tensors of quantized modules too, for what headers do not show.
 
     Raises:
-        CheckpointError: it cannot be read at all.
+        CheckpointError: it cannot be read at all: no folder, no config.json, no safetensors file.
     """
     path = Path(folder)
     if path.is_file() or (path.is_dir() and not (path / "config.json").exists() and list(path.glob("*.gguf"))):
         return _gguf(path)
-    source = open_source(path)
-    architectures = source.config.get("architectures") or ["?"]
-    found = Findings(str(path), source.layout, source.label, str(architectures[0]))
+    try:
+        source = open_source(path)
+    except CheckpointError as error:
+        return _unreadable(path, error)
+    found = Findings(str(path), source.layout, source.label, _architecture(source.config))
     _sizes(found, source)
+    if source.layout == "bitsandbytes":
+        _bitsandbytes(found, source)
     if source.layout != source.label:
         found.problems.append(
             f"labelled checkpoint_format={source.label}, but zero points are stored as {source.layout}; other readers "
             f"decode every weight one step off: hf-gptq convert {path} OUT --to {source.layout} writes the right label"
         )
-    if source.layout == "gptq" or source.layout == "gptq_v2":
+    if source.layout in ("gptq", "gptq_v2"):
         found.problems += _gptq_problems(source, values)
+    elif values:
+        found.problems += _other_problems(source)
+    found.problems += _incomplete(source)
     found.runs = _runs(source, found.problems)
     return found
 
 
+def _architecture(config: dict[str, Any]) -> str:
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else "?"
+
+
+def _unreadable(path: Path, error: CheckpointError) -> Findings:
+    """What can be said of a checkpoint whose tensors do not fit its config.
+
+    Raises:
+        CheckpointError: `error`, where the config or the files cannot be read.
+    """
+    config = read_json(path / "config.json")
+    weight_files(path)
+    quantization = config.get("quantization_config")
+    label = str(quantization.get("quant_method", "gptq")) if isinstance(quantization, dict) else "dense"
+    return Findings(
+        str(path), label, label, _architecture(config), runs=dict.fromkeys(_STACKS, _DAMAGED), problems=[str(error)]
+    )
+
+
 def _sizes(found: Findings, source: Source) -> None:
-    kinds: Counter[QuantSpec] = Counter(source.specs.values())
-    for spec, count in kinds.most_common():
+    kinds: dict[QuantSpec, list[str]] = {}
+    for module, spec in source.specs.items():
+        kinds.setdefault(spec, []).append(module)
+    for spec, modules in sorted(kinds.items(), key=lambda kind: -len(kind[1])):
         found.modules.append(
-            {"modules": count, "bits": spec.bits, "group_size": spec.group_size, "sym": spec.sym}
-            | {"desc_act": spec.desc_act}
+            {"modules": len(modules), "bits": spec.bits, "group_size": spec.group_size, "sym": spec.sym}
+            | {"desc_act": spec.desc_act, "names": patterns(modules)}
         )
     belonging = set()
     for module, tensors in source.modules.items():
@@ -96,6 +134,38 @@ def _sizes(found: Findings, source: Source) -> None:
         if name not in belonging:
             found.dense_bytes += stored_bytes(info)
             found.parameters += torch.Size(info.shape).numel()
+
+
+def patterns(modules: list[str]) -> list[str]:
+    """Names with their numbers as `*`, each once."""
+    return list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in modules))
+
+
+def _bitsandbytes(found: Findings, source: Source) -> None:
+    """Modules of bitsandbytes: 4 bit by their quant_state, 8 bit by their row scales."""
+    kinds: dict[str, list[str]] = {}
+    for name, info in source.headers.items():
+        match = _BITSANDBYTES.fullmatch(name)
+        if match is None or f"{match['module']}.weight" not in source.headers:
+            continue
+        found.parameters -= torch.Size(info.shape).numel()
+        found.quantized_bytes += stored_bytes(info)
+        found.dense_bytes -= stored_bytes(info)
+        kind = match["kind"] or ("int8" if name.endswith(".SCB") else None)
+        if kind is not None:
+            kinds.setdefault(kind, []).append(match["module"])
+    for kind, modules in sorted(kinds.items(), key=lambda kind: -len(kind[1])):
+        each = 1 if kind == "int8" else 2  # weights per byte
+        for module in modules:
+            packed = source.headers[f"{module}.weight"]
+            count = torch.Size(packed.shape).numel()
+            found.parameters += (each - 1) * count
+            found.bf16_bytes += 2 * each * count
+            found.quantized_bytes += stored_bytes(packed)
+            found.dense_bytes -= stored_bytes(packed)
+        found.modules.append({"modules": len(modules), "type": kind, "names": patterns(modules)})
+    if not kinds:
+        found.problems.append("quantization_config says bitsandbytes, but no module has a quant_state or row scales")
 
 
 def _weights(tensors: dict[str, Any], layout: str, spec: QuantSpec) -> int:
@@ -127,10 +197,52 @@ def _gptq_problems(source: Source, values: bool) -> list[str]:
     return problems
 
 
+def _other_problems(source: Source) -> list[str]:
+    problems = []
+    for module in source.modules:
+        try:
+            read_module(source, module)
+        except CheckpointError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _incomplete(source: Source) -> list[str]:
+    """Blocks, and modules of one block, that a whole checkpoint would have."""
+    blocks: dict[str, dict[int, set[str]]] = {}
+    for name in source.headers:
+        match = re.match(r"(.*?)\.(\d+)\.(.+)\.[^.]+$", name)
+        if match:
+            blocks.setdefault(match[1], {}).setdefault(int(match[2]), set()).add(match[3])
+    problems = []
+    text = source.config.get("text_config")
+    config = text if isinstance(text, dict) else source.config
+    expected = config.get("num_hidden_layers")
+    for stack, found in blocks.items():
+        whole = expected if type(expected) is int and stack.endswith(("model.layers", "language_model.layers")) else 0
+        absent = sorted(set(range(min(max(whole, max(found) + 1), 100_000))) - set(found))
+        if absent:
+            shown = ", ".join(map(str, absent[:8])) + (", …" if len(absent) > 8 else "")
+            problems.append(f"{stack} has no block {shown}: the checkpoint is incomplete")
+        usual = Counter(map(frozenset, found.values())).most_common(1)[0]
+        for number, modules in sorted(found.items()):
+            # Blocks of another kind have modules of their own; one that only lacks some, and is nearly alone, is not.
+            if modules < usual[0] and usual[1] >= max(2, 0.9 * (len(found) - 1)):
+                missing = ", ".join(sorted(usual[0] - modules))
+                problems.append(f"{stack}.{number} lacks {missing}, which the other blocks have")
+    return problems
+
+
 def _runs(source: Source, problems: list[str]) -> dict[str, str]:
     """Which stacks take the checkpoint as it is."""
     if problems and source.layout == source.label:
-        return dict.fromkeys(("hf_gptq_plugin", "vLLM with this plugin", "vLLM alone"), "no: it is damaged, see below")
+        return dict.fromkeys(_STACKS, _DAMAGED)
+    if source.layout == "bitsandbytes":
+        return {
+            "hf_gptq_plugin": "no: bitsandbytes' grids are not uniform; Transformers loads it where that is installed",
+            "vLLM with this plugin": "no: it is not GPTQ",
+            "vLLM alone": "where vLLM's bitsandbytes plugin and bitsandbytes are installed, on a GPU",
+        }
     if source.layout not in _READ:
         return {"hf_gptq_plugin": f"no: {source.layout} is not GPTQ", "vLLM alone": "see vLLM's own documentation"}
     if source.layout in ("gptq", "gptq_v2"):
@@ -176,15 +288,22 @@ def _gguf(path: Path) -> Findings:
         raise CheckpointError(f"{file.name} cannot be read as GGUF ({type(error).__name__}: {error})") from None
     architecture = reader.get_field("general.architecture")
     found = Findings(str(path), "gguf", "gguf", str(architecture.contents()) if architecture else "?")
-    kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors)
-    found.modules = [{"modules": count, "type": name} for name, count in kinds.most_common()]
+    kinds: dict[str, list[str]] = {}
     for tensor in reader.tensors:
-        count = int(tensor.n_elements)
+        kind, count = tensor.tensor_type.name, int(tensor.n_elements)
+        kinds.setdefault(kind, []).append(str(tensor.name))
         found.parameters += count
-        if tensor.tensor_type.name in ("F32", "F16", "BF16"):
+        if kind in _FLOATS:
             found.dense_bytes += int(tensor.n_bytes)
         else:
             found.quantized_bytes += int(tensor.n_bytes)
             found.bf16_bytes += 2 * count
-    found.runs = {"hf_gptq_plugin": "no: GGUF is llama.cpp's", "llama.cpp": "yes"}
+    found.modules = [
+        {"modules": len(names), "type": kind, "names": patterns(names)}
+        for kind, names in sorted(kinds.items(), key=lambda item: -len(item[1]))
+    ]
+    found.runs = {
+        "hf_gptq_plugin": "no: GGUF is llama.cpp's; Transformers reads it dense (gguf_file=), for quantizing again",
+        "llama.cpp": "yes",
+    }
     return found

@@ -82,7 +82,7 @@ def convert(
                 value = load(source.headers[name], name)
                 yield name, value.to(dtype) if target == "dense" and value.is_floating_point() else value
         for module in source.modules:
-            weight = _natural(_read(source, module))
+            weight = read_module(source, module)
             written = kind.write(module, weight)
             specs[module] = _spec(weight, kind)
             outcome = _compared(module, weight, written, kind, specs[module])
@@ -117,16 +117,16 @@ def convert(
     return done
 
 
-def _read(source: Source, module: str) -> QuantizedWeight:
-    tensors = source.tensors(module)
+def read_module(source: Source, module: str) -> QuantizedWeight:
+    """A quantized module, its spec saying no more than it needs: in act-order and asymmetric only where it is.
+
+    Raises:
+        CheckpointError: tensors that do not fit the spec.
+    """
     kind = layout(source.layout)
     if isinstance(kind, Dense):
         raise CheckpointError(f"{module} is dense; there are no codes to convert")
-    return kind.read(module, tensors, source.specs[module])
-
-
-def _natural(weight: QuantizedWeight) -> QuantizedWeight:
-    """The same weight, its spec saying no more than it needs: in act-order and asymmetric only where it is."""
+    weight = kind.read(module, source.tensors(module), source.specs[module])
     spec = weight.spec
     trivial = torch.equal(weight.group, natural_groups(weight.group.numel(), spec.group_size))
     middle = bool((weight.zeros == 2 ** (spec.bits - 1)).all())
@@ -142,14 +142,34 @@ def _compared(
     module: str, weight: QuantizedWeight, written: Mapping[str, Tensor], kind: Layout, spec: QuantSpec
 ) -> Converted:
     """Read a module back from what was written and compare the weights in fp32."""
-    wanted = weight.dequantize()
-    given = written["weight"].float() if isinstance(kind, Dense) else kind.read(module, written, spec).dequantize()
-    difference = float((given - wanted).norm())
-    if not difference:
-        return Converted(module, True, 0.0, "")
-    lost = "weights rounded to " + str(kind.dtype).removeprefix("torch.") if isinstance(kind, Dense) else ""
-    size = float(wanted.norm())
-    return Converted(module, False, difference / size if size else math.inf, lost or "scales rounded to float16")
+    if isinstance(kind, Dense):
+        rounded = written["weight"]
+        error = relative_error(weight, lambda rows: rounded[rows].float())
+        lost = "weights rounded to " + str(kind.dtype).removeprefix("torch.")
+    else:
+        back = kind.read(module, written, spec)
+        error = relative_error(weight, lambda rows: back.rows(rows).dequantize())
+        lost = "scales rounded to float16"
+    return Converted(module, not error, error, lost if error else "")
+
+
+def relative_error(weight: QuantizedWeight, given: Callable[[slice], Tensor]) -> float:
+    """Norm of the difference relative to the norm of a weight; 0 only where every element is the same.
+
+    Args:
+        weight: `[N, K]`.
+        given: for some rows, what they became, fp32 `[rows, K]`. Only some rows are in memory at a time.
+    """
+    difference = size = 0.0
+    same = True
+    for rows in weight.slabs():
+        wanted, now = weight.rows(rows).dequantize(), given(rows)
+        same = same and torch.equal(wanted, now)
+        difference += float((now - wanted).double().square().sum())
+        size += float(wanted.double().square().sum())
+    if same:
+        return 0.0
+    return math.sqrt(difference / size) if size else math.inf
 
 
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: int) -> None:

@@ -154,7 +154,9 @@ def check_values(module: str, scales: Tensor, g_idx: Tensor | None) -> None:
             )
 
 
-def zero_format(qweight: Tensor, qzeros: Tensor, spec: QuantSpec, out_features: int) -> str | None:
+def zero_format(
+    qweight: Tensor, qzeros: Tensor, spec: QuantSpec, out_features: int, g_idx: Tensor | None = None
+) -> str | None:
     """The format in which zeros really are stored, where their values show it; None where they do not.
 
     Some writers label v2 zeros as v1 and the other way round. Symmetric zeros tell by their value. Asymmetric
@@ -165,6 +167,7 @@ def zero_format(qweight: Tensor, qzeros: Tensor, spec: QuantSpec, out_features: 
         qweight, qzeros: canonical tensors, at least their first columns.
         spec: bits and sym; its checkpoint_format is not looked at.
         out_features: `N`.
+        g_idx: int `[K]`, by which a zero counts as often as inputs have it; without, all count alike.
     """
     fields = packing.unpack_stream(qzeros, spec.bits, out_features)
     if not fields.numel() or not qweight.numel():
@@ -175,12 +178,13 @@ def zero_format(qweight: Tensor, qzeros: Tensor, spec: QuantSpec, out_features: 
         if low == high and low in (middle - 1, middle):
             return FORMATS[low - middle + 1]
     columns = min(256, out_features)
-    in_features = qweight.shape[0] * WORD // spec.bits
+    in_features = qweight.shape[0] * WORD // spec.bits if g_idx is None else g_idx.numel()
+    fields = fields[:, :columns] if g_idx is None else fields[:, :columns][g_idx.long()]
     codes = packing.unpack_codes(qweight[:, :columns], spec.bits, in_features).float()
     # An 8-bit step is so small that a mean says nothing about one step; nor does a mean over few codes.
     if spec.bits == 8 or codes.numel() < 2 or float(codes.std()) * 4 > 0.25 * codes.numel() ** 0.5:
         return None
-    offset = float(codes.mean() - fields[:, :columns].float().mean())  # about 1 in v1, about 0 in v2
+    offset = float(codes.mean() - fields.float().mean())  # about 1 in v1, about 0 in v2
     if abs(offset - 1) < 0.25 and abs(offset) > 0.75:
         return "gptq"
     if abs(offset) < 0.25 and abs(offset - 1) > 0.75:

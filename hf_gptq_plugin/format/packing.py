@@ -75,6 +75,18 @@ def unpack_codes(qweight: Tensor, bits: int, in_features: int) -> Tensor:
     return unpack_stream(qweight.T, bits, in_features)
 
 
+def slice_codes(qweight: Tensor, bits: int, start: int, stop: int) -> Tensor:
+    """Canonical qweight of input features `[start, stop)`, int32 `[ceil((stop - start) * bits / 32), N]`.
+
+    Where both ends fall between words the words themselves are cut, without a copy.
+    """
+    if start * bits % WORD == 0 and stop * bits % WORD == 0:
+        return qweight[start * bits // WORD : stop * bits // WORD]
+    aligned = start // WORD * WORD  # 32 codes fill whole words, whatever the width
+    needed = qweight[aligned * bits // WORD : words(stop, bits)]
+    return pack_codes(unpack_codes(needed, bits, stop - aligned)[:, start - aligned :], bits)
+
+
 def pack_zeros(zeros: Tensor, bits: int, zero_offset: int) -> Tensor:
     """Zeros `[G, N]` to qzeros int32 `[G, ceil(N * bits / 32)]`.
 

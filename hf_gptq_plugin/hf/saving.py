@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import types
 import warnings
@@ -11,7 +12,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..format.checkpoint import write_json, written_whole
-from .card import merged_card, model_card
+from .card import card_metadata, facts, inherited_metadata, model_card
+from .push import push_folder
 
 OFFLOADED_SHARD = "500MB"  # of a model on disk: one shard is in memory at a time
 
@@ -63,8 +65,23 @@ def save_checkpoint(model: PreTrainedModel, target: Path, *args: Any, tokenizer:
         write_json(staging / "quantize_config.json", model.config.quantization_config.to_dict())
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-        if not (target / "README.md").exists():
-            (staging / "README.md").write_text(model_card(model, target.name), encoding="utf-8")
+        _describe(model, staging, target)
+
+
+def _describe(model: PreTrainedModel, staging: Path, target: Path) -> None:
+    """A card where there is none yet, and the base model's licence files."""
+    base = str(getattr(model.config, "name_or_path", "") or model.name_or_path or "")
+    local = Path(base) if base and Path(base).is_dir() else None
+    if local is not None:
+        for path in local.iterdir():
+            if path.is_file() and path.name.upper().startswith(("LICENSE", "NOTICE")):
+                shutil.copyfile(path, staging / path.name)
+    if (target / "README.md").exists():
+        return
+    inherited = inherited_metadata(card_metadata(local / "README.md")) if local is not None else {}
+    # A local folder is nobody else's base model.
+    name = "" if local is not None or "/" not in base or base.startswith(("/", ".")) else base
+    (staging / "README.md").write_text(model_card(facts(staging, name, inherited), target.name), encoding="utf-8")
 
 
 def push_to_hub(
@@ -77,36 +94,26 @@ def push_to_hub(
     token: bool | str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    max_shard_size: int | str = "50GB",
+    max_shard_size: int | str = "5GB",
     tags: list[str] | None = None,
 ) -> str:
     """As `PreTrainedModel.push_to_hub`, with a card that says how the model was quantized and how to load it.
 
-    A card that the repository already has keeps its text; only its metadata are completed.
+    A card that the repository already has keeps its text; only its metadata are completed. See `push.push_folder`.
 
     Returns:
-        The commit's address.
+        The commit's address, or that of the pull request.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         return type(model).push_to_hub(
             model, repo_id, commit_message=commit_message, commit_description=commit_description, private=private,
             token=token, revision=revision, create_pr=create_pr, max_shard_size=max_shard_size, tags=tags,
         )  # fmt: skip
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
-        staging = Path(folder) / "model"
+        staging = Path(folder) / repo_id.rpartition("/")[2]
         model.save_pretrained(staging, max_shard_size=max_shard_size)
-        card = merged_card(api, repo_id, model_card(model, repo_id), revision, tags)
-        (staging / "README.md").write_text(card, encoding="utf-8")
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=staging,
-            commit_message=commit_message or "Upload model",
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-        )
-    return str(commit)
+        pushed = push_folder(
+            staging, repo_id, private=private, revision=revision, create_pr=create_pr, message=commit_message,
+            description=commit_description, token=token, tags=tags,
+        )  # fmt: skip
+    return pushed.pull_request or pushed.url

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..calibrate import processes
 from ..calibrate.data import calibration_windows
 from ..calibrate.sources import CalibrationError
 from ..config import GPTQConfig
@@ -32,11 +33,19 @@ from .saving import save_checkpoint
 logger = logging.getLogger(__name__)
 
 LORA_RATE = 2e-4
+# Q-GaLore's step comes back from its subspace scaled by a quarter.
+GALORE_FACTOR = 4.0
 TRAINABLE = ("lora", *METHODS)
 ADAPTER = "adapter"
 # Of the exported model's logits to the trained one's, relative to the largest: the same weights, summed in another
 # order and, below float32, rounded elsewhere.
 _CLOSE, _CLOSE_HALF = 1e-3, 5e-2
+
+
+def usual_rate(method: str, optimizer: str = "adamw") -> float:
+    """The learning rate that suits what a method learns."""
+    rate = LORA_RATE if method == "lora" else METHODS[method].rate
+    return rate * (GALORE_FACTOR if optimizer == "q-galore" else 1.0)
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class Outcome:
 def run(
     model: str, out: Path, method: str, data: Data, settings: TrainSettings, quantization: Mapping[str, Any],
     target_modules: list[str] | None = None, options: Mapping[str, Any] | None = None, dtype: Any = torch.float32,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Callable[[int, float], None] | None = None, checkpointing: bool = False,
 ) -> Outcome:  # fmt: skip
     """Train MODEL by one method and write the result to OUT.
 
@@ -102,6 +111,9 @@ def run(
         options: the method's.
         dtype: of the arithmetic.
         progress: see `train`.
+        checkpointing: compute activations again in the backward pass, block by block: less memory, more time.
+
+    Where `torch.distributed` is initialized, processes share the windows of every step, and the first one writes.
 
     Raises:
         ValueError: a method, option or target that does not exist.
@@ -118,14 +130,22 @@ def run(
     base = state / "base"
     with ExitStack() as stack:
         loaded, made = _quantized(model, base, tokenizer, quantization, dtype, stack)
+        torch.manual_seed(settings.seed)
         given = _attached(loaded, method, target_modules, options)
+        if checkpointing:
+            given.gradient_checkpointing_enable({"use_reentrant": False})
         before = mean_loss(given, held_out)
         losses = train(given, windows, settings, state, progress)
         after = mean_loss(given, held_out)
         trainable = sum(p.numel() for p in given.parameters() if p.requires_grad)
         wanted = _logits(given, held_out[0])
+        if checkpointing:
+            given.gradient_checkpointing_disable()
         adapter = out / ADAPTER if method == "lora" or METHODS[method].exported == "adapter" else None
-        layers = _written(given, loaded, method, options, out, adapter, made, tokenizer, model)
+        layers = sum(name.endswith(".lora_A") for name, _ in given.named_modules()) or len(trained(loaded))
+        if processes.rank() == 0:
+            _write(given, loaded, method, options, out, adapter, made, tokenizer, model)
+        processes.wait()
         folder = str(out) if adapter is None or made else model
         del given, loaded
         difference = _difference(wanted, folder, adapter, held_out[0], dtype)
@@ -134,7 +154,8 @@ def run(
             f"{out} does not answer as the trained model did: logits differ by {difference:.2e} of the largest. It is "
             "kept for inspection; please report this"
         )
-    shutil.rmtree(state, ignore_errors=True)
+    if processes.rank() == 0:
+        shutil.rmtree(state, ignore_errors=True)
     where = None if adapter is None else str(adapter)
     return Outcome(method, layers, trainable, before, after, losses, difference, folder, where)
 
@@ -174,10 +195,10 @@ def _quantized(
         raise ValueError(f"{model} is {kind}; training starts from GPTQ, AWQ, compressed-tensors or a dense model")
     if not (base / "config.json").exists():  # else an interrupted run has already quantized it
         config = GPTQConfig(tokenizer=tokenizer, **quantization)
-        save_checkpoint(
-            AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype="auto"), base,
-            tokenizer=tokenizer,
-        )  # fmt: skip
+        quantized = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype="auto")
+        if processes.rank() == 0:
+            save_checkpoint(quantized, base, tokenizer=tokenizer)
+        processes.wait()
     return AutoModelForCausalLM.from_pretrained(base, dtype=dtype), True
 
 
@@ -201,26 +222,23 @@ def _attached(model: Any, method: str, targets: list[str] | None, options: dict[
     return peft.get_peft_model(model, config)
 
 
-def _written(
+def _write(
     given: Any, loaded: Any, method: str, options: dict[str, Any], out: Path, adapter: Path | None, made: bool,
     tokenizer: Any, model: str,
-) -> int:  # fmt: skip
-    """Write the checkpoint, the adapter, or both. Returns how many layers learned."""
+) -> None:  # fmt: skip
+    """Write the checkpoint, the adapter, or both."""
     if method == "lora":
         with written_whole(out / ADAPTER) as staging:
             given.save_pretrained(staging)
-        layers = sum(name.endswith(".lora_A") for name, _ in given.named_modules())
         if made:
             save_checkpoint(given.unload(), out, tokenizer=tokenizer)
-        return layers
-    learned = len(trained(loaded))
+        return
     adapters = export(loaded)
     if adapters:
         _write_adapter(adapters, out / ADAPTER, options, str(out) if made else model)
     _relabel(loaded)
     if adapter is None or made:
         save_checkpoint(loaded, out, tokenizer=tokenizer)
-    return learned
 
 
 def _write_adapter(adapters: dict[str, dict[str, Tensor]], folder: Path, options: dict[str, Any], base: str) -> None:

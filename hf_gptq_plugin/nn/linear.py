@@ -15,13 +15,33 @@ from ..format.spec import QuantSpec
 from .ops import KernelWeight, dequantize, linear
 
 
+class _Dequantized(Tensor):
+    """What `QuantLinear.weight` returns: a tensor that is gone after use, so that replacing its data, as merges and
+    some initialisations of adapters do, would silently change nothing."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property  # type: ignore[override]
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise ValueError(
+            "the weight of a quantized layer cannot be replaced: it is made from codes at every use. Adapters that "
+            "begin by changing the base (PiSSA, OLoRA, CorDA, LoftQ) need a dense base: begin from "
+            "init_lora_weights=True. To merge an adapter, dequantize() the base first, or fold it into the codes with "
+            "hf-gptq fold"
+        )
+
+
 class QuantLinear(nn.Linear):
     """A linear layer `[N, K]` on GPTQ codes.
 
     Its parameters carry the names of the checkpoint: `qweight`, `qzeros`, `scales`, `g_idx` (absent where the
     checkpoint has none) and `bias`. After `finalize` their memory may hold the kernels' layout; whatever saves
     the module still sees canonical tensors. `weight` is a property that returns the dequantized matrix, so PEFT and
-    other code written for `nn.Linear` works unchanged; writing into it has no effect.
+    other code written for `nn.Linear` works unchanged; replacing its data raises.
 
     Args:
         in_features, out_features: `K` and `N`.
@@ -92,7 +112,7 @@ class QuantLinear(nn.Linear):
     def zero_format(self) -> str | None:
         """The format that the loaded zeros show, or None; see `format.checkpoint.zero_format`."""
         with _materialized(self):
-            return zero_format(self.qweight, self.qzeros, self.spec, self.out_features)
+            return zero_format(self.qweight, self.qzeros, self.spec, self.out_features, self._stored_g_idx())
 
     def finalize(self, spec: QuantSpec | None = None, name: str = "layer") -> None:
         """Check the loaded tensors and lay them out for the kernels.
@@ -133,6 +153,7 @@ class QuantLinear(nn.Linear):
             bits=self.spec.bits,
             group_size=self.spec.width(self.in_features),
             zero_offset=self.spec.zero_offset,
+            in_features=self.in_features,
         )
 
     @property
@@ -141,7 +162,7 @@ class QuantLinear(nn.Linear):
         if self.qweight.device.type == "meta" and not hasattr(self, "_hf_hook"):
             return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
         with _materialized(self):
-            return dequantize(self.kernel_weight, self.in_features, self.dtype)
+            return dequantize(self.kernel_weight, self.in_features, self.dtype).as_subclass(_Dequantized)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x @ weight.T + bias`; x `[..., K]` in fp32, bf16 or fp16."""
@@ -168,6 +189,15 @@ class QuantLinear(nn.Linear):
             return QuantizedWeight.unpack(
                 qweight=self.kernel_weight.canonical_qweight(), g_idx=self._stored_g_idx(), spec=self.spec, **tensors
             )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
+        """Moves and casts; on another kind of device the codes are laid out for its kernels."""
+        super()._apply(fn, recurse)
+        if self.finalized and all(p.device.type != "meta" for p in self.parameters(recurse=False)):
+            packed = self.kernel_weight.packed()
+            if packed.qweight is not self.qweight:
+                self.qweight.data, self.perm = packed.qweight, packed.perm
+        return self
 
     def _stored_g_idx(self) -> Tensor:
         if self.g_idx is not None:

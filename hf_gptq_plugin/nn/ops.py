@@ -1,8 +1,8 @@
 """The ops that every stack calls: `hf_gptq::linear`, its transpose for gradients, and `hf_gptq::dequantize`.
 
 Each has a short PyTorch reference, which is also what runs on devices without a kernel of ours; on the CPU the
-native library takes over. Neither mutates nor aliases its arguments. The choice of a kernel lies inside the op, so
-that a traced graph never branches on the number of tokens.
+native library takes over, on NVIDIA GPUs the CUDA library (`nn/cuda.py`). Neither mutates nor aliases its arguments.
+The choice of a kernel lies inside the op, so that a traced graph never branches on the number of tokens.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import native
-from ..format import packing
+from .. import native, native_cuda
+from ..format import packing, tiles
 from ..format.grid import dequantize as dequantize_codes
 from ..format.grid import natural_groups
-from ..format.spec import WORD, QuantSpec, words
+from ..format.spec import QuantSpec, words
+from . import cuda
 
 _WEIGHT = (
     "Tensor qweight, Tensor scales, Tensor? qzeros, Tensor? g_idx, Tensor? perm, "
@@ -35,15 +36,17 @@ class KernelWeight:
     """A quantized weight `[N, K]` as the ops take it.
 
     Args:
-        qweight: int32, canonical `[R, N]` or blocked `[ceil(N / 16), R, 16]`.
+        qweight: int32, canonical `[R, N]`, blocked `[ceil(N / 16), R, 16]` for the CPU, or tiles
+            `[ceil(N / 64), ceil(rows / 64), 4, 32 * bits]` for GPUs (`format.tiles`).
         scales: fp16, bf16 or fp32 `[G, N]`.
         qzeros: canonical int32 `[G, words(N)]`, or None where every zero is `2**(bits - 1)`.
         g_idx: int32 `[K]`, or None where it is `k // group_size`.
         perm: int32 `[K]`, or None: row `i` of the codes belongs to input feature `perm[i]`. Rows sorted by
-            group let the kernels walk whole groups.
+            group let the kernels walk whole groups. With tiles also the longer form of `format.tiles.row_order`.
         bits: width of a code.
         group_size: input features per group where g_idx is None, never -1.
         zero_offset: what is added to a field of qzeros.
+        in_features: `K`, or 0 where nobody packs or unpacks.
     """
 
     qweight: Tensor
@@ -54,6 +57,7 @@ class KernelWeight:
     bits: int
     group_size: int
     zero_offset: int
+    in_features: int = 0
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -79,39 +83,60 @@ class KernelWeight:
             bits=spec.bits,
             group_size=spec.width(in_features),
             zero_offset=spec.zero_offset,
+            in_features=in_features,
         )
 
     def packed(self) -> KernelWeight:
-        """In the layout that the kernels of its device like best; bits of the result do not depend on it."""
-        qweight, perm = self.qweight, self.perm
-        order = None
-        if self.g_idx is not None and perm is None:
-            order = perm = torch.argsort(self.g_idx, stable=True).to(torch.int32)
-        if qweight.device.type == "cpu" and native.library() is not None and qweight.dim() == 2:
-            return replace(self, qweight=_repack(qweight, self.bits, order), perm=perm)
-        if order is not None:
+        """In the layout that the kernels of its device like best; bits of the result do not depend on it on the CPU."""
+        if self.is_packed:
+            return self
+        qweight, order = self.canonical_qweight(), None
+        if native_cuda.library(qweight.device) is not None:
+            qweight, order = cuda.pack(
+                qweight, self.bits, self.group_size, self.g_idx, self.scales.shape[0], self.in_features
+            )
+            return replace(self, qweight=qweight, perm=order)
+        if self.g_idx is not None:
+            order = torch.argsort(self.g_idx, stable=True).to(torch.int32)
+        if qweight.device.type == "cpu" and native.library() is not None:
+            qweight = _repack(qweight, self.bits, order)
+        elif order is not None:
             qweight = packing.permute_rows(qweight, self.bits, order.long())
-        return replace(self, qweight=qweight, perm=perm)
+        return replace(self, qweight=qweight, perm=order)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether it lies as `packed` would lay it out: not so after a move to another device."""
+        device = self.qweight.device
+        if native_cuda.library(device) is not None:
+            return self.qweight.dim() == 4
+        if self.g_idx is not None and self.perm is None:
+            return False
+        blocked = device.type == "cpu" and native.library() is not None
+        return self.qweight.dim() == (3 if blocked else 2)
 
     def outputs(self, low: int, high: int) -> KernelWeight:
         """The part of the weight that makes outputs `low` to `high - 1`, sharing its memory.
 
         Raises:
-            ValueError: `low` is not a multiple of 32, where words of zeros and blocks of columns begin.
+            ValueError: `low` is not a multiple of 64, where words of zeros and all blocks of columns begin.
         """
-        if low % WORD or low < 0:
-            raise ValueError(f"low={low} must be a multiple of {WORD}, where words of zeros begin")
+        if low % tiles.PANEL or low < 0:
+            raise ValueError(f"low={low} must be a multiple of {tiles.PANEL}, where blocks of columns begin")
         high = min(high, self.scales.shape[1])
-        blocked = self.qweight.dim() == 3
-        qweight = (
-            self.qweight[low // packing.BLOCK : -(-high // packing.BLOCK)] if blocked else self.qweight[:, low:high]
-        )
+        if self.qweight.dim() == 2:
+            qweight = self.qweight[:, low:high]
+        else:
+            width = packing.BLOCK if self.qweight.dim() == 3 else tiles.PANEL
+            qweight = self.qweight[low // width : -(-high // width)]
         fields = slice(words(low, self.bits), words(high, self.bits))
         qzeros = None if self.qzeros is None else self.qzeros[:, fields]
         return replace(self, qweight=qweight, scales=self.scales[:, low:high], qzeros=qzeros)
 
     def canonical_qweight(self) -> Tensor:
         """qweight as a checkpoint stores it, `[R, N]`."""
+        if self.qweight.dim() == 4:
+            return _from_tiles(self.qweight, self.perm, self.bits, self.in_features, self.scales.shape[1])
         qweight = packing.to_canonical(self.qweight, self.scales.shape[1])
         if self.perm is not None:
             qweight = packing.permute_rows(qweight, self.bits, torch.argsort(self.perm.long()))
@@ -156,6 +181,8 @@ def _dequantize_reference(
     g_idx: Tensor | None, perm: Tensor | None, bits: int, group_size: int, zero_offset: int,
 ) -> Tensor:  # fmt: skip
     out_features = scales.shape[1]
+    if qweight.dim() == 4:
+        qweight, perm = _from_tiles(qweight, perm, bits, in_features, out_features), None
     codes = packing.unpack_codes(packing.to_canonical(qweight, out_features), bits, in_features)
     if perm is not None:
         codes = codes[:, torch.argsort(perm.long())]
@@ -171,11 +198,42 @@ def _linear_reference(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
     return torch.nn.functional.linear(x, _dequantize_reference(x.shape[-1], x.dtype, *weight), bias)
 
 
+def _from_tiles(qweight: Tensor, perm: Tensor | None, bits: int, in_features: int, out_features: int) -> Tensor:
+    """Tiles to canonical words `[R, N]`, on any device."""
+    if native_cuda.library(qweight.device) is not None:
+        return cuda.unpack(qweight, bits, perm, in_features, out_features)
+    codes = tiles.unpack_tiles(qweight, bits)[:out_features]
+    inputs, _ = tiles.split_order(perm, in_features)
+    codes = codes[:, :in_features] if inputs is None else codes[:, tiles.row_of(inputs, in_features).long()]
+    return packing.pack_codes(codes, bits)
+
+
+def _for_cuda(in_features: int, weight: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of a weight as tiles. Layers pack when they are loaded; this is for weights that did not."""
+    if weight[0].dim() == 4:
+        return weight
+    return replace(KernelWeight(*weight), in_features=in_features).packed().arguments
+
+
+def _dequantize_cuda(in_features: int, dtype: torch.dtype, *weight: Any) -> Tensor:
+    if native_cuda.library(weight[0].device) is None or dtype not in native_cuda.DTYPES:
+        return _dequantize_reference(in_features, dtype, *weight)
+    return cuda.dequantize(in_features, dtype, *_for_cuda(in_features, weight))
+
+
+def _linear_cuda(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
+    if native_cuda.library(x.device) is None or x.dtype not in native_cuda.DTYPES:
+        return _linear_reference(x, bias, *weight)
+    return cuda.linear(x, bias, *_for_cuda(x.shape[-1], weight))
+
+
 def _linear_transposed_reference(x: Tensor, in_features: int, *weight: Any) -> Tensor:
     return x @ torch.ops.hf_gptq.dequantize(in_features, x.dtype, *weight)
 
 
 def _dequantize_cpu(in_features: int, dtype: torch.dtype, *weight: Any) -> Tensor:
+    if weight[0].dim() == 4:  # packed on a GPU that is gone, or for an emulated one
+        return _dequantize_cuda(in_features, dtype, *weight)
     library = native.library()
     if library is None or dtype not in native.DTYPES:
         return _dequantize_reference(in_features, dtype, *weight)
@@ -187,6 +245,8 @@ def _dequantize_cpu(in_features: int, dtype: torch.dtype, *weight: Any) -> Tenso
 
 
 def _linear_cpu(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
+    if weight[0].dim() == 4:
+        return _linear_cuda(x, bias, *weight)
     library = native.library()
     if library is None or x.dtype not in native.DTYPES:
         return _linear_reference(x, bias, *weight)
@@ -212,7 +272,7 @@ def _linear_cpu(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
 
 def _linear_transposed_cpu(x: Tensor, in_features: int, *weight: Any) -> Tensor:
     library = native.library()
-    if library is None or x.dtype not in native.DTYPES:
+    if weight[0].dim() == 4 or library is None or x.dtype not in native.DTYPES:
         return _linear_transposed_reference(x, in_features, *weight)
     described, keep = _describe(in_features, *weight)
     if x.shape[-1:] != (described.N,):
@@ -350,6 +410,8 @@ _LIBRARY.impl("dequantize", _dequantize_reference, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear", _linear_cpu, "CPU")
 _LIBRARY.impl("linear_transposed", _linear_transposed_cpu, "CPU")
 _LIBRARY.impl("dequantize", _dequantize_cpu, "CPU")
+_LIBRARY.impl("linear", _linear_cuda, "CUDA")
+_LIBRARY.impl("dequantize", _dequantize_cuda, "CUDA")
 torch.library.register_fake("hf_gptq::linear", _linear_fake, lib=_LIBRARY)
 torch.library.register_fake("hf_gptq::linear_transposed", _linear_transposed_fake, lib=_LIBRARY)
 torch.library.register_fake("hf_gptq::dequantize", _dequantize_fake, lib=_LIBRARY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,6 +108,27 @@ class Int4Blocks:
     def nbytes(self) -> int:
         """What it takes."""
         return self.codes.numel() + 8 * self.step.numel()
+
+
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Int8Blocks, Squares8, Int4Blocks)}
+
+
+def flattened(value: Any) -> dict[str, Tensor]:
+    """A value of an optimizer's state as plain tensors, to be saved: a tensor, a number, or blocks of integers."""
+    if type(value) not in _KINDS.values():
+        return {"": torch.as_tensor(value).detach().clone().contiguous()}
+    found = {f"/{type(value).__name__}/{key}": part for key, part in vars(value).items() if key != "shape"}
+    return {**found, f"/{type(value).__name__}/shape": torch.tensor(value.shape)}
+
+
+def restored(parts: dict[str, Tensor]) -> Any:
+    """Inverse of `flattened`; integers without a dimension are numbers."""
+    if "" in parts:
+        value = parts[""]
+        return int(value) if value.dim() == 0 and not value.is_floating_point() else value
+    kind = next(iter(parts)).split("/")[1]
+    fields = {key.rpartition("/")[2]: value for key, value in parts.items()}
+    return _KINDS[kind](**{**fields, "shape": torch.Size(fields["shape"].tolist())})
 
 
 def _blocks(values: Tensor) -> Tensor:

@@ -73,6 +73,46 @@ class Int8AllReduce:
         return received
 
 
+def process() -> int:
+    """Which process this is; 0 where there is only one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+class Exchange:
+    """How the processes of one training share a step's windows and add up what they found; one process alone does it
+    all.
+
+    Args:
+        parameters: what learns, in the same order in all processes.
+        int8: send gradients in int8, see `Int8AllReduce`.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], int8: bool = False) -> None:
+        self.alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+        self._parameters = parameters
+        self._int8 = Int8AllReduce() if int8 and not self.alone else None
+
+    def share(self, windows: list[Tensor]) -> list[Tensor]:
+        """Those of this process."""
+        return windows if self.alone else windows[dist.get_rank() :: dist.get_world_size()]
+
+    def added(self, loss: float) -> float:
+        """Replace gradients by their sum over processes. Returns the sum of their losses."""
+        if self.alone:
+            return loss
+        for key, p in enumerate(self._parameters):
+            gradient = torch.zeros_like(p) if p.grad is None else p.grad
+            if self._int8 is None:
+                dist.all_reduce(gradient)
+            else:
+                mean = self._int8.reduce(gradient.float(), key)
+                gradient = (mean * dist.get_world_size()).to(gradient.dtype)
+            p.grad = gradient
+        total = torch.tensor(loss, dtype=torch.float64)
+        dist.all_reduce(total)
+        return float(total)
+
+
 class Int8Gradients:
     """Round the gradients of chosen parameters to int8 in blocks of 256, from a step on.
 

@@ -49,11 +49,13 @@ class LearnedGrid(nn.Module):
         self.shift = nn.Parameter(torch.zeros_like(self.alpha)) if zeros else None
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.register_buffer("group", layer._stored_g_idx().long(), persistent=False)
+        self.width = group_width(layer)
         start = packing.unpack_zeros(layer.qzeros, layer.spec.bits, layer.spec.zero_offset, layer.out_features)
         self.register_buffer("start", start, persistent=False)
         # A zero that the checkpoint already had outside of what writers choose stays possible.
         low, high = layer.spec.zero_range
-        self._range = min(low, int(start.min())), max(high, int(start.max()))
+        self.register_buffer("low", start.min().clamp(max=low), persistent=False)
+        self.register_buffer("high", start.max().clamp(min=high), persistent=False)
 
     def scales(self) -> Tensor:
         """The present scales as a checkpoint stores them, `[G, N]`."""
@@ -66,7 +68,7 @@ class LearnedGrid(nn.Module):
         start: Tensor = self.start  # type: ignore[assignment]
         if self.shift is None:
             return start
-        return (start + self.shift.detach().round()).clamp(*self._range).int()
+        return torch.clamp(start + self.shift.detach().round(), self.low, self.high).int()  # type: ignore[arg-type]
 
     def kernel_weight(self) -> KernelWeight:
         """The present weight as the ops take it."""
@@ -74,7 +76,7 @@ class LearnedGrid(nn.Module):
         if self.shift is None:
             return weight
         spec = self.layer.spec
-        return replace(weight, qzeros=packing.pack_zeros(self.zeros(), spec.bits, spec.zero_offset))
+        return replace(weight, qzeros=packing.pack_stream(self.zeros() - spec.zero_offset, spec.bits))
 
     def forward(self, x: Tensor) -> Tensor:
         """`x @ Ŵ.T + bias`; x `[..., K]`."""
@@ -119,31 +121,30 @@ class _GridProduct(torch.autograd.Function):
                 part = slice(low, low + ROWS)
                 dense = dequantize(ctx.weight.outputs(low, low + ROWS), layer.in_features)
                 product = (rows_g[:, part].T @ rows_x).float() * dense
-                by_alpha[:, part] = group_sums(product, group, alpha.shape[0]).T
+                by_alpha[:, part] = group_sums(product, group, alpha.shape[0], layer.width).T
             held = alpha.clamp_min(LEAST)
             by_alpha = torch.where(alpha < LEAST, 0, by_alpha / held)
         if shift is not None and ctx.needs_input_grad[2]:
-            pooled = pool(rows_x, group, alpha.shape[0])
+            pooled = group_sums(rows_x.float(), group, alpha.shape[0], layer.width)
             start: Tensor = layer.start  # type: ignore[assignment]
             inside = layer.zeros() == (start + shift.round()).int()
             by_shift = -(pooled.T @ rows_g.float()) * ctx.weight.scales.float() * inside
         return by_x, by_alpha, by_shift, None
 
 
-def pool(x: Tensor, group: Tensor, groups: int) -> Tensor:
-    """Sums of input features by group: `[M, K]` to fp32 `[M, G]`."""
-    return group_sums(x.float(), group, groups)
+def group_width(layer: QuantLinear) -> int | None:
+    """Input features per group where groups lie side by side, as they do in all but act-order checkpoints."""
+    return layer.spec.width(layer.in_features) if layer.kernel_weight.g_idx is None else None
 
 
-def group_sums(values: Tensor, group: Tensor, groups: int) -> Tensor:
-    """Sums of columns by group, `[R, K]` to `[R, G]`. Where groups lie side by side in one width, as they do in all but
-    act-order checkpoints, without the scattered additions that take most of a step otherwise."""
-    columns = values.shape[1]
-    width = -(-columns // groups)
-    if groups == -(-columns // width) and torch.equal(group, torch.arange(columns, device=group.device) // width):
-        padded = nn.functional.pad(values, (0, groups * width - columns)) if columns % width else values
-        return padded.view(len(values), groups, width).sum(-1)
-    return values.new_zeros(len(values), groups).index_add_(1, group, values)
+def group_sums(values: Tensor, group: Tensor, groups: int, width: int | None) -> Tensor:
+    """Sums of columns by group, `[R, K]` to `[R, G]`. With groups side by side in one width, without the scattered
+    additions that take most of a step otherwise."""
+    if width is None:
+        return values.new_zeros(len(values), groups).index_add_(1, group, values)
+    missing = groups * width - values.shape[1]
+    padded = nn.functional.pad(values, (0, missing)) if missing else values
+    return padded.view(len(values), groups, width).sum(-1)
 
 
 class _Round(torch.autograd.Function):
@@ -302,6 +303,7 @@ class PooledLora(nn.Module):
         self.layer, self.rank, self.gamma = layer, rank, gamma
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.register_buffer("group", layer._stored_g_idx().long(), persistent=False)
+        self.width = group_width(layer)
         groups = layer.scales.shape[0]
         self.A = nn.Parameter(_uniform(rank, groups) * (groups / layer.in_features) ** 0.5)
         self.B = nn.Parameter(torch.zeros(layer.out_features, rank))
@@ -309,9 +311,10 @@ class PooledLora(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`layer(x) + γ pool(x) Aᵀ Bᵀ`; x `[..., K]`."""
         group: Tensor = self.group  # type: ignore[assignment]
-        pooled = x.new_zeros(*x.shape[:-1], self.A.shape[1], dtype=torch.float32).index_add(-1, group, x.float())
         base = self.layer(x)
-        return base + (self.gamma * (pooled @ self.A.T) @ self.B.T).to(base.dtype)
+        pooled = group_sums(x.reshape(-1, x.shape[-1]).float(), group, self.A.shape[1], self.width)
+        update = (self.gamma * (pooled @ self.A.T) @ self.B.T).view(base.shape)
+        return base + update.to(base.dtype)
 
     def adapter(self) -> dict[str, Tensor]:
         """The matrices of the ordinary adapter: lora_A `[r, K]`, lora_B `[N, r]`."""

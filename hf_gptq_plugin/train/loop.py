@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +17,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .blocks import flattened, restored
+from .comm import WARMUP, Exchange, Int8Gradients, process
 from .layers import LearnedCodes
 from .methods import advance, parameter_groups, trained
+from .qgalore import QGaLore
 
 STATE = "training.safetensors"
+OPTIMIZERS = ("adamw", "q-galore")
+GRADIENTS = ("float", "int8-block")
 
 
 class TrainingError(RuntimeError):
@@ -38,6 +44,13 @@ class TrainSettings:
         clip: largest norm of all gradients together.
         seed: of the order of windows, and of dropout.
         save_every: steps between two saves of the state.
+        optimizer: one of `OPTIMIZERS`.
+        subspace: rank of Q-GaLore's projection.
+        gradients: one of `GRADIENTS`; "int8-block" rounds them to int8 in blocks of 256 with a scale of their own, at
+            every step after `gradient_warmup`.
+        gradient_warmup: steps in which gradients stay as they are.
+        gradient_modules: last parts of names of the layers whose gradients are rounded; none for all.
+        exchange: one of `GRADIENTS`; how several processes send each other their gradients.
     """
 
     steps: int = 100
@@ -47,9 +60,18 @@ class TrainSettings:
     clip: float = 1.0
     seed: int = 0
     save_every: int = 25
+    optimizer: str = "adamw"
+    subspace: int = 64
+    gradients: str = "float"
+    gradient_warmup: int = WARMUP
+    gradient_modules: tuple[str, ...] = ()
+    exchange: str = "float"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "save_every"):
+        for name, accepted in (("optimizer", OPTIMIZERS), ("gradients", GRADIENTS), ("exchange", GRADIENTS)):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; use one of {', '.join(accepted)}")
+        for name in ("steps", "batch", "save_every", "subspace"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1")
@@ -70,7 +92,10 @@ def train(
     model: Any, windows: Sequence[Tensor], settings: TrainSettings, folder: Path | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> list[float]:  # fmt: skip
-    """Minimise the next-token loss with AdamW.
+    """Minimise the next-token loss.
+
+    Where `torch.distributed` is initialized, processes share the windows of a step and add up their gradients; all go
+    through the same steps, and the first keeps the state.
 
     Args:
         model: a causal language model of Transformers with something trainable. Left in the state of the last step.
@@ -91,10 +116,14 @@ def train(
         raise ValueError(f"{type(model).__name__} has nothing trainable; attach a method or an adapter first")
     if not windows:
         raise ValueError("there are no windows to train on")
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings.rate), betas=(0.9, 0.99))
+    optimizer = _optimizer(model, settings)
     rates = [group["lr"] for group in optimizer.param_groups]
     state = _State(folder, _job(named, windows, settings), model, named, optimizer)
     losses = state.read()
+    rounding = _rounding(named, settings)
+    if rounding is not None:
+        rounding.steps = len(losses)
+    exchange = Exchange(list(named.values()), settings.exchange == "int8-block")
     was_training = model.training
     model.train()
     order: list[int] = []
@@ -104,7 +133,9 @@ def train(
         if step < len(losses):
             continue
         torch.manual_seed(settings.seed + step)  # dropout does not depend on what ran before
-        loss = _step(model, [windows[i] for i in chosen])
+        loss = _step(model, [windows[i] for i in chosen], exchange)
+        if rounding is not None:
+            rounding.advance()
         norm = float(torch.nn.utils.clip_grad_norm_(list(named.values()), settings.clip))
         if not math.isfinite(loss) or not math.isfinite(norm):
             state.write(losses)
@@ -132,15 +163,67 @@ def _shuffled(count: int, settings: TrainSettings, step: int) -> list[int]:
     return torch.randperm(count, generator=generator).tolist()
 
 
-def _step(model: Any, windows: list[Tensor]) -> float:
+def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, settings.rate)
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, betas=(0.9, 0.99))
+    small = not any(p.dim() == 2 and min(p.shape) > settings.subspace for group in groups for p in group["params"])
+    if small:
+        warnings.warn(
+            f"q-galore projects matrices with both sides above subspace={settings.subspace}, and nothing that learns "
+            "has them: all gets plain Adam, and nothing is saved. Adapters are compressed already; use adamw, or a "
+            "method that learns whole matrices (ste, shadow)",
+            stacklevel=3,
+        )
+    return QGaLore(groups, lr=settings.rate, rank=settings.subspace, betas=(0.9, 0.99))
+
+
+def _rounding(named: dict[str, nn.Parameter], settings: TrainSettings) -> Int8Gradients | None:
+    if settings.gradients == "float":
+        return None
+    others = [
+        text
+        for asked, text in (
+            (settings.optimizer == "q-galore", "q-galore projects them to 8 bits"),
+            (settings.exchange == "int8-block", "the exchange between processes rounds them"),
+        )
+        if asked
+    ]
+    if others:
+        warnings.warn(
+            f"gradients are compressed twice: int8-block rounds them, and {' and '.join(others)} again; what both take "
+            "away adds up, and the second saves no memory. Leave one out",
+            stacklevel=3,
+        )
+    if settings.steps <= settings.gradient_warmup:
+        warnings.warn(
+            f"gradients stay as they are for gradient_warmup={settings.gradient_warmup} steps, and there are only "
+            f"{settings.steps}: no step is rounded",
+            stacklevel=3,
+        )
+    chosen = {name: p for name, p in named.items() if _belongs(name, settings.gradient_modules)}
+    if not chosen:
+        parts = sorted({part for name in named for part in name.split(".") if not part.isdigit()})
+        raise ValueError(
+            f"gradient_modules={list(settings.gradient_modules)} names nothing that learns; parts of the names that do "
+            f"are {', '.join(parts)}"
+        )
+    return Int8Gradients(chosen.values(), settings.gradient_warmup)
+
+
+def _belongs(name: str, modules: tuple[str, ...]) -> bool:
+    return not modules or any(part in name.split(".") for part in modules)
+
+
+def _step(model: Any, windows: list[Tensor], exchange: Exchange) -> float:
     """Gradients of the mean loss over windows, one after the other: a window needs no padding."""
     sum_ = 0.0
-    for window in windows:
+    for window in exchange.share(windows):
         ids = window[None].to(model.device)
         loss = model(input_ids=ids, labels=ids).loss / len(windows)
         loss.backward()
         sum_ += float(loss.detach())
-    return sum_
+    return exchange.added(sum_)
 
 
 @torch.no_grad()
@@ -175,12 +258,13 @@ class _State:
 
     def write(self, losses: list[float]) -> None:
         """Save, beside and then renamed."""
-        if self._path is None:
+        if self._path is None or process() != 0:
             return
         tensors = {f"parameter.{name}": p.detach().contiguous() for name, p in self._named.items()}
         for name, p in self._named.items():
             for kind, value in self._optimizer.state.get(p, {}).items():
-                tensors[f"{kind}.{name}"] = torch.as_tensor(value).detach().clone().contiguous()
+                for part, tensor in flattened(value).items():
+                    tensors[f"{kind}{part}|{name}"] = tensor
         for name, layer in self._with_codes().items():
             tensors[f"codes.{name}"] = layer.codes.contiguous()
         tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
@@ -199,12 +283,16 @@ class _State:
                     f"{self._path} is the state of another training (other data, settings or layers); remove it or "
                     "name another folder"
                 )
-            keys = set(handle.keys())
+            parts: dict[str, dict[str, dict[str, Tensor]]] = {}
+            for key in handle.keys():
+                kind, found, name = key.partition("|")
+                if found:
+                    kind, slash, rest = kind.partition("/")
+                    parts.setdefault(name, {}).setdefault(kind, {})[slash + rest] = handle.get_tensor(key)
             for name, p in self._named.items():
                 p.copy_(handle.get_tensor(f"parameter.{name}"))
-                kinds = [kind for kind in ("step", "exp_avg", "exp_avg_sq") if f"{kind}.{name}" in keys]
-                if kinds:
-                    self._optimizer.state[p] = {kind: handle.get_tensor(f"{kind}.{name}") for kind in kinds}
+                if name in parts:
+                    self._optimizer.state[p] = {kind: restored(value) for kind, value in parts[name].items()}
             losses: list[float] = handle.get_tensor("losses").tolist()
             for name, layer in self._with_codes().items():
                 layer.codes.copy_(handle.get_tensor(f"codes.{name}"))

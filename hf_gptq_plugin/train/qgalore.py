@@ -14,13 +14,14 @@ Adam in fp32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .blocks import Int4Blocks, Int8Blocks, Squares8
+from .blocks import BLOCK, Int4Blocks, Int8Blocks, Squares8
 
 
 class QGaLore(torch.optim.Optimizer):
@@ -86,6 +87,16 @@ class QGaLore(torch.optim.Optimizer):
         """What all states take now."""
         kept = (Int4Blocks, Int8Blocks, Squares8, Tensor)
         return sum(v.nbytes for state in self.state.values() for v in state.values() if isinstance(v, kept))
+
+
+def planned_bytes(shape: Sequence[int], rank: int) -> int:
+    """What `QGaLore` keeps for a parameter of a shape."""
+    numel = math.prod(shape)
+    if len(shape) != 2 or min(shape) <= rank:
+        return 2 * 4 * numel
+    blocks = -(-min(shape) * rank // BLOCK)
+    low = rank * max(shape)
+    return blocks * (BLOCK // 2 + 8) + 2 * (low + 4 * -(-low // BLOCK))
 
 
 def _subspace_step(gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:

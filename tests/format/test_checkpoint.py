@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_gptq_plugin.format import checkpoint
+from hf_gptq_plugin.format import checkpoint, packing
 from hf_gptq_plugin.format.grid import QuantizedWeight, natural_groups, quantize
 from hf_gptq_plugin.format.spec import BITS, CheckpointError, QuantSpec
 
@@ -125,6 +125,17 @@ def test_zero_format_is_read_off_the_values(bits: int, sym: bool, fmt: str, labe
     )
     # One step of an asymmetric 8-bit grid is less than the mean of a weight: the label must decide.
     assert found == (None if bits == 8 and not sym else fmt)
+
+
+def test_zero_format_weighs_zeros_by_their_inputs() -> None:
+    """A short last group has a zero of its own; counted like the others, it would speak for the other format."""
+    spec = QuantSpec(3, 32, sym=False)
+    group = natural_groups(40, 32)
+    zeros = torch.tensor([[2], [6]], dtype=torch.int32).expand(2, 64)
+    codes = zeros.T[:, group.long()] + torch.tensor([-1, 1]).repeat(20)
+    tensors = packing.pack_codes(codes, 3), packing.pack_zeros(zeros, 3, 0)
+    assert checkpoint.zero_format(*tensors, spec, 64, group) == "gptq_v2"
+    assert checkpoint.zero_format(*tensors, spec, 64) != "gptq_v2"
 
 
 def test_zero_format_keeps_silent_without_evidence() -> None:

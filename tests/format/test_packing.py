@@ -81,3 +81,11 @@ def test_permuted_rows(bits: int) -> None:
     codes, order = codes_of(bits, 6, 50), torch.randperm(50)
     permuted = packing.permute_rows(packing.pack_codes(codes, bits), bits, order)
     assert torch.equal(packing.unpack_codes(permuted, bits, 50), codes[:, order])
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("start", "stop"), [(0, 32), (32, 96), (0, 100), (40, 77), (5, 6), (33, 33)])
+def test_sliced_rows(bits: int, start: int, stop: int) -> None:
+    codes = codes_of(bits, 6, 100)
+    part = packing.slice_codes(packing.pack_codes(codes, bits), bits, start, stop)
+    np.testing.assert_array_equal(part.numpy(), packing.pack_codes(codes[:, start:stop], bits).numpy())

@@ -154,6 +154,40 @@ def half_quadratic(
     return best[1:]
 
 
+def tile_place(n: int, k: int, bits: int, b: int) -> tuple[int, int]:
+    """Word of its tile, and bit of that word, of bit `b` of the code at output `n`, input `k`."""
+    lane, part = 4 * (n % 8) + k % 8 // 2, k % 64 // 16
+    right, below, odd = k % 16 // 8, n % 16 // 8, k % 2
+    pair = 2 * right + below  # register of the fragment
+    if bits == 4:
+        return 4 * lane + part, 4 * pair + 16 * odd + b
+    if bits == 8:
+        return 128 * (part // 2) + 4 * lane + 2 * (part % 2) + right, 8 * (2 * below + odd) + b
+    if b < 2:
+        return 2 * lane + part // 2, 8 * (part % 2) + 2 * pair + 16 * odd + b
+    return 64 + lane, 4 * part + pair + 16 * odd
+
+
+def pack_tiles(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes `[N, K]` in the layout of `kernels/include/fragments.h`, uint32 `[panels, k_tiles, 4, 32 * bits]`, bit by
+    bit; each place of the result must be written exactly once."""
+    n_count, k_count = codes.shape
+    panels, k_tiles = -(-n_count // 64), -(-k_count // 64)
+    words = np.zeros((panels, k_tiles, 4, 32 * bits), dtype=np.uint32)
+    written = np.zeros_like(words)
+    for n in range(panels * 64):
+        for k in range(k_tiles * 64):
+            code = int(codes[n, k]) if n < n_count and k < k_count else 0
+            for b in range(bits):
+                word, bit = tile_place(n, k, bits, b)
+                place = (n // 64, k // 64, n % 64 // 16, word)
+                assert not int(written[place]) >> bit & 1
+                written[place] |= np.uint32(1 << bit)
+                words[place] |= np.uint32((code >> b & 1) << bit)
+    assert (written == 0xFFFFFFFF).all()
+    return words
+
+
 def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """a * b + c of float32, rounded once: the exact sum to odd in float64, then to float32."""
     product = a.astype(np.float64) * b.astype(np.float64)  # 48 bits, exact

@@ -20,6 +20,15 @@ SHAPE = dict(
     head_dim=32, max_position_embeddings=128, initializer_range=0.1,
 )  # fmt: skip
 VOCABULARY = 264  # no multiple of 64: vLLM pads it
+# The same for others: vLLM's attention wants the head size, the vocabulary is that of the prompts.
+SHAPES = {
+    "llama": SHAPE,
+    "mixtral": dict(
+        hidden_size=128, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        initializer_range=0.1,
+    ),
+    "qwen3_moe": dict(hidden_size=128, moe_intermediate_size=80, head_dim=32, initializer_range=0.1),
+}  # fmt: skip
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -27,19 +36,19 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 def quantized(
     tiny: Callable[..., Path], windows: list[list[int]], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """A random Llama quantized by this package: `quantized(bits=3, sym=False)` gives its folder."""
+    """A random model quantized by this package: `quantized("mixtral", bits=3, sym=False)` gives its folder."""
     from transformers import AutoModelForCausalLM
 
     from hf_gptq_plugin import GPTQConfig
 
     made: dict[tuple[object, ...], Path] = {}
 
-    def make(**fields: Any) -> Path:
-        key = tuple(sorted((k, str(v)) for k, v in fields.items()))
+    def make(kind: str = "llama", **fields: Any) -> Path:
+        key = (kind, *sorted((k, str(v)) for k, v in fields.items()))
         if key not in made:
             config = GPTQConfig(dataset=windows[:2], **fields)
             model = AutoModelForCausalLM.from_pretrained(
-                tiny("llama", **SHAPE, vocab_size=VOCABULARY), quantization_config=config, dtype=torch.float32
+                tiny(kind, **SHAPES[kind], vocab_size=VOCABULARY), quantization_config=config, dtype=torch.float32
             )
             made[key] = tmp_path_factory.mktemp("checkpoint") / "quantized"
             model.save_pretrained(made[key])
@@ -47,6 +56,15 @@ def quantized(
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def vllm_config() -> Iterator[None]:
+    """Layers of vLLM can be made without an engine."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    with set_current_vllm_config(VllmConfig()):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -110,6 +128,21 @@ class Reference:
 def reference() -> type[Reference]:
     """`reference(checkpoint, adapter)` runs in Transformers."""
     return Reference
+
+
+@pytest.fixture(scope="session")
+def same() -> Callable[..., None]:
+    """`same(transformers, prompts, continuations)`: vLLM's log-probabilities are those that Transformers gives to the
+    same tokens at the same places."""
+
+    def check(transformers: Reference, prompts: list[list[int]], said: list[Continuation], atol: float = 1e-3) -> None:
+        for prompt, continuation in zip(prompts, said, strict=True):
+            expected = transformers.logprobs(prompt, continuation.tokens)
+            for place, actual in zip(expected, continuation.logprobs, strict=True):
+                tokens, values = list(actual), torch.tensor(list(actual.values()), dtype=torch.float64)
+                torch.testing.assert_close(values, place[tokens], atol=atol, rtol=0)
+
+    return check
 
 
 class Engine:

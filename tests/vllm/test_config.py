@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from importlib.metadata import entry_points
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +73,68 @@ def test_vllm_finds_the_plugin() -> None:
         ({"group_size": 48}, None, True),
         ({"group_size": -1}, None, False),
         ({"dynamic": {"+:.*down_proj": {"bits": 3}}}, None, True),
+        ({"dynamic": {"+:.*down_proj": {"bits": 8}}}, None, False),
         ({"dynamic": {"-:.*down_proj": {"bits": 3}}}, None, False),
         ({"quant_method": "awq", "bits": 3}, "hf_gptq", False),
         ({"bits": 5}, None, False),
         ({"bits": 5}, "hf_gptq", True),
     ],
 )
-def test_checkpoints_that_the_plugin_takes(fields: dict[str, Any], user: str | None, ours: bool) -> None:
+def test_checkpoints_that_the_plugin_takes(
+    fields: dict[str, Any], user: str | None, ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vllm_plugin.config as module
+
+    monkeypatch.setattr(module, "_own_bits", lambda: (4, 8))
+    chosen = module.HfGptqConfig.override_quantization_method({**JSON, **fields}, user)
+    assert chosen == ("hf_gptq" if ours else None)
+
+
+@pytest.mark.parametrize("field", ["group_size", "desc_act", "sym"])
+def test_a_config_without_what_vllm_has_no_default_for(field: str) -> None:
     from vllm_plugin.config import HfGptqConfig
 
-    chosen = HfGptqConfig.override_quantization_method({**JSON, **fields}, user)
-    assert chosen == ("hf_gptq" if ours else None)
+    assert HfGptqConfig.override_quantization_method({k: v for k, v in JSON.items() if k != field}, None) == "hf_gptq"
+
+
+def test_without_vllms_own_kernel_every_checkpoint_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm_plugin.config as module
+
+    monkeypatch.setattr(module, "_own_bits", lambda: ())
+    assert module.HfGptqConfig.override_quantization_method(JSON, None) == "hf_gptq"
+    assert module.HfGptqConfig.override_quantization_method(JSON, "gptq") is None
+
+
+def test_what_vllm_itself_refuses_today() -> None:
+    """The plugin offers itself exactly where vLLM's own method fails. When this fails, vLLM has changed: change
+    `_refused_by_vllm` with it."""
+    from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig, AutoGPTQLinearMethod
+    from vllm.platforms import current_platform
+
+    from vllm_plugin.config import HfGptqConfig
+
+    if not current_platform.is_cpu():
+        pytest.skip("on a GPU what vLLM takes also depends on its compute capability")
+    has_kernel = hasattr(torch.ops._C, "cpu_gemm_wna16")
+
+    def vllm_takes(json: dict[str, Any]) -> bool:
+        try:
+            made = AutoGPTQConfig.from_config(json)
+            AutoGPTQLinearMethod(made)
+        except ValueError:
+            return False
+        return True
+
+    fields = {"bits": (2, 3, 4, 8), "sym": (True, False), "desc_act": (False, True), "group_size": (16, 48, 128, -1)}
+    disagreements = []
+    for values in product(*fields.values()):
+        json = {**JSON, **dict(zip(fields, values, strict=True))}
+        chosen = HfGptqConfig.override_quantization_method(json, None)
+        if (chosen is None) != (vllm_takes(json) and has_kernel):
+            disagreements.append(json)
+    assert not disagreements
+    # It does not look at the format, and so reads every zero one too high.
+    assert vllm_takes({**JSON, "checkpoint_format": "gptq_v2"})
 
 
 @pytest.mark.parametrize(
@@ -174,11 +226,78 @@ def test_without_headers_the_rules_decide() -> None:
     assert made.scheme("model.layers.0.self_attn.o_proj") is None
 
 
-def test_experts(tmp_path: Path) -> None:
-    from vllm.model_executor.layers.fused_moe import RoutedExperts
+def routed(gate: str = "gate_proj", down: str = "down_proj", up: str | None = "up_proj", count: int = 2) -> Any:
+    """What a layer of routed experts tells about its checkpoint."""
+    from types import SimpleNamespace
 
-    layer = RoutedExperts.__new__(RoutedExperts)
-    prefix = "model.layers.0.mlp.experts"
-    quantized = config(write(tmp_path, [f"{prefix}.0.up_proj"]))
-    with pytest.raises(CheckpointError, match=rf"{prefix}: quantized mixture-of-experts layers are not supported"):
-        quantized.get_quant_method(layer, prefix)
+    return SimpleNamespace(
+        ckpt_gate_proj_name=gate, ckpt_down_proj_name=down, ckpt_up_proj_name=up, global_num_experts=count
+    )
+
+
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+def expert_modules(*leaves: str) -> list[str]:
+    return [f"{EXPERTS}.{expert}.{leaf}" for expert in range(2) for leaf in leaves]
+
+
+@pytest.mark.parametrize("leaves", [("gate_proj", "down_proj", "up_proj"), ("w1", "w2", "w3")])
+def test_experts_by_either_names(tmp_path: Path, leaves: tuple[str, str, str]) -> None:
+    made = config(write(tmp_path, expert_modules(*leaves)), dynamic={rf"+:.*\.{leaves[1]}": {"bits": 8}})
+    scheme = made.experts_scheme(routed(*leaves), EXPERTS)
+    assert (scheme.up, scheme.down) == (QuantSpec(4, 32), QuantSpec(8, 32))
+    assert scheme.scales_dtype == torch.float16
+    assert scheme.names[1, "w3"] == f"{EXPERTS}.1.{leaves[2]}"
+
+
+def test_experts_without_a_gate(tmp_path: Path) -> None:
+    made = config(write(tmp_path, expert_modules("up_proj", "down_proj")))
+    scheme = made.experts_scheme(routed("up_proj", "down_proj", None), EXPERTS)
+    assert sorted(scheme.names) == [(0, "w1"), (0, "w2"), (1, "w1"), (1, "w2")]
+
+
+def test_renamed_experts_keep_the_rules_of_their_own_names(tmp_path: Path) -> None:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    made = config(write(tmp_path, expert_modules("w1", "w2", "w3")), dynamic={r"+:.*\.w2": {"bits": 8}})
+    made.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
+    scheme = made.experts_scheme(routed("w1", "w2", "w3"), f"language_model.{EXPERTS}")
+    assert scheme.down.bits == 8 and scheme.names[0, "w1"] == f"{EXPERTS}.0.w1"
+
+
+def test_dense_experts_of_a_quantized_model(tmp_path: Path) -> None:
+    made = config(write(tmp_path, ATTENTION))
+    assert made.experts_scheme(routed(), EXPERTS) is None
+
+
+@pytest.mark.parametrize(
+    ("dynamic", "message"),
+    [
+        ({r"+:.*\.1\..*": {"bits": 8}}, r"experts\.0\.gate_proj: bits=4.*experts\.1\.gate_proj: bits=8"),
+        ({r"+:.*up_proj": {"group_size": 64}}, r"experts\.0\.gate_proj.*experts\.0\.up_proj.*group_size=64"),
+    ],
+)
+def test_experts_that_differ_are_named(tmp_path: Path, dynamic: dict[str, Any], message: str) -> None:
+    made = config(write(tmp_path, expert_modules("gate_proj", "down_proj", "up_proj")), dynamic=dynamic)
+    with pytest.raises(CheckpointError, match=message):
+        made.experts_scheme(routed(), EXPERTS)
+
+
+def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
+    made = config(write(tmp_path, expert_modules("gate_proj", "down_proj", "up_proj")))
+    with pytest.raises(CheckpointError, match=r"neither .*experts\.2\.gate_proj\.qweight nor"):
+        made.experts_scheme(routed(count=3), EXPERTS)
+
+
+def test_experts_that_are_quantized_in_part(tmp_path: Path) -> None:
+    down = tuple(f"{EXPERTS}.{expert}.down_proj" for expert in range(2))
+    made = config(write(tmp_path, expert_modules("gate_proj", "up_proj"), dense=down))
+    with pytest.raises(CheckpointError, match="only some of their matrices are quantized"):
+        made.experts_scheme(routed(), EXPERTS)
+
+
+def test_experts_under_other_names(tmp_path: Path) -> None:
+    made = config(write(tmp_path, expert_modules("gate_up_proj", "down_projection")))
+    with pytest.raises(CheckpointError, match=r"none is named as vLLM expects .*experts\.0\.gate_proj"):
+        made.experts_scheme(routed(), EXPERTS)

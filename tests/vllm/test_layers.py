@@ -6,18 +6,15 @@ the weight itself: code minus zero, times a scale of 11 bits, fits a float32, so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
-import numpy as np
 import pytest
-import references
 import torch
+from vllm_layers import K, decoded, dense, finish, load, make, random_weight, tensor_parallel
 
-from hf_gptq_plugin.format.grid import QuantizedWeight, natural_groups
+from hf_gptq_plugin.format.grid import QuantizedWeight
 from hf_gptq_plugin.format.spec import CheckpointError, QuantSpec
 
 pytest.importorskip("vllm.version", reason="these tests need vLLM")
@@ -28,7 +25,6 @@ pytestmark = [
     pytest.mark.usefixtures("vllm_config"),
 ]
 
-K = 80  # with groups of 32 the last one is ragged
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 SPECS = [
     QuantSpec(bits, 32, sym, desc_act, fmt)
@@ -36,86 +32,11 @@ SPECS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def vllm_config() -> Iterator[None]:
-    from vllm.config import VllmConfig, set_current_vllm_config
-
-    with set_current_vllm_config(VllmConfig()):
-        yield
-
-
-@contextmanager
-def tensor_parallel(rank: int = 0, size: int = 1) -> Iterator[None]:
-    """Layers made inside believe to be rank `rank` of `size`."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in ("layers.linear", "layers.vocab_parallel_embedding", "parameter"):
-            path = f"vllm.model_executor.{module}.get_tensor_model_parallel"
-            patch.setattr(f"{path}_rank", lambda: rank)
-            patch.setattr(f"{path}_world_size", lambda: size)
-        yield
-
-
-def random_weight(
-    out_features: int, spec: QuantSpec, in_features: int = K, group: torch.Tensor | None = None, seed: int = 0
-) -> QuantizedWeight:
-    """Codes that lie evenly around the zeros, as those of real weights do, so that the format shows."""
-    rng = torch.Generator().manual_seed(seed)
-    groups, middle = spec.groups(in_features), 2 ** (spec.bits - 1)
-    if group is None:
-        group = natural_groups(in_features, spec.group_size)
-        if spec.desc_act:
-            group = group[torch.randperm(in_features, generator=rng)]
-    lowest = middle if spec.sym else middle - 1 - spec.maxq // 8
-    zeros = torch.randint(lowest, middle + 1, (groups, out_features), generator=rng, dtype=torch.int32)
-    reach = max(1, spec.maxq // 4)
-    steps = torch.randint(-reach, reach + 1, (out_features // 2, in_features), generator=rng)
-    codes = torch.cat((steps, -steps)) + zeros.T[:, group.long()]
-    scales = torch.rand(groups, out_features, generator=rng).add(0.5).mul(0.02).half()
-    return QuantizedWeight(codes.to(torch.uint8), scales, zeros, group, spec)
-
-
-def dense(weights: list[QuantizedWeight]) -> torch.Tensor:
-    """float64 `[N, K]` of all weights below each other."""
-    parts = [references.dequantize(*(t.numpy() for t in (w.codes, w.scales, w.zeros, w.group))) for w in weights]
-    return torch.from_numpy(np.concatenate(parts))
-
-
-def make(kind: Callable[..., Any], spec: QuantSpec, *sizes: Any, **arguments: Any) -> Any:
-    """A layer of vLLM named "layer", quantized by the plugin."""
-    from vllm_plugin.config import HfGptqConfig
-
-    config = HfGptqConfig.from_config(
-        {
-            "quant_method": "gptq", "bits": spec.bits, "group_size": spec.group_size, "sym": spec.sym,
-            "desc_act": spec.desc_act, "checkpoint_format": spec.checkpoint_format, "lm_head": True,
-        }
-    )  # fmt: skip
-    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    return kind(*sizes, bias=False, params_dtype=torch.float32, quant_config=config, **arguments)
-
-
 def make_qkv(spec: QuantSpec, kv_heads: int = 1) -> Any:
     """A fused layer of 2 query heads and `kv_heads` key-value heads of 32."""
     from vllm.model_executor.layers.linear import QKVParallelLinear
 
     return make(QKVParallelLinear, spec, K, 32, 2, kv_heads, prefix="attn.qkv_proj")
-
-
-def load(layer: Any, weight: QuantizedWeight, *shard: Any, leave_out: tuple[str, ...] = ()) -> None:
-    for leaf, tensor in weight.pack().items():
-        if leaf not in leave_out:
-            parameter = getattr(layer, leaf)
-            parameter.weight_loader(parameter, tensor, *shard)
-
-
-def finish(layer: Any) -> Any:
-    layer.quant_method.process_weights_after_loading(layer)
-    return layer
-
-
-def decoded(layer: Any) -> torch.Tensor:
-    """The layer's weight `[N, K]`, seen through its output."""
-    return layer.quant_method.apply(layer, torch.eye(layer.g_idx.numel())).T.double()
 
 
 def qkv_weights(spec: QuantSpec, kv_heads: int = 1) -> dict[str, QuantizedWeight]:
@@ -224,54 +145,71 @@ def test_column_parallel_ranks_make_up_the_layer(kv_heads: int) -> None:
         assert torch.equal(heads[-1], dense([weight])[-32:])  # a single head lies on both ranks
 
 
-@pytest.mark.parametrize("group_size", [32, -1])
-def test_row_parallel_ranks_make_up_the_layer(group_size: int) -> None:
+@pytest.mark.parametrize(
+    ("in_features", "spec"),
+    [
+        (128, QuantSpec(3, 32, sym=False)),
+        (128, QuantSpec(3, -1, sym=False)),
+        pytest.param(256, QuantSpec(4, 96), id="the second rank begins inside a group"),
+        pytest.param(80, QuantSpec(3, 16, sym=False), id="inside a group and a word"),
+        pytest.param(80, QuantSpec(3, -1), id="inside a word"),
+        *(
+            pytest.param(80, QuantSpec(bits, 32, bits != 4, desc_act=True), id=f"act-order, {bits} bit")
+            for bits in (2, 3, 4, 8)
+        ),
+    ],
+)
+def test_row_parallel_ranks_make_up_the_layer(in_features: int, spec: QuantSpec) -> None:
     from vllm.model_executor.layers.linear import RowParallelLinear
 
-    spec = QuantSpec(3, group_size, sym=False)
-    weight = random_weight(38, spec, in_features=128)
+    weight = random_weight(38, spec, in_features=in_features)
     parts = []
     for rank in range(2):
         with tensor_parallel(rank, 2):
-            layer = make(RowParallelLinear, spec, 128, 38, prefix="layer")
+            layer = make(RowParallelLinear, spec, in_features, 38, prefix="layer")
             load(layer, weight)
             parts.append(decoded(finish(layer)))
     assert torch.equal(torch.cat(parts, dim=1), dense([weight]))
 
 
-@pytest.mark.parametrize(
-    ("in_features", "spec", "multiples"),
-    [
-        (256, QuantSpec(4, 96), "8 and 96"),
-        (80, QuantSpec(3, 8), "32 and 8"),
-        (80, QuantSpec(3, -1), "32 and 1"),
-    ],
-)
-def test_row_slice_that_cuts_a_word_or_group(in_features: int, spec: QuantSpec, multiples: str) -> None:
+def test_a_rank_keeps_the_groups_that_it_uses() -> None:
     from vllm.model_executor.layers.linear import RowParallelLinear
 
-    message = rf"layer: {in_features // 2} input features on each rank.*multiples of {multiples}.*smaller --tensor"
-    with tensor_parallel(0, 2), pytest.raises(CheckpointError, match=message):
-        make(RowParallelLinear, spec, in_features, 64, prefix="layer")
+    spec = QuantSpec(4, 96)
+    with tensor_parallel(1, 2):
+        layer = make(RowParallelLinear, spec, 256, 38, prefix="layer")
+        load(layer, random_weight(38, spec, in_features=256))
+        finish(layer)
+    assert layer.g_idx.tolist() == [0] * 64 + [1] * 64  # inputs 128 to 255 lie in groups 1 and 2
+    assert len(layer.scales) == len(layer.qzeros) == 2
 
 
-@pytest.mark.parametrize(("size", "remedy"), [(1, "Transformers"), (2, "smaller --tensor-parallel-size")])
-def test_fused_zeros_that_fill_no_whole_words(size: int, remedy: str) -> None:
+def test_row_parallel_rank_without_g_idx() -> None:
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    spec = QuantSpec(4, 48, sym=False)
+    weight = random_weight(38, spec, in_features=128)
+    with tensor_parallel(1, 2):
+        layer = make(RowParallelLinear, spec, 128, 38, prefix="layer")
+        load(layer, weight, leave_out=("g_idx",))
+        assert torch.equal(decoded(finish(layer)), dense([weight])[:, 64:])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_fused_zeros_that_fill_no_whole_words(size: int) -> None:
     from vllm.model_executor.layers.linear import MergedColumnParallelLinear
 
-    message = rf"mlp\.gate_up_proj: shard 1 has {80 // size} output features.*multiples of 32.*{remedy}"
-    with tensor_parallel(0, size), pytest.raises(CheckpointError, match=message):
-        make(MergedColumnParallelLinear, QuantSpec(3, 32), K, [64, 80], prefix="mlp.gate_up_proj")
-
-
-def test_row_parallel_act_order_is_refused() -> None:
-    from vllm.model_executor.layers.linear import RowParallelLinear
-
-    spec = QuantSpec(4, 32, desc_act=True)
-    with tensor_parallel(0, 2):
-        layer = make(RowParallelLinear, spec, 128, 64, prefix="layer")
-        with pytest.raises(CheckpointError, match=r"layer\.g_idx is in act-order.*--tensor-parallel-size 1"):
-            load(layer, random_weight(64, spec, in_features=128))
+    spec = QuantSpec(3, 32, sym=False)
+    weights = [random_weight(64, spec), random_weight(80, spec, seed=1)]
+    ranks = []
+    for rank in range(size):
+        with tensor_parallel(rank, size):
+            layer = make(MergedColumnParallelLinear, spec, K, [64, 80], prefix="mlp.gate_up_proj")
+            for shard, weight in enumerate(weights):
+                load(layer, weight, shard)
+            ranks.append(decoded(finish(layer)).split([64 // size, 80 // size]))
+    for part, weight in enumerate(weights):
+        assert torch.equal(torch.cat([rank[part] for rank in ranks]), dense([weight]))
 
 
 def test_shards_of_different_act_order_are_refused() -> None:
@@ -320,7 +258,7 @@ def test_missing_bias_is_named() -> None:
 
     with tensor_parallel():
         scheme = Scheme(("attn.qkv_proj",), QuantSpec(4, 32), torch.float16, has_bias=False)
-        loader = ShardLoader(make_qkv(scheme.spec), scheme, K, load=lambda *_: None)
+        loader = ShardLoader(make_qkv(scheme.spec), scheme, (0, K), load=lambda *_: None)
         with pytest.raises(CheckpointError, match=r"no .*attn\.qkv_proj\.bias, so attn\.qkv_proj cannot be served"):
             loader.require_all(torch.empty(128))
 
@@ -358,6 +296,36 @@ def test_values_that_cannot_be_are_refused() -> None:
             load(layer, weight, shard)
         with pytest.raises(CheckpointError, match=r"attn\.qkv_proj\.scales\[1, 66\] is nan"):
             finish(layer)
+
+
+@pytest.mark.parametrize("group", [-1, 3, 2**31 - 1])
+def test_group_index_out_of_range_is_refused(group: int) -> None:
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    spec = QuantSpec(4, 32, desc_act=True)
+    weight = random_weight(64, spec)
+    weight.group[70] = group
+    for rank, size in ((0, 1), (1, 2)):
+        with tensor_parallel(rank, size):
+            layer = make(RowParallelLinear, spec, K, 64, prefix="layer")
+            load(layer, weight)
+            with pytest.raises(CheckpointError, match=rf"layer\.g_idx holds group {group}; with 3 groups the accepted"):
+                finish(layer)
+
+
+def test_bits_beyond_the_last_zero_say_nothing() -> None:
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    spec = QuantSpec(3, 32, sym=False)
+    weight = random_weight(38, spec)  # 114 bits of 128
+    with tensor_parallel():
+        layer = make(ReplicatedLinear, spec, K, 38, prefix="layer")
+        load(layer, weight, leave_out=("qzeros",))
+        stray = weight.pack()["qzeros"]
+        stray[:, -1] |= torch.tensor(0x7FFC0000, dtype=torch.int32)
+        layer.qzeros.weight_loader(layer.qzeros, stray)
+        finish(layer)
+    assert torch.equal(decoded(layer), dense([weight]))
 
 
 def test_mislabelled_zeros_are_read_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
@@ -411,25 +379,3 @@ def test_output_is_new_contiguous_and_of_the_input_dtype(dtype: torch.dtype) -> 
     assert out.dtype == dtype and out.is_contiguous() and torch.equal(x, before)
     expected = x.double() @ dense(list(weights.values())).T
     torch.testing.assert_close(out.double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=0.05)
-
-
-def test_compiles_once_for_all_numbers_of_tokens() -> None:
-    spec = QuantSpec(4, 32, sym=False, desc_act=True)
-    with tensor_parallel():
-        layer = make_qkv(spec)
-        for shard, weight in qkv_weights(spec).items():
-            load(layer, weight, shard)
-        finish(layer)
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(
-        lambda x: layer.quant_method.apply(layer, x), backend=backend, fullgraph=True, dynamic=True
-    )
-    for tokens in (2, 5, 17):
-        x = torch.randn(tokens, K)
-        assert torch.equal(compiled(x), layer.quant_method.apply(layer, x))
-    assert len(graphs) == 1

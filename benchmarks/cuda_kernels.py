@@ -1,0 +1,319 @@
+"""Quantized layers on an NVIDIA GPU against float64, then timed beside what else computes them.
+
+    python -m benchmarks.cuda_kernels [--shapes 4096x4096,4096x14336] [--rows 1,16,64,512,4096] [--bits 4] [--json FILE]
+
+Every product is checked first, with fresh random inputs and outputs that held NaN. Times are medians of CUDA graph
+replays; a graph walks over copies of the weight that together exceed the L2 cache several times, so that weights come
+from memory, as they do in a model. Beside ours: dense cuBLAS, torch's tinygemm op, and vLLM's Marlin where it can be
+imported. "floor" is the larger of bytes over bandwidth and operations over the matrix rate, both measured in the same
+run. Needs the CUDA library: pip install . -C cmake.define.HF_GPTQ_CUDA=ON
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_gptq_plugin import native_cuda
+from hf_gptq_plugin.format.grid import QuantizedWeight, natural_groups
+from hf_gptq_plugin.format.spec import QuantSpec
+from hf_gptq_plugin.nn import cuda, ops
+from hf_gptq_plugin.nn.ops import KernelWeight
+
+REGIMES = {0: "dense", 1: "narrow", 2: "wide", 3: "hopper"}
+HOPPER = 3
+L2_MULTIPLE = 4  # weights of one graph, in sizes of the L2 cache
+MOST_COPIES = 64
+
+
+def quantized(spec: QuantSpec, out_features: int, in_features: int, device: torch.device) -> QuantizedWeight:
+    """A random weight."""
+    groups = spec.groups(in_features)
+    zeros = torch.randint(1, spec.maxq + 1, (groups, out_features), dtype=torch.int32, device=device)
+    return QuantizedWeight(
+        codes=torch.randint(0, spec.maxq + 1, (out_features, in_features), dtype=torch.uint8, device=device),
+        scales=(torch.rand(groups, out_features, device=device) * 0.01 + 0.001).half(),
+        zeros=torch.full_like(zeros, 2 ** (spec.bits - 1)) if spec.sym else zeros,
+        group=natural_groups(in_features, spec.group_size, device),
+        spec=spec,
+    )
+
+
+def kernel_weight(weight: QuantizedWeight) -> KernelWeight:
+    """In the GPU's layout."""
+    return KernelWeight.from_canonical(**weight.pack(), spec=weight.spec, in_features=weight.codes.shape[1]).packed()
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    """‖got − truth‖ / ‖truth‖ in float64; infinity where anything is not finite."""
+    error = float((got.double() - truth).norm() / truth.norm())
+    return error if error == error else float("inf")
+
+
+def graph_us(calls: Sequence[Callable[[], object]], replays: int) -> float:
+    """Median time of one call, in microseconds, of a graph that makes all of them."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    for _ in range(3):
+        graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(calls))
+    return sorted(times)[len(times) // 2]
+
+
+def ceilings(replays: int) -> tuple[float, float]:
+    """Bandwidth in bytes per microsecond (read plus written) and matrix rate in operations per microsecond."""
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.numel() * 4 / graph_us([lambda: target.copy_(source)], replays)
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    b = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    return bandwidth, 2 * 8192**3 / graph_us([lambda: a @ b], replays)
+
+
+def regime_of(kernel: KernelWeight, x: Tensor) -> str:
+    """What the library's rules choose."""
+    described, keep = cuda._describe(x.shape[-1], *kernel.arguments)
+    plan, library = native_cuda.Plan(), native_cuda.library(x.device)
+    assert library is not None
+    with torch.cuda.device(x.device):
+        native_cuda.check(library.hf_gptq_cuda_plan(described, native_cuda.DTYPES[x.dtype], x.shape[0], 1, -1, plan))
+    del keep
+    return REGIMES[plan.regime]
+
+
+def marlin(weight: QuantizedWeight, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """vLLM's Marlin kernel on the same codes, where this vLLM (0.32 or like it) has it; None otherwise."""
+    spec = weight.spec
+    if spec.bits not in (4, 8) or not spec.sym or spec.group_size not in (-1, 32, 64, 128):
+        return None
+    try:
+        from vllm import _custom_ops as vllm_ops
+        from vllm.model_executor.layers.quantization.utils import marlin_utils
+        from vllm.scalar_type import scalar_types
+
+        repack = torch.ops._C.gptq_marlin_repack
+    except (ImportError, OSError, AttributeError):
+        return None
+    del repack
+    out_features, in_features = weight.codes.shape
+    codes = vllm_ops.gptq_marlin_repack(weight.pack()["qweight"], in_features, out_features, spec.bits)
+    scales = marlin_utils.marlin_permute_scales(
+        weight.scales.to(dtype), in_features, out_features, spec.width(in_features)
+    )
+    no_zeros = torch.empty(0, dtype=torch.int32, device=codes.device)
+    workspace = marlin_utils.marlin_make_workspace_new(codes.device)
+    kind = scalar_types.uint4b8 if spec.bits == 4 else scalar_types.uint8b128
+    return lambda x: marlin_utils.apply_gptq_marlin_linear(
+        x, codes, scales, no_zeros, workspace, kind, out_features, in_features
+    )
+
+
+def tinygemm(weight: QuantizedWeight) -> Callable[[Tensor], Tensor] | None:
+    """torch's own 4-bit op (bf16, groups of 32 to 256), on the same grid; None where it does not apply."""
+    spec = weight.spec
+    out_features, in_features = weight.codes.shape
+    if spec.bits != 4 or spec.group_size not in (32, 64, 128, 256) or out_features % 8 or in_features % 128:
+        return None
+    pairs = weight.codes[:, ::2] << 4 | weight.codes[:, 1::2]
+    packed = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), 8)
+    # It computes (code - 8) * scale + zero.
+    zeros = (8 - weight.zeros.float()) * weight.scales.float()
+    grid = torch.stack([weight.scales.float(), zeros], dim=-1).bfloat16().contiguous()
+    return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, spec.group_size, grid)
+
+
+def correctness(device: torch.device) -> list[dict[str, Any]]:
+    """Every width, grid, order and regime against float64 on ragged sizes; exits at the first mismatch."""
+    figures = []
+    shapes = ((1, 520, 1040, 48), (3, 4096, 4096, 128), (8, 72, 640, -1), (33, 1000, 1024, 16), (200, 512, 2048, 40))
+    for bits in (2, 3, 4, 8):
+        for sym in (True, False):
+            for dtype in (torch.float16, torch.bfloat16, torch.float32):
+                for rows, out_features, in_features, group_size in (*shapes, (600, 512, 512, 32)):
+                    weight = quantized(QuantSpec(bits, group_size, sym), out_features, in_features, device)
+                    if rows % 2 == 0:  # act-order
+                        weight = QuantizedWeight(
+                            weight.codes, weight.scales, weight.zeros,
+                            weight.group[torch.randperm(in_features, device=device)], weight.spec,
+                        )  # fmt: skip
+                    x = torch.randn(rows, in_features, device=device).to(dtype)
+                    bias = torch.randn(out_features, device=device).to(dtype)
+                    kernel, dense = kernel_weight(weight), weight.dequantize().double()
+                    truth = x.double() @ dense.T + bias.double()
+                    rounding = relative_error(truth.to(dtype), truth)
+                    calls: dict[str, Callable[[], Tensor]] = {
+                        regime_of(kernel, x): lambda x=x, k=kernel, b=bias: ops.linear(x, k, b)
+                    }
+                    if torch.cuda.get_device_capability() == (9, 0) and dtype is not torch.float32:
+                        calls["hopper"] = lambda x=x, k=kernel, b=bias: cuda.linear(x, b, *k.arguments, regime=HOPPER)
+                    for regime, call in calls.items():
+                        name = (
+                            f"bits={bits} sym={sym} {dtype} M={rows} N={out_features} K={in_features} g={group_size} "
+                            f"{regime}"
+                        )
+                        first = call()
+                        error = relative_error(first, truth)
+                        limit = 1.1 * rounding + 2e-6 if regime != "dense" else 4 * rounding + 1e-3
+                        if error > limit:
+                            wrong = (first.double() - truth).abs()
+                            place = divmod(int(wrong.argmax()), out_features)
+                            raise SystemExit(f"{name}: error {error:.1e}, limit {limit:.1e}; worst at {place}")
+                        if not torch.equal(first, call()):
+                            raise SystemExit(f"{name}: two runs differ")
+                        figures.append({"case": name, "error": error, "rounding": rounding})
+    return figures
+
+
+def measure(
+    spec: QuantSpec, out_features: int, in_features: int, rows: int, dtype: torch.dtype, replays: int,
+    bandwidth: float, rate: float,
+) -> dict[str, Any]:  # fmt: skip
+    """One size: times in microseconds of everything that computes it, right results first."""
+    device = torch.device("cuda")
+    weight = quantized(spec, out_features, in_features, device)
+    kernel = kernel_weight(weight)
+    dense = weight.dequantize().to(dtype)
+    x = torch.randn(rows, in_features, device=device).to(dtype)
+    truth = x.double() @ weight.dequantize().double().T
+    weight_bytes = kernel.qweight.numel() * 4 + kernel.scales.numel() * 2
+    if kernel.qzeros is not None:
+        weight_bytes += kernel.qzeros.numel() * 4
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    candidates: dict[str, tuple[Callable[..., Tensor], list[tuple[Any, ...]]]] = {}
+
+    def copies(tensors: tuple[Tensor, ...], rebuild: Callable[..., Any]) -> list[tuple[Any, ...]]:
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        count = min(MOST_COPIES, max(2, -(-L2_MULTIPLE * cache // size)))
+        return [(rebuild(*(t.clone() for t in tensors)),) for _ in range(count)]
+
+    fields = ("qweight", "scales")
+    candidates["ours"] = (
+        lambda k: ops.linear(x, k),
+        copies(
+            tuple(getattr(kernel, f) for f in fields),
+            lambda *t: KernelWeight(**{**vars(kernel), **dict(zip(fields, t, strict=True))}),
+        ),
+    )
+    if torch.cuda.get_device_capability() == (9, 0) and rows >= 32:  # beside what the rules choose
+        candidates["hopper"] = (lambda k: cuda.linear(x, None, *k.arguments, regime=HOPPER), candidates["ours"][1])
+    candidates["dense"] = (lambda w: torch.nn.functional.linear(x, w), copies((dense,), lambda w: w))
+    if dtype is torch.bfloat16 and (tiny := tinygemm(weight)):
+        calls = [(tinygemm(weight),) for _ in range(len(candidates["ours"][1]) - 1)]
+        candidates["tinygemm"] = (lambda call: call(x), [(tiny,), *calls])
+    if other := marlin(weight, dtype):
+        candidates["marlin"] = (
+            lambda call: call(x), [(other,), *((marlin(weight, dtype),) for _ in range(len(candidates["ours"][1]) - 1))]
+        )  # fmt: skip
+    result: dict[str, Any] = {
+        "M": rows, "N": out_features, "K": in_features, "dtype": str(dtype), "bits": spec.bits,
+        "group_size": spec.group_size, "regime": regime_of(kernel, x),
+        "floor_us": max(
+            (weight_bytes + 2 * rows * (in_features + out_features)) / bandwidth,
+            2 * rows * in_features * out_features / rate,
+        ),
+    }  # fmt: skip
+    for name, (call, arguments) in candidates.items():
+        result[f"{name}_error"] = relative_error(call(*arguments[0]), truth)
+        if result[f"{name}_error"] > 2e-2:
+            raise SystemExit(f"{name}: error {result[f'{name}_error']:.1e} at {result}")
+        result[f"{name}_us"] = graph_us([lambda c=call, a=a: c(*a) for a in arguments], replays)
+    gradient = torch.randn(rows, out_features, device=device).to(dtype)
+    result["backward_us"] = graph_us(
+        [lambda a=a: gradient @ ops.dequantize(a[0], in_features, dtype) for a in candidates["ours"][1]], replays
+    )
+    result["dense_backward_us"] = graph_us([lambda a=a: gradient @ a[0] for a in candidates["dense"][1]], replays)
+    return result
+
+
+def environment() -> dict[str, str]:
+    """What the figures belong to."""
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+    ).stdout.split("\n")[0]
+    return {
+        "gpu": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__,
+        "cuda": str(torch.version.cuda), "library": native_cuda.status().detail, "date": date.today().isoformat(),
+        "command": "python -m benchmarks.cuda_kernels " + " ".join(sys.argv[1:]),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shapes", default="4096x4096,4096x14336,8192x28672", help="KxN, comma separated")
+    parser.add_argument("--rows", default="1,2,4,8,16,32,64,128,256,512,1024,4096")
+    parser.add_argument("--bits", type=int, default=4, choices=(2, 3, 4, 8))
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--asym", action="store_true")
+    parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="bfloat16")
+    parser.add_argument("--replays", type=int, default=30)
+    parser.add_argument("--check-only", action="store_true", help="compare with float64 and time nothing")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("cuda_kernels: there is no CUDA device here (or this torch was built without CUDA)")
+    device = torch.device("cuda", torch.cuda.current_device())
+    if (reason := native_cuda.problem(device)) is not None:
+        raise SystemExit(f"cuda_kernels: the CUDA library does not run on {torch.cuda.get_device_name()}: {reason}")
+    torch.manual_seed(0)
+    # Memory that torch leaves uninitialised holds NaN while results are checked.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    report: dict[str, Any] = {"environment": environment(), "checks": correctness(device), "rows": []}
+    torch.use_deterministic_algorithms(False)
+    print(", ".join(f"{k} {v}" for k, v in report["environment"].items()))
+    print(f"{len(report['checks'])} products agree with float64 and with themselves")
+    if not options.check_only:
+        bandwidth, rate = ceilings(options.replays)
+        report["environment"] |= {"bytes_per_us": bandwidth, "operations_per_us": rate}
+        print(f"measured ceilings: {bandwidth / 1e6:.2f} TB/s, {rate / 1e6:.0f} TFLOP/s (bf16)")
+        spec = QuantSpec(options.bits, options.group_size, not options.asym)
+        names = ("ours", "hopper", "dense", "tinygemm", "marlin")
+        heads = (f"{name + ' µs':>11}" for name in names)
+        print(
+            f"{'K×N':>12} {'M':>5} {'regime':>7} {'floor µs':>9} {'% floor':>8}",
+            *heads,
+            f"{'dX µs':>9} {'dense dX':>9}",
+        )
+        for shape in options.shapes.split(","):
+            in_features, out_features = (int(part) for part in shape.split("x"))
+            for rows in (int(part) for part in options.rows.split(",")):
+                row = measure(
+                    spec, out_features, in_features, rows, getattr(torch, options.dtype), options.replays,
+                    bandwidth, rate,
+                )  # fmt: skip
+                report["rows"].append(row)
+                times = (f"{row[n + '_us']:11.1f}" if n + "_us" in row else f"{'-':>11}" for n in names)
+                print(f"{shape:>12} {rows:5d} {row['regime']:>7} {row['floor_us']:9.1f} "
+                      f"{100 * row['floor_us'] / row['ours_us']:8.0f}", *times,
+                      f"{row['backward_us']:9.1f} {row['dense_backward_us']:9.1f}", flush=True)  # fmt: skip
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

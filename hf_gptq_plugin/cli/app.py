@@ -1,0 +1,119 @@
+"""What the commands of `hf-gptq` share: the application, how errors are told, options of one meaning."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import traceback
+from inspect import signature
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..calibrate.journal import JournalError
+from ..calibrate.sources import CalibrationError
+from ..calibrate.walk import WalkError
+from ..config import GPTQConfig
+from ..native import NativeError
+from ..solve.hessian import SolveError
+from ..train.loop import TrainingError
+
+# Exit codes beside 0; 2, for a command line that cannot be read, is the parser's.
+TRACEBACK = "HF_GPTQ_TRACEBACK"
+FAILED = 1  # an error a user can mend, told in one line
+CHECK_FAILED = 3  # the command did its work, and what it looked at is not as it should be
+
+app = typer.Typer(
+    name="hf-gptq",
+    help="GPTQ for Transformers and vLLM: quantize, evaluate, train, convert, publish.",
+    epilog="Exit codes: 0 done; 1 an error, told in one line; 2 a command line that cannot be read; 3 a check failed "
+    "(inspect, verify, doctor).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+console = Console(stderr=False)
+
+# What a user can mend. Other errors are told in one line too, with how to see where they came from.
+USER_ERRORS = (
+    CalibrationError, JournalError, WalkError, SolveError, NativeError, TrainingError, ValueError, OSError, ImportError,
+)  # fmt: skip
+
+# Defaults of options are those of the fields of GPTQConfig that they set.
+DEFAULT = {name: field.default for name, field in signature(GPTQConfig).parameters.items()}
+
+Dtype = Annotated[
+    str, typer.Option(help="dtype of the unquantized parts and of the arithmetic: float32, bfloat16, float16, auto.")
+]
+DeviceMap = Annotated[str, typer.Option(help="Where the model is loaded, e.g. cpu, cuda, auto.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def main() -> None:
+    """Entry point: errors are one line on stderr and exit code 1."""
+    try:
+        app(standalone_mode=True)
+    except USER_ERRORS as error:
+        _told(f"{type(error).__name__}: {error}")
+    except Exception as error:
+        _unexpected(error)
+    except BaseException as error:
+        # A library written in Rust that gives up on its input raises an exception that is no Exception.
+        if type(error).__name__ != "PanicException":
+            raise
+        _unexpected(error)
+
+
+def _told(message: str) -> None:
+    Console(stderr=True).print("[bold red]error:[/] ", end="")
+    Console(stderr=True, highlight=False).print(message, markup=False, soft_wrap=True)
+    sys.exit(FAILED)
+
+
+def _unexpected(error: BaseException) -> None:
+    """Usually a damaged file that another library stumbles over; else a defect, whose traceback is asked for."""
+    if os.environ.get(TRACEBACK):
+        traceback.print_exception(error)
+    _told(
+        f"{type(error).__name__}: {error} (unexpected: is a file damaged? hf-gptq inspect looks at checkpoints; "
+        f"{TRACEBACK}=1 shows where it happened, for a report)"
+    )
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout; numbers that JSON has no word for become null."""
+    print(json.dumps(_finite(value), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def folder_of(model: str) -> Path:
+    """A folder or file as it is; a Hub name as the folder of its snapshot, without anything that is not read."""
+    path = Path(model)
+    if path.exists():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack"]))
+    except HFValidationError:
+        raise ValueError(f"{model!r} is neither a folder nor a Hub name") from None
+
+
+def torch_dtype(name: str) -> Any:
+    import torch
+
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+    if name not in names:
+        raise ValueError(f"--dtype={name!r} is not supported; use one of {', '.join(names)}")
+    return names[name]

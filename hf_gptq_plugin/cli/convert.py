@@ -1,0 +1,77 @@
+"""`hf-gptq convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..convert.gguf_blocks import TYPES
+from ..convert.layouts import TARGETS as LAYOUTS
+from .app import Json, console, folder_of, print_json, torch_dtype
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="Folder or Hub name.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; for gguf a file ending in .gguf, or a folder.")],
+    to: Annotated[str, typer.Option(help=f"One of {', '.join((*LAYOUTS, 'gguf'))}.")],
+    shard_size: Annotated[float, typer.Option("--shard-size", "--shard", help="Largest file, in GB.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="Of dense weights: bfloat16, float16, float32.")] = "bfloat16",
+    gguf_type: Annotated[
+        str, typer.Option(help=f"Of gguf's quantized tensors: {', '.join(TYPES)}; auto takes the smallest that fits.")
+    ] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write a quantized checkpoint in another reader's layout, or its weights dense; what is lost is said.
+
+    Every module is read back from what was written and compared with its source. Memory holds one file of the output
+    and one module.
+
+    Examples:
+
+    hf-gptq convert ./model-awq ./model-gptq --to gptq_v2
+
+    hf-gptq convert ./model-gptq ./model.gguf --to gguf
+    """
+    from tqdm.auto import tqdm
+
+    from ..convert.gguf import file_of, write_gguf
+    from ..convert.source import open_source
+    from ..convert.stream import convert as rewrite
+
+    kept = torch_dtype(dtype)
+    if kept == "auto":
+        raise ValueError("--dtype='auto' is not supported here; use bfloat16, float16 or float32")
+    if not 0 < shard_size < float("inf"):
+        raise ValueError(f"--shard-size={shard_size} must be a number of GB above 0")
+    source = open_source(folder_of(model))
+    notes: list[str] = []
+    with tqdm(total=len(source.modules), desc="Converting", unit="layer", disable=as_json) as bar:
+        if to == "gguf":
+            done, notes = write_gguf(source, out, gguf_type, lambda outcome: bar.update() and None)
+        else:
+            shard = max(int(shard_size * 1e9), 1)
+            done = rewrite(source, out, to, shard, kept, lambda outcome: bar.update() and None)
+    lossy = [outcome for outcome in done if not outcome.exact]
+    written = [file_of(out)] if to == "gguf" else list(out.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in written)
+    if as_json:
+        modules = [vars(outcome) for outcome in done]
+        print_json({"from": source.layout, "to": to, "bytes": size, "notes": notes, "modules": modules})
+        return
+    if source.layout != source.label:
+        console.print(f"The source is labelled {source.label}, and its zero points are {source.layout}: read as such.")
+    for note in notes:
+        console.print(f"Note: {note}.")
+    if lossy:
+        for reason in dict.fromkeys(outcome.note for outcome in lossy):
+            of_it = [outcome for outcome in lossy if outcome.note == reason]
+            worst = max(of_it, key=lambda outcome: outcome.error)
+            console.print(
+                f"{len(of_it)} of {len(done)} modules changed: {reason}; at most {worst.error:.2e} relative to the "
+                f"weight, in {worst.module}."
+            )
+    else:
+        console.print(f"All {len(done)} modules are what they were, bit for bit in float32.")
+    console.print(f"{out} holds {size / 1e6:.1f} MB as {to}.")

@@ -1,0 +1,169 @@
+"""`hf-gptq quantize`."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..calibrate import processes
+from ..calibrate.sources import NAMED, read_text
+from ..config import METHODS, PRESETS, GPTQConfig
+from ..solve.gptq import ORDERS
+from ..solve.scales import METHODS as SEARCHES
+from .app import DEFAULT, DeviceMap, Dtype, Json, console, print_json, torch_dtype
+
+_PRESETS = "Steps of the preset, one by one"
+_SOLVER = "Solver"
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="Folder or Hub name of the dense model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the checkpoint to.")],
+    bits: Annotated[int, typer.Option(help="Width of a code: 2, 3, 4 or 8.")] = DEFAULT["bits"],
+    group_size: Annotated[int, typer.Option(help="Input features per scale; -1 for one group.")] = DEFAULT[
+        "group_size"
+    ],
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric or asymmetric grid.")] = DEFAULT["sym"],
+    desc_act: Annotated[bool, typer.Option(help="Let groups follow the solve order (g_idx).")] = DEFAULT["desc_act"],
+    calibration: Annotated[
+        str,
+        typer.Option(help=f"File (.txt, .json, .jsonl, .csv, .parquet), or name of a data set: {', '.join(NAMED)}."),
+    ] = "wikitext2",
+    method: Annotated[
+        str, typer.Option(help=f"One of {', '.join(METHODS)}; all but gptq use no calibration data.")
+    ] = DEFAULT["method"],
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = DEFAULT["samples"],
+    seqlen: Annotated[int, typer.Option(help="Tokens per calibration window.")] = DEFAULT["seqlen"],
+    seed: Annotated[int, typer.Option(help="Which windows are drawn from a longer text.")] = DEFAULT["seed"],
+    preset: Annotated[
+        str,
+        typer.Option(
+            help=f"One of {', '.join(PRESETS)}. fast: less time, higher perplexity; best: lower perplexity, more time."
+        ),
+    ] = DEFAULT["preset"],
+    generated: Annotated[
+        float | None,
+        typer.Option(
+            help="Windows that the model writes itself, as a multiple of the samples; 0 with --low-memory.",
+            rich_help_panel=_PRESETS,
+        ),
+    ] = None,
+    propagation: Annotated[
+        float | None,
+        typer.Option(help="How much of earlier layers' error a layer takes over, 0 to 1.", rich_help_panel=_PRESETS),
+    ] = None,
+    descent: Annotated[
+        int | None, typer.Option(help="Rounds of coordinate descent on the codes.", rich_help_panel=_PRESETS)
+    ] = None,
+    refit: Annotated[
+        bool | None, typer.Option("--refit/--no-refit", help="Fit scales to the codes.", rich_help_panel=_PRESETS)
+    ] = None,
+    block_epochs: Annotated[
+        int | None,
+        typer.Option(help="Passes in which a block's rounding and scales learn.", rich_help_panel=_PRESETS),
+    ] = None,
+    model_epochs: Annotated[
+        int | None,
+        typer.Option(
+            help="Passes in which the whole model's scales, norms and biases learn; 0 with --low-memory.",
+            rich_help_panel=_PRESETS,
+        ),
+    ] = None,
+    order: Annotated[
+        str, typer.Option(help=f"Of the columns: {' or '.join(ORDERS)}.", rich_help_panel=_SOLVER)
+    ] = DEFAULT["order"],
+    scale_search: Annotated[
+        str, typer.Option(help=f"How scales are chosen: {', '.join(SEARCHES)}.", rich_help_panel=_SOLVER)
+    ] = DEFAULT["scale_search"],
+    damp_percent: Annotated[
+        float, typer.Option(help="Damping, as a fraction of the Hessian diagonal's mean.", rich_help_panel=_SOLVER)
+    ] = DEFAULT["damp_percent"],
+    checkpoint_format: Annotated[str, typer.Option("--format", help="gptq (v1) or gptq_v2.")] = "gptq",
+    lm_head: Annotated[bool, typer.Option(help="Quantize the output embedding too.")] = DEFAULT["lm_head"],
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = "cpu",
+    low_memory: Annotated[
+        bool, typer.Option(help="Keep on disk what is not worked on: for models larger than memory.")
+    ] = False,
+    report: Annotated[bool, typer.Option(help="Write calibration.html, .json and .csv into OUT.")] = True,
+    eval_text: Annotated[
+        Path | None, typer.Option(help="Text file: measure perplexity before and after, for the report.")
+    ] = None,
+    eval_windows: Annotated[int, typer.Option(help="Windows of --eval-text, from the beginning; 0 for all.")] = 8,
+    eval_seqlen: Annotated[int, typer.Option(help="Tokens per window of --eval-text.")] = 2048,
+    as_json: Json = False,
+) -> None:
+    """Quantize MODEL and write a GPTQ checkpoint to OUT.
+
+    While it works, what is finished lies in OUT.journal; interrupted, the same command goes on from there. Under
+    torchrun or accelerate launch, the processes share the calibration text.
+
+    Examples:
+
+    hf-gptq quantize ./smollm2 ./smollm2-4bit --group-size 64 --calibration corpus.txt --samples 64
+
+    hf-gptq quantize ./smollm2 ./smollm2-3bit --bits 3 --group-size 64 --preset best --eval-text held-out.txt
+
+    hf-gptq quantize ./large ./large-4bit --low-memory
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..calibrate.report import Perplexity
+    from ..hf.evaluate import perplexity, text_windows
+    from ..hf.report import write_report
+    from ..hf.saving import save_checkpoint
+
+    start = time.perf_counter()
+    processes.join()
+    dataset = calibration if method == "gptq" else None
+    config = GPTQConfig(
+        bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, dataset=dataset, samples=samples, seqlen=seqlen,
+        seed=seed, method=method, preset=preset, generated=generated, propagation=propagation, descent=descent,
+        refit=refit,        block_epochs=block_epochs, model_epochs=model_epochs, order=order,
+        scale_search=scale_search, damp_percent=damp_percent, format=checkpoint_format, lm_head=lm_head,
+        low_memory=low_memory,
+    )  # fmt: skip
+    journal = out.with_name(f"{out.name}.journal")
+    if method == "gptq":
+        config.journal = str(journal)
+    if out.is_file():
+        raise ValueError(f"OUT={str(out)!r} is a file; name a folder")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    config.tokenizer = tokenizer
+    where = {"": device_map} if low_memory else device_map
+    loading = {"dtype": torch_dtype(dtype), "device_map": where}
+    pieces, before = [], None
+    if eval_text is not None:
+        pieces = text_windows(tokenizer, read_text(eval_text), eval_seqlen, eval_windows or None)
+        before = perplexity(AutoModelForCausalLM.from_pretrained(model, **loading), pieces)
+    quantized: Any = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, **loading)
+    if processes.rank():
+        return  # all processes hold the same model; the first one writes it
+    save_checkpoint(quantized, out, tokenizer=tokenizer)
+    quality = None
+    if eval_text is not None:
+        tokens = sum(p.shape[1] for p in pieces)
+        quality = Perplexity(eval_text.name, len(pieces), eval_seqlen, tokens, before, perplexity(quantized, pieces))
+    page = write_report(out, quantized, quality) if report else None
+    shutil.rmtree(journal, ignore_errors=True)
+    size = sum(f.stat().st_size for f in out.glob("*.safetensors"))
+    layers, seconds = len(quantized.hf_quantizer.reports), time.perf_counter() - start
+    if as_json:
+        measured = None if quality is None else asdict(quality)
+        print_json({
+            "out": str(out), "layers": layers, "bits": bits, "seconds": seconds, "bytes": size, "perplexity": measured,
+            "report": None if page is None else str(page),
+        })  # fmt: skip
+        return
+    if quality is not None:
+        console.print(f"Perplexity {quality.dense:.4f} before, {quality.quantized:.4f} after.")
+    console.print(
+        f"Quantized {layers} layers to {bits} bit in {seconds:.0f} s; {out} holds {size / 1e6:.1f} MB of weights."
+    )
+    if page is not None:
+        console.print(f"What the calibration did: {page}")

@@ -1,0 +1,228 @@
+"""The ops on an NVIDIA GPU, by the CUDA library.
+
+Which kernel computes a product is decided in the library (`kernels/cuda/linear.h`), by rules on the number of rows:
+few rows go to fused kernels, many to a dequantized weight and cuBLAS. Activations in fp32 always go that second way,
+in fp32. All memory comes from torch's allocator, all work goes to the current stream, and nothing waits: a call can be
+captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import native, native_cuda
+from ..format import tiles
+from ..format.spec import words
+
+BY_RULE = -1
+_STREAMS, _COUNTERS = 64, 1024
+# Arrival counters by device, zero between calls, one row for each stream. They exist before any graph is captured.
+_arenas: dict[torch.device, Tensor] = {}
+_rows: dict[tuple[torch.device, int], int] = {}
+
+
+def pack(
+    qweight: Tensor, bits: int, group_size: int, g_idx: Tensor | None, groups: int, in_features: int
+) -> tuple[Tensor, Tensor | None]:
+    """Canonical words `[R, N]` as tiles, and the order of the rows (`format.tiles.row_order`)."""
+    library, out_features = _library(qweight.device), qweight.shape[1]
+    order = tiles.row_order(g_idx, in_features, group_size, groups)
+    if order is not None:
+        order = order.to(qweight.device)
+    inputs, _ = tiles.split_order(order, in_features)
+    rows = in_features if inputs is None else inputs.numel()
+    out = torch.empty(
+        -(-out_features // tiles.PANEL), -(-rows // tiles.TILE), 4, 32 * bits,
+        dtype=torch.int32, device=qweight.device,
+    )  # fmt: skip
+    source = qweight.contiguous()
+    _arena(qweight.device)
+    with _on(qweight.device):
+        native_cuda.check(
+            library.hf_gptq_cuda_repack(
+                source.data_ptr(), native.pointer(inputs), out.data_ptr(),
+                out_features, in_features, rows, bits, _stream(qweight.device),
+            )
+        )  # fmt: skip
+    return out, order
+
+
+def unpack(packed: Tensor, bits: int, order: Tensor | None, in_features: int, out_features: int) -> Tensor:
+    """The inverse of `pack`: canonical words `[R, N]`; by the library, which must be there."""
+    library = _library(packed.device)
+    inputs, _ = tiles.split_order(order, in_features)
+    rows = in_features if inputs is None else inputs.numel()
+    row_of = None if inputs is None else tiles.row_of(inputs, in_features)
+    out = torch.empty(words(in_features, bits), out_features, dtype=torch.int32, device=packed.device)
+    with _on(packed.device):
+        native_cuda.check(
+            library.hf_gptq_cuda_unpack(
+                packed.data_ptr(), native.pointer(row_of), out.data_ptr(),
+                out_features, in_features, rows, bits, _stream(packed.device),
+            )
+        )  # fmt: skip
+    return out
+
+
+def linear(x: Tensor, bias: Tensor | None, *weight: Any, regime: int = BY_RULE) -> Tensor:
+    """`x @ W.T + bias` on a packed weight, whose arguments are those of the op.
+
+    Args:
+        x: fp16, bf16 or fp32 `[..., K]`.
+        bias: `[N]` or None.
+        regime: an `hf_gptq_cuda_regime` in place of the rules, for tests and measurements.
+    """
+    in_features = x.shape[-1]
+    library = _library(x.device)
+    described, keep = _describe(in_features, *weight)
+    out_features = described.N
+    if bias is not None:
+        if bias.shape != (out_features,):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; the weight has out_features={out_features}")
+        bias = bias.to(x.dtype).contiguous()
+    rows = x.reshape(-1, in_features)
+    count = rows.shape[0]
+    if count == 0:
+        return x.new_empty((*x.shape[:-1], out_features))
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    plain = rows.data_ptr() % 16 == 0 and (rows.stride(0) % 8 == 0 or count == 1)
+    stride = rows.stride(0) if count > 1 else -(-in_features // 8) * 8
+    plan = native_cuda.Plan()
+    with _on(x.device):
+        native_cuda.check(
+            library.hf_gptq_cuda_plan(
+                ctypes.byref(described), native_cuda.DTYPES[x.dtype], count, plain, regime, ctypes.byref(plan)
+            )
+        )
+        if plan.regime == native_cuda.DENSE:
+            return torch.nn.functional.linear(x, dequantize(in_features, x.dtype, *weight), bias)
+        out = x.new_empty((*x.shape[:-1], out_features))
+        scratch = x.new_empty(plan.scratch_bytes, dtype=torch.uint8)
+        stream = _stream(x.device)
+        counters = _counters(x.device, stream, plan.counters)
+        native_cuda.check(
+            library.hf_gptq_cuda_linear(
+                ctypes.byref(described), rows.data_ptr(), native_cuda.DTYPES[x.dtype], count, stride,
+                native.pointer(bias), out.data_ptr(), regime,
+                scratch.data_ptr(), plan.scratch_bytes, native.pointer(counters), stream,
+            )
+        )  # fmt: skip
+    del keep
+    return out
+
+
+def dequantize(in_features: int, dtype: torch.dtype, *weight: Any) -> Tensor:
+    """The dense weight `[N, K]` of a packed one, computed in fp32 and rounded once to `dtype`."""
+    described, keep = _describe(in_features, *weight)
+    device = keep[0].device
+    library = _library(device)
+    out = torch.empty(described.N, in_features, dtype=dtype, device=device)
+    with _on(device):
+        native_cuda.check(
+            library.hf_gptq_cuda_dequantize(
+                ctypes.byref(described), out.data_ptr(), native_cuda.DTYPES[dtype], in_features, _stream(device)
+            )
+        )
+    del keep
+    return out
+
+
+def _describe(
+    in_features: int, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, g_idx: Tensor | None,
+    perm: Tensor | None, bits: int, group_size: int, zero_offset: int,
+) -> tuple[native_cuda.Weight, tuple[Tensor, ...]]:  # fmt: skip
+    """The C description of a packed weight, and the tensors that must live while it is used.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not belong together; native code never sees them.
+    """
+    groups, out_features = scales.shape
+    inputs, runs = tiles.split_order(perm, in_features)
+    rows = in_features if inputs is None else inputs.numel()
+    run = group_size if runs is None else tiles.SLICE
+    shape = (-(-out_features // tiles.PANEL), -(-rows // tiles.TILE), 4, 32 * bits)
+    if qweight.dtype != torch.int32 or tuple(qweight.shape) != shape:
+        raise ValueError(
+            f"qweight is {qweight.dtype} {tuple(qweight.shape)}; bits={bits}, in_features={in_features}, "
+            f"out_features={out_features} and {rows} rows need int32 {shape}"
+        )
+    if runs is None and (run < 1 or groups < -(-rows // run)):
+        raise ValueError(f"scales has {groups} groups; in_features={in_features} and group_size={run} need more")
+    if runs is not None and (runs.numel() * run != rows or rows < in_features):
+        raise ValueError(f"perm has {rows + runs.numel()} entries, which is no order of {in_features} rows")
+    if scales.dtype not in native_cuda.DTYPES:
+        raise ValueError(f"scales has dtype {scales.dtype}; accepted: float32, float16, bfloat16")
+    if qzeros is not None and (qzeros.dtype != torch.int32 or qzeros.shape != (groups, words(out_features, bits))):
+        raise ValueError(
+            f"qzeros is {qzeros.dtype} {tuple(qzeros.shape)}; it must be int32 {(groups, words(out_features, bits))}"
+        )
+    for name, tensor in (("scales", scales), ("qzeros", qzeros), ("perm", perm)):
+        if tensor is not None and tensor.device != qweight.device:
+            raise ValueError(f"{name} is on {tensor.device}, qweight on {qweight.device}; they must be on one device")
+    keep = [_aligned(qweight), _aligned(scales)]
+    described = native_cuda.Weight(
+        tiles=keep[0].data_ptr(),
+        scales=keep[1].data_ptr(),
+        N=out_features,
+        K=in_features,
+        rows=rows,
+        G=groups,
+        group_size=run,
+        bits=bits,
+        scale_dtype=native_cuda.DTYPES[scales.dtype],
+        zero_offset=zero_offset,
+    )
+    for name, tensor in (("qzeros", qzeros), ("perm", inputs), ("group_map", runs)):
+        if tensor is not None:
+            keep.append(tensor.contiguous())
+            setattr(described, name, keep[-1].data_ptr())
+    return described, tuple(keep)
+
+
+def _library(device: torch.device) -> ctypes.CDLL:
+    library = native_cuda.library(device)
+    if library is None:
+        raise ValueError(f"there is no CUDA library for {device}: {native_cuda.problem(device)}")
+    return library
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, at an address that 16 divides, as torch's own allocations are."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _on(device: torch.device) -> Any:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _arena(device: torch.device) -> Tensor | None:
+    """The counters of a device, made at the first call outside a graph capture."""
+    if device not in _arenas:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        _arenas[device] = torch.zeros(_STREAMS, _COUNTERS, dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # other streams may be the first to use them
+    return _arenas[device]
+
+
+def _counters(device: torch.device, stream: int, count: int) -> Tensor | None:
+    """`count` zeros that no kernel on another stream uses."""
+    if not count:
+        return None
+    arena = _arena(device)
+    row = _rows.setdefault((device, stream), len(_rows))
+    if arena is None or row >= _STREAMS or count > _COUNTERS:
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    return arena[row, :count]

@@ -1,0 +1,172 @@
+"""What only a GPU can show. Without one, or without the CUDA library, every test here is skipped with the reason."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_gptq_plugin import native_cuda
+from hf_gptq_plugin.format.grid import QuantizedWeight, natural_groups
+from hf_gptq_plugin.format.spec import QuantSpec
+from hf_gptq_plugin.nn import cuda, ops
+from hf_gptq_plugin.nn.linear import QuantLinear
+
+ROOT = Path(__file__).parents[2]
+
+
+def missing() -> str | None:
+    if not torch.cuda.is_available():
+        return "there is no CUDA device, or this torch was built without CUDA"
+    return native_cuda.problem(torch.device("cuda", 0))
+
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=f"no GPU to test on: {missing()}")
+
+
+def layer(bits: int = 4, group_size: int = 128, out_features: int = 1040, in_features: int = 2048) -> QuantLinear:
+    """A random layer on the CPU, act-order, asymmetric, with bias."""
+    spec = QuantSpec(bits, group_size, sym=False, desc_act=True)
+    groups = spec.groups(in_features)
+    weight = QuantizedWeight(
+        codes=torch.randint(0, spec.maxq + 1, (out_features, in_features), dtype=torch.uint8),
+        scales=(torch.rand(groups, out_features) * 0.02 + 0.001).half(),
+        zeros=torch.randint(1, spec.maxq + 1, (groups, out_features), dtype=torch.int32),
+        group=natural_groups(in_features, group_size)[torch.randperm(in_features)],
+        spec=spec,
+    )
+    return QuantLinear.from_quantized(weight, torch.randn(out_features), dtype=torch.bfloat16)
+
+
+def error(got: Tensor, truth: Tensor) -> float:
+    return float((got.double().cpu() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_layer_that_moves_to_the_gpu_and_back(bits: int, dtype: torch.dtype) -> None:
+    made = layer(bits)
+    state = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    dense, bias = made.weight.double(), made.bias.double()
+    made.cuda()
+    assert made.qweight.dim() == 4
+    for rows in (1, 4, 5, 16, 33, 64, 200, 300):
+        x = torch.randn(rows, made.in_features).to(dtype)
+        truth = x.double() @ dense.T + bias
+        assert error(made(x.cuda()), truth) < (1e-2 if dtype is torch.bfloat16 else 2e-3), rows
+    for name, tensor in made.state_dict().items():
+        assert torch.equal(tensor.cpu(), state[name]), name
+    made.cpu()
+    for name, tensor in made.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+def test_rows_keep_their_bits_whatever_the_batch_and_the_run() -> None:
+    made, x = layer().cuda(), torch.randn(256, 2048, device="cuda", dtype=torch.bfloat16)
+    whole = made(x)
+    for rows in (1, 3, 4, 5, 8, 17, 64, 100):
+        for _ in range(20):
+            assert torch.equal(made(x[-rows:]), whole[-rows:]), rows
+
+
+def test_streams_do_not_share_counters() -> None:
+    made, x = layer().cuda(), torch.randn(64, 2048, device="cuda", dtype=torch.bfloat16)
+    expected = made(x)
+    torch.cuda.synchronize()
+    streams, results = [torch.cuda.Stream() for _ in range(4)], []
+    for _ in range(50):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(made(x))
+    torch.cuda.synchronize()
+    assert all(torch.equal(result, expected) for result in results)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 64, 300])
+def test_graph_capture(rows: int) -> None:
+    made = layer().cuda()
+    x = torch.randn(rows, 2048, device="cuda", dtype=torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        made(x)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            y = made(x)
+        for _ in range(3):
+            x.copy_(torch.randn_like(x))
+            y.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(y, made(x))
+
+
+def test_torch_compile_and_gradients() -> None:
+    made = layer().cuda()
+    x = torch.randn(8, 2048, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    y = torch.compile(made, fullgraph=True)(x)
+    assert torch.equal(y, made(x))
+    gradient = torch.randn_like(y)
+    y.backward(gradient)
+    assert error(x.grad, gradient.double().cpu() @ made.weight.double().cpu()) < 1e-2
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="wgmma needs capability 9.0"
+)
+@pytest.mark.parametrize("rows", [1, 32, 100, 256, 1000])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_hopper_kernel(rows: int, dtype: torch.dtype) -> None:
+    made, x = layer().cuda(), torch.randn(rows, 2048).to(dtype)
+    truth = x.double() @ made.weight.double().cpu().T
+    got = cuda.linear(x.cuda(), None, *made.kernel_weight.arguments, regime=3)
+    assert error(got, truth) < (1e-2 if dtype is torch.bfloat16 else 2e-3)
+    assert torch.equal(got, cuda.linear(x.cuda(), None, *made.kernel_weight.arguments, regime=3))
+
+
+SMALL = """
+import sys, torch
+sys.path.insert(0, {here!r})
+from test_device import layer
+for bits, group, n, k in ((4, 32, 72, 640), (3, 64, 33, 256), (8, 16, 64, 128), (2, 128, 272, 512)):
+    made = layer(bits, group, n, k).cuda()
+    for rows in (1, 4, 9, 33):
+        made(torch.randn(rows, k, device="cuda", dtype=torch.bfloat16))
+    made.cpu()
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+def test_sanitizer(tool: str) -> None:
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer of the CUDA toolkit is not on PATH")
+    done = subprocess.run(
+        [sanitizer, "--tool", tool, "--error-exitcode", "77", "--kernel-name-exclude", "kns=at::", sys.executable,
+         "-c", SMALL.format(here=str(Path(__file__).parent))],
+        capture_output=True, text=True, timeout=1800, cwd=ROOT,
+    )  # fmt: skip
+    if "not supported" in done.stdout.lower():
+        pytest.skip(f"compute-sanitizer does not work on this machine: {done.stdout[-200:]}")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_checks_of_the_benchmark() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.cuda_kernels", "--check-only"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+
+
+def test_what_is_not_on_one_device() -> None:
+    made = layer().cuda()
+    weight = made.kernel_weight
+    with pytest.raises(ValueError, match="one device"):
+        ops.linear(
+            torch.randn(2, 2048, device="cuda", dtype=torch.half),
+            type(weight)(**{**vars(weight), "scales": weight.scales.cpu()}),
+        )

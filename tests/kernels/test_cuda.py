@@ -1,0 +1,234 @@
+"""The CUDA kernels' own source on the CPU (`kernels/cuda/emulate`): layout, arithmetic, order of sums, and what Python
+makes of it. A GPU's timing and its tensor cores' rounding are not in here; `tests/gpu` is for those."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import references
+import torch
+from emulated_cuda import make
+from torch import Tensor
+
+from hf_gptq_plugin import native_cuda
+from hf_gptq_plugin.format import packing, tiles
+from hf_gptq_plugin.format.grid import QuantizedWeight
+from hf_gptq_plugin.format.spec import QuantSpec
+from hf_gptq_plugin.nn import cuda, ops
+from hf_gptq_plugin.nn.linear import QuantLinear
+from hf_gptq_plugin.nn.ops import KernelWeight
+
+BITS = (2, 3, 4, 8)
+NARROW, WIDE = 1, 2
+Configure = Callable[..., None]
+
+
+def packed(weight: QuantizedWeight) -> KernelWeight:
+    kernel = KernelWeight.from_canonical(**weight.pack(), spec=weight.spec, in_features=weight.codes.shape[1]).packed()
+    assert kernel.qweight.dim() == 4
+    return kernel
+
+
+def check(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None = None) -> None:
+    """As float64, but for fp32 sums and one rounding to y's dtype."""
+    truth = x.double() @ dense.T
+    bound = x.double().abs() @ dense.abs().T
+    if bias is not None:
+        truth, bound = truth + bias.double(), bound + bias.double().abs()
+    tolerance = truth.abs() * torch.finfo(y.dtype).eps / 2 * 1.001 + bound * 2**-22
+    wrong = ~((y.double() - truth).abs() <= tolerance)
+    assert not wrong.any(), f"first at {wrong.nonzero()[0].tolist()} of {list(wrong.shape)}"
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", [(64, 64), (37, 100), (130, 72)])
+def test_layout_is_the_loops_and_back(emulated: Configure, bits: int, shape: tuple[int, int]) -> None:
+    codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8)
+    canonical = packing.pack_codes(codes, bits)
+    got, order = cuda.pack(canonical, bits, 64, None, -(-shape[1] // 64), shape[1])
+    assert order is None
+    assert torch.equal(got, torch.from_numpy(references.pack_tiles(codes.numpy(), bits).view("int32")))
+    assert torch.equal(cuda.unpack(got, bits, None, shape[1], shape[0]), canonical)
+    assert torch.equal(tiles.unpack_tiles(got, bits)[: shape[0], : shape[1]], codes)
+
+
+@pytest.mark.parametrize(
+    ("order", "group_size"), [("natural", 48), ("shuffled", 32), ("natural", 40), ("shuffled", 24), ("irregular", 32)]
+)
+def test_row_order_puts_each_input_into_its_group(order: str, group_size: int) -> None:
+    in_features = 200
+    group = make(QuantSpec(4, group_size), 16, in_features, order)[0].group
+    groups = -(-in_features // group_size)
+    found = tiles.row_order(None if order == "natural" else group, in_features, group_size, groups)
+    if order == "natural" and group_size == 48:
+        assert found is None
+        return
+    inputs, runs = tiles.split_order(found, in_features)
+    assert sorted(i for i in inputs.tolist() if i >= 0) == list(range(in_features))
+    for row, feature in enumerate(inputs.tolist()):
+        if feature >= 0:
+            assert group[feature] == (row // group_size if runs is None else runs[row // 16])
+    assert [int(inputs[row]) for row in tiles.row_of(inputs, in_features)] == list(range(in_features))
+
+
+# (M, N, K, group size): ragged in every way; 4 chunks, many groups, groups that cross tiles and chunks.
+SHAPES = [(1, 33, 208, 16), (3, 72, 640, 128), (4, 16, 520, -1), (7, 272, 336, 48), (40, 40, 272, 32), (70, 24, 96, 64)]
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sym", [True, False])
+def test_linear_against_float64(emulated: Configure, bits: int, dtype: torch.dtype, sym: bool) -> None:
+    for seed, (rows, out_features, in_features, group_size) in enumerate(SHAPES):
+        emulated(seed, resident=1 + seed % 4)
+        fmt = ("gptq", "gptq_v2")[seed % 2]
+        scales_dtype = (torch.float16, torch.bfloat16, torch.float32)[seed % 3]
+        spec = QuantSpec(bits, group_size, sym, checkpoint_format=fmt)
+        weight, dense = make(spec, out_features, in_features, scales_dtype=scales_dtype)
+        kernel = packed(weight)
+        x, bias = torch.randn(rows, in_features).to(dtype), torch.randn(out_features).to(dtype)
+        check(ops.linear(x, kernel, bias), x, dense, bias)
+        exact = ops.dequantize(kernel, in_features, torch.float32)
+        assert torch.equal(exact.double(), dense.float().double())
+        assert torch.equal(ops.dequantize(kernel, in_features, dtype), dense.float().to(dtype))
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize(
+    ("order", "group_size"), [("shuffled", 32), ("natural", 40), ("shuffled", 24), ("irregular", 32)]
+)
+def test_any_order_of_groups(emulated: Configure, bits: int, order: str, group_size: int) -> None:
+    for rows, in_features in ((2, 200), (11, 256)):
+        weight, dense = make(QuantSpec(bits, group_size, False), 48, in_features, order)
+        kernel = packed(weight)
+        x = torch.randn(rows, in_features).bfloat16()
+        check(ops.linear(x, kernel), x, dense)
+        assert torch.equal(ops.dequantize(kernel, in_features), dense.float())
+        assert torch.equal(kernel.canonical_qweight(), weight.pack()["qweight"])
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_one_hot_rows_give_the_decoded_weight(emulated: Configure, bits: int, dtype: torch.dtype) -> None:
+    weight, dense = make(QuantSpec(bits, 32, False), 32, 80)
+    kernel, x = packed(weight), torch.eye(80, dtype=dtype)
+    expected = dense.float().to(dtype).T
+    assert torch.equal(ops.linear(x, kernel), expected)
+    for row in (0, 17, 79):
+        assert torch.equal(ops.linear(x[row : row + 1], kernel), expected[row : row + 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_row_has_the_same_bits_whatever_the_batch(emulated: Configure, dtype: torch.dtype) -> None:
+    weight, _ = make(QuantSpec(4, 48, False), 80, 1040)  # 17 tiles in 4 chunks, none of them at a group's edge
+    kernel, x = packed(weight), torch.randn(90, 1040).to(dtype)
+    whole = ops.linear(x, kernel)
+    for seed, rows in enumerate((1, 2, 4, 5, 9, 17, 33, 64)):
+        emulated(seed + 1, resident=1 + seed % 5)
+        first = 90 - rows
+        assert torch.equal(ops.linear(x[first:], kernel), whole[first:]), rows
+    assert torch.equal(cuda.linear(x[:4], None, *kernel.arguments, regime=WIDE), whole[:4])
+    assert torch.equal(cuda.linear(x[:4], None, *kernel.arguments, regime=NARROW), whole[:4])
+
+
+def test_rules(emulated: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, dense = make(QuantSpec(4, 32), 64, 64)
+    kernel = packed(weight)
+    described, keep = cuda._describe(64, *kernel.arguments)
+
+    def regime(rows: int, dtype: torch.dtype = torch.float16) -> int:
+        plan = native_cuda.Plan()
+        call = native_cuda.library(torch.device("cpu")).hf_gptq_cuda_plan
+        native_cuda.check(call(described, native_cuda.DTYPES[dtype], rows, 1, -1, plan))
+        return plan.regime
+
+    assert [regime(m) for m in (1, 4, 5, 256, 257)] == [1, 1, 2, 2, 0]
+    assert regime(1, torch.float32) == 0
+    emulated(capability=75)
+    assert [regime(m) for m in (4, 64, 65)] == [1, 2, 0]
+    assert regime(1, torch.bfloat16) == 0
+    emulated(capability=90)
+    assert regime(64) == 2  # the Hopper kernel is asked for
+    monkeypatch.setenv("HF_GPTQ_CUDA_HOPPER", "1")
+    assert [regime(m) for m in (31, 32, 5000)] == [2, 3, 3]
+    monkeypatch.setenv("HF_GPTQ_BATCH_INVARIANT", "1")
+    assert [regime(m) for m in (1, 64, 5000)] == [1, 2, 2]
+    # What no kernel takes goes through the dense weight.
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(ops.linear(x, kernel).double(), x.double() @ dense.T, rtol=1e-5, atol=1e-6)
+    del keep
+
+
+def test_little_shared_memory(emulated: Configure) -> None:
+    emulated(shared_bytes=64 * 1024, capability=75)
+    weight, dense = make(QuantSpec(8, 16, False), 48, 200, scales_dtype=torch.float32)
+    for rows in (1, 8, 64):
+        x = torch.randn(rows, 200).half()
+        check(ops.linear(x, packed(weight)), x, dense)
+
+
+def test_activations_as_they_come(emulated: Configure) -> None:
+    weight, dense = make(QuantSpec(4, 32), 48, 96)
+    kernel = packed(weight)
+    base = torch.randn(6, 300).half()
+    for x in (base[:, 1:97], base[:, :96], base[::2, 8:104], base[:, ::3][:, :96], base[:, :96].reshape(2, 3, 96)):
+        y = ops.linear(x, kernel)
+        assert y.shape == (*x.shape[:-1], 48)
+        check(y.reshape(-1, 48), x.reshape(-1, 96), dense)
+    assert ops.linear(base[:0, :96], kernel).shape == (0, 48)
+
+
+def test_what_does_not_belong_together_is_refused(emulated: Configure) -> None:
+    weight, _ = make(QuantSpec(4, 32, False), 48, 96)
+    kernel, x = packed(weight), torch.randn(2, 96).half()
+    for field, value, message in (
+        ("scales", kernel.scales[:2], "scales has 2 groups"),
+        ("scales", kernel.scales.double(), "float64"),
+        ("qweight", kernel.qweight[:, :1], "qweight is torch.int32"),
+        ("qzeros", kernel.qzeros[:, :-1], "qzeros is torch.int32"),
+        ("perm", torch.zeros(70, dtype=torch.int32), "perm has 70 entries"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.linear(x, KernelWeight(**{**vars(kernel), field: value}))
+    with pytest.raises(ValueError, match="bias has shape"):
+        ops.linear(x, kernel, torch.zeros(47).half())
+    with pytest.raises(native_cuda.NativeError, match="out of range"):
+        cuda.linear(torch.randn(9, 96).half(), None, *kernel.arguments, regime=NARROW)
+
+
+@pytest.mark.parametrize(("bits", "order"), list(itertools.product((3, 4), ("natural", "shuffled", "irregular"))))
+def test_layer_saves_the_checkpoint_and_learns(emulated: Configure, bits: int, order: str) -> None:
+    weight, dense = make(QuantSpec(bits, 32, False), 48, 96, order)
+    layer = QuantLinear.from_quantized(weight, dtype=torch.bfloat16)
+    assert layer.qweight.dim() == 4
+    state = layer.state_dict()
+    for name, tensor in weight.pack().items():
+        assert torch.equal(state[name], tensor), name
+    x = torch.randn(5, 96, dtype=torch.bfloat16, requires_grad=True)
+    y = layer(x)
+    check(y.detach(), x.detach(), dense)
+    gradient = torch.randn_like(y)
+    y.backward(gradient)
+    expected = gradient.double() @ layer.weight.double()
+    torch.testing.assert_close(x.grad.double(), expected, rtol=2**-7, atol=2**-7 * float(expected.abs().max()))
+    other = QuantLinear.from_quantized(make(QuantSpec(bits, 32, False), 48, 96, order)[0], dtype=torch.bfloat16)
+    other.load_state_dict(state)
+    assert torch.equal(other(x), y)
+
+
+def test_a_layer_follows_its_device(emulated: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, _ = make(QuantSpec(4, 32, False), 48, 96, "shuffled")
+    layer = QuantLinear.from_quantized(weight)
+    on_gpu, x = layer.state_dict(), torch.randn(3, 96)
+    y = layer(x)
+    monkeypatch.setenv("HF_GPTQ_CUDA_LIBRARY", "none")
+    for cached in (native_cuda._load, native_cuda.problem):
+        cached.cache_clear()
+    torch.testing.assert_close(layer(x), y)  # tiles where there is no GPU any more
+    layer.float()  # moves and casts lay out anew
+    assert layer.qweight.dim() != 4
+    torch.testing.assert_close(layer(x), y)
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, on_gpu[name]), name

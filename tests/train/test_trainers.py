@@ -1,0 +1,128 @@
+"""Other projects' training loops on a quantized model, unchanged: TRL, accelerate, DeepSpeed's configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from hf_gptq_plugin import GPTQConfig, QuantLinear
+
+# PEFT 0.21 uses names that Transformers 5.23 replaced; the rest is the trainers' own, about their machine.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TEXT = "the quick brown fox jumps over the lazy dog " * 3
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="!", pad_token="#")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}!{% endfor %}"
+    return tokenizer
+
+
+@pytest.fixture
+def model(tiny: Callable[..., Path]) -> Any:
+    config = GPTQConfig(bits=4, group_size=32, method="rtn")
+    return AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config=config, dtype=torch.float32)
+
+
+LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def codes(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith(("qweight", "scales"))}
+
+
+def learned(trainer: Any, before: dict[str, torch.Tensor]) -> list[float]:
+    """Losses of a run, after a check that the base is as it was and the adapter is not."""
+    trainer.train()
+    base = trainer.model.get_base_model()
+    after = codes(base)
+    assert before and {n.replace(".base_layer", "") for n in after} == set(before)
+    assert all(torch.equal(value, before[n.replace(".base_layer", "")]) for n, value in after.items())
+    assert any(m.weight.any() for n, m in trainer.model.named_modules() if ".lora_B." in n)
+    assert any(isinstance(m, QuantLinear) for m in base.modules())
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_sft_trainer(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="TRL is not installed; the extra 'test-trl' has it")
+    from datasets import Dataset
+
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path / "run"), max_steps=6, per_device_train_batch_size=2, learning_rate=2e-2,
+        report_to=[], use_cpu=True, bf16=False, logging_steps=1, disable_tqdm=True, max_length=64, save_strategy="no",
+    )  # fmt: skip
+    before = codes(model)
+    trainer = trl.SFTTrainer(
+        model, args=arguments, train_dataset=Dataset.from_dict({"text": [TEXT] * 8}), processing_class=tokenizer,
+        peft_config=LORA,
+    )  # fmt: skip
+    losses = learned(trainer, before)
+    assert len(losses) == 6 and losses[-1] < losses[0]
+
+
+def test_dpo_trainer(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="TRL is not installed; the extra 'test-trl' has it")
+    from datasets import Dataset
+
+    arguments = trl.DPOConfig(
+        output_dir=str(tmp_path / "run"), max_steps=6, per_device_train_batch_size=2, learning_rate=2e-2,
+        report_to=[], use_cpu=True, bf16=False, logging_steps=1, disable_tqdm=True, max_length=64, save_strategy="no",
+    )  # fmt: skip
+    rows = Dataset.from_dict({"prompt": ["which? "] * 8, "chosen": ["this one"] * 8, "rejected": ["not that"] * 8})
+    before = codes(model)
+    trainer = trl.DPOTrainer(
+        model, args=arguments, train_dataset=rows, processing_class=tokenizer, peft_config=LORA
+    )  # fmt: skip
+    losses = learned(trainer, before)
+    # The reference is the base with the adapter off, so that the first loss is that of indifference.
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3) and losses[-1] < losses[0]
+
+
+def test_accelerate(model: Any) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    adapted = get_peft_model(model, LORA)
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    adapted, optimizer = accelerator.prepare(adapted, optimizer)
+    ids = torch.arange(3, 35)[None]
+    losses = []
+    for _ in range(3):
+        loss = adapted(input_ids=ids, labels=ids).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+
+
+ZERO_2 = {
+    "zero_optimization": {"stage": 2, "overlap_comm": True, "contiguous_gradients": True},
+    "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto", "bf16": {"enabled": "auto"},
+}  # fmt: skip
+
+
+def test_a_deepspeed_configuration_loads(tmp_path: Path) -> None:
+    """As far as it goes without DeepSpeed: the configuration of the README is read and completed by accelerate."""
+    from accelerate.utils.deepspeed import HfDeepSpeedConfig
+
+    path = tmp_path / "zero2.json"
+    path.write_text(json.dumps(ZERO_2))
+    config = HfDeepSpeedConfig(str(path))
+    assert config.is_zero2() and not config.is_zero3() and not config.is_offload()
