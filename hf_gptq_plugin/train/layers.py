@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ..format import packing
 from ..format.grid import QuantizedWeight
+from ..format.spec import WORD
 from ..nn.linear import QuantLinear
 from ..nn.ops import KernelWeight, dequantize, linear, linear_transposed
 
@@ -119,8 +120,9 @@ class _GridProduct(torch.autograd.Function):
             by_alpha = torch.empty_like(alpha)
             for low in range(0, layer.out_features, ROWS):
                 part = slice(low, low + ROWS)
-                dense = dequantize(ctx.weight.outputs(low, low + ROWS), layer.in_features)
-                product = (rows_g[:, part].T @ rows_x).float() * dense
+                first = low - low % WORD  # where a part of the weight can begin
+                dense = dequantize(ctx.weight.outputs(first, low + ROWS), layer.in_features)
+                product = (rows_g[:, part].T @ rows_x).float() * dense[low - first :]
                 by_alpha[:, part] = group_sums(product, group, alpha.shape[0], layer.width).T
             held = alpha.clamp_min(LEAST)
             by_alpha = torch.where(alpha < LEAST, 0, by_alpha / held)
