@@ -26,11 +26,10 @@ from torch import Tensor, nn
 
 from ..format import packing
 from ..format.grid import QuantizedWeight
-from ..format.spec import WORD
 from ..nn.linear import QuantLinear
 from ..nn.ops import KernelWeight, dequantize, linear, linear_transposed
 
-ROWS = 512  # output features whose full gradient exists at a time
+ROWS = 512  # output features whose full gradient exists at a time, a multiple of 64 (`KernelWeight.outputs`)
 SPREAD = 0.98  # of the latents of one code, in codes
 LEAST = 2.0**-6  # of α: a scale keeps its sign and stays a normal number
 
@@ -120,9 +119,8 @@ class _GridProduct(torch.autograd.Function):
             by_alpha = torch.empty_like(alpha)
             for low in range(0, layer.out_features, ROWS):
                 part = slice(low, low + ROWS)
-                first = low - low % WORD  # where a part of the weight can begin
-                dense = dequantize(ctx.weight.outputs(first, low + ROWS), layer.in_features)
-                product = (rows_g[:, part].T @ rows_x).float() * dense[low - first :]
+                dense = dequantize(ctx.weight.outputs(low, low + ROWS), layer.in_features)
+                product = (rows_g[:, part].T @ rows_x).float() * dense
                 by_alpha[:, part] = group_sums(product, group, alpha.shape[0], layer.width).T
             held = alpha.clamp_min(LEAST)
             by_alpha = torch.where(alpha < LEAST, 0, by_alpha / held)
