@@ -146,6 +146,8 @@ def test_what_is_refused(base: Path, tiny: Callable[..., Path]) -> None:
         tune_memory_budget(base, 1, target_modules=["query"])
     with pytest.raises(ValueError, match="rank=4000 must be an integer from 1 to"):
         tune_memory_budget(base, 1, methods=["lora"], rank=4000)
+    with pytest.raises(ValueError, match="MixtralForCausalLM cannot be planned: it does not run without values"):
+        tune_memory_budget(tiny("mixtral"), 1, methods=["affine"], seqlen=16)
     with pytest.raises(ValueError, match="has no quantized layer"):
         tune_memory_budget(AutoModelForCausalLM.from_pretrained(tiny("llama")), 1)
 
