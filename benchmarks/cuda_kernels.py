@@ -30,6 +30,7 @@ from hf_gptq_plugin.nn import cuda, ops
 from hf_gptq_plugin.nn.ops import KernelWeight
 
 REGIMES = {0: "dense", 1: "narrow", 2: "wide", 3: "hopper"}
+HOPPER = 3
 L2_MULTIPLE = 4  # weights of one graph, in sizes of the L2 cache
 MOST_COPIES = 64
 
@@ -162,18 +163,27 @@ def correctness(device: torch.device) -> list[dict[str, Any]]:
                     bias = torch.randn(out_features, device=device).to(dtype)
                     kernel, dense = kernel_weight(weight), weight.dequantize().double()
                     truth = x.double() @ dense.T + bias.double()
-                    first = ops.linear(x, kernel, bias)
-                    error = relative_error(first, truth)
                     rounding = relative_error(truth.to(dtype), truth)
-                    name = f"bits={bits} sym={sym} {dtype} M={rows} N={out_features} K={in_features} g={group_size}"
-                    limit = 1.1 * rounding + 2e-6 if regime_of(kernel, x) != "dense" else 4 * rounding + 1e-3
-                    if error > limit:
-                        wrong = (first.double() - truth).abs()
-                        place = divmod(int(wrong.argmax()), out_features)
-                        raise SystemExit(f"{name}: error {error:.1e}, limit {limit:.1e}; worst at {place}")
-                    if not torch.equal(first, ops.linear(x, kernel, bias)):
-                        raise SystemExit(f"{name}: two runs differ")
-                    figures.append({"case": name, "error": error, "rounding": rounding})
+                    calls: dict[str, Callable[[], Tensor]] = {
+                        regime_of(kernel, x): lambda x=x, k=kernel, b=bias: ops.linear(x, k, b)
+                    }
+                    if torch.cuda.get_device_capability() == (9, 0) and dtype is not torch.float32:
+                        calls["hopper"] = lambda x=x, k=kernel, b=bias: cuda.linear(x, b, *k.arguments, regime=HOPPER)
+                    for regime, call in calls.items():
+                        name = (
+                            f"bits={bits} sym={sym} {dtype} M={rows} N={out_features} K={in_features} g={group_size} "
+                            f"{regime}"
+                        )
+                        first = call()
+                        error = relative_error(first, truth)
+                        limit = 1.1 * rounding + 2e-6 if regime != "dense" else 4 * rounding + 1e-3
+                        if error > limit:
+                            wrong = (first.double() - truth).abs()
+                            place = divmod(int(wrong.argmax()), out_features)
+                            raise SystemExit(f"{name}: error {error:.1e}, limit {limit:.1e}; worst at {place}")
+                        if not torch.equal(first, call()):
+                            raise SystemExit(f"{name}: two runs differ")
+                        figures.append({"case": name, "error": error, "rounding": rounding})
     return figures
 
 
@@ -207,6 +217,8 @@ def measure(
             lambda *t: KernelWeight(**{**vars(kernel), **dict(zip(fields, t, strict=True))}),
         ),
     )
+    if torch.cuda.get_device_capability() == (9, 0) and rows >= 32:  # beside what the rules choose
+        candidates["hopper"] = (lambda k: cuda.linear(x, None, *k.arguments, regime=HOPPER), candidates["ours"][1])
     candidates["dense"] = (lambda w: torch.nn.functional.linear(x, w), copies((dense,), lambda w: w))
     if dtype is torch.bfloat16 and (tiny := tinygemm(weight)):
         calls = [(tinygemm(weight),) for _ in range(len(candidates["ours"][1]) - 1)]
@@ -280,7 +292,7 @@ def main() -> None:
         report["environment"] |= {"bytes_per_us": bandwidth, "operations_per_us": rate}
         print(f"measured ceilings: {bandwidth / 1e6:.2f} TB/s, {rate / 1e6:.0f} TFLOP/s (bf16)")
         spec = QuantSpec(options.bits, options.group_size, not options.asym)
-        names = ("ours", "dense", "tinygemm", "marlin")
+        names = ("ours", "hopper", "dense", "tinygemm", "marlin")
         heads = (f"{name + ' µs':>11}" for name in names)
         print(
             f"{'K×N':>12} {'M':>5} {'regime':>7} {'floor µs':>9} {'% floor':>8}",

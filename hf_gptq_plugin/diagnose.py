@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import native
+from . import native, native_cuda
 from .version import __version__
 
 
@@ -28,6 +28,7 @@ def findings() -> list[Finding]:
         Finding("ok", "hf-gptq-plugin", f"{__version__} on Python {platform.python_version()}"),
         _native(),
         _threads(),
+        _torch(),
         _cuda(),
         _transformers(),
         _vllm(),
@@ -61,11 +62,24 @@ def _threads() -> Finding:
     return Finding("ok", "threads", f"{torch.get_num_threads()}, torch's own pool")
 
 
-def _cuda() -> Finding:
+def _torch() -> Finding:
     if not torch.cuda.is_available():
         return Finding("ok", "torch", f"{torch.__version__}, no CUDA device; running on the CPU")
-    name = torch.cuda.get_device_name()
-    return Finding("note", "torch", f"{torch.__version__}, {name}: quantized layers run through PyTorch there, slower")
+    return Finding("ok", "torch", f"{torch.__version__}, {torch.cuda.get_device_name()}")
+
+
+def _cuda() -> Finding:
+    found = native_cuda.status()
+    if not torch.cuda.is_available():
+        return Finding("ok", "CUDA kernels", f"not needed without a CUDA device; library {found.state}: {found.detail}")
+    problem = native_cuda.problem(torch.device("cuda", torch.cuda.current_device()))
+    if problem is None:
+        return Finding("ok", "CUDA kernels", f"{found.path}: {found.detail}")
+    return Finding(
+        "broken" if found.state == "unloadable" else "note", "CUDA kernels",
+        f"layers on the GPU run through PyTorch, slower: {problem}. With nvcc on PATH: pip install --force-reinstall "
+        "--no-deps -C cmake.define.HF_GPTQ_CUDA=ON hf-gptq-plugin; built by CUDA 13, they need driver 580 or newer",
+    )  # fmt: skip
 
 
 def _transformers() -> Finding:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 PACKAGED = Path(__file__).parent / "_native" / "libhf_gptq.so"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -70,7 +70,10 @@ class Weight(Structure):
 _SIGNATURES = {
     "hf_gptq_linear": (POINTER(Weight), c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p),
     "hf_gptq_dequantize": (POINTER(Weight), c_void_p, c_int32, c_int64),
-    "hf_gptq_repack": (c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int64),
+    "hf_gptq_linear_transposed": (POINTER(Weight), c_void_p, c_int32, c_int64, c_int64, c_void_p),
+    "hf_gptq_repack": (
+        c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int32,
+    ),
     "hf_gptq_solve": (
         *(c_void_p,) * 7, c_int64, c_int64, c_int64, c_int32, c_int64,
     ),

@@ -87,7 +87,11 @@ def _load() -> tuple[ctypes.CDLL | None, Status]:
         return None, Status("absent", "", "switched off by HF_GPTQ_CUDA_LIBRARY=none")
     path = Path(name) if name else PACKAGED
     if not path.exists():
-        return None, Status("absent", str(path), "no such file" if name else "the package was built without nvcc")
+        return None, Status(
+            "absent",
+            str(path),
+            "no such file" if name else "the package was built without CUDA: no nvcc, or no GPU in sight",
+        )
     if not name and not torch.cuda.is_available():
         return None, Status("idle", str(path), "no CUDA device, or this torch was built without CUDA")
     try:

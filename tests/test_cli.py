@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hf_gptq_plugin.cli import main
+from hf_gptq_plugin.cli import app, main
 from hf_gptq_plugin.demo import texts
 
 # PEFT 0.21 uses names that Transformers 5.23 replaced.
@@ -169,6 +174,16 @@ def test_mistakes_are_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_error_nobody_foresaw_is_one_line_too(
+    hf_gptq: Run, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_gptq_plugin.hf.evaluate.sliding_windows", lambda *_: {}["[bold] gone"])
+    done = hf_gptq("eval", model, "--text", text)
+    assert done.code == 1 and "KeyError: '[bold] gone' (unexpected: " in done.err and "Traceback" not in done.err
+    monkeypatch.setenv("HF_GPTQ_TRACEBACK", "1")
+    assert "Traceback" in hf_gptq("eval", model, "--text", text).err
+
+
 def test_a_model_that_is_not_there(hf_gptq: Run, text: Path, tmp_path: Path) -> None:
     done = hf_gptq("quantize", tmp_path / "nowhere", tmp_path / "out", "--calibration", text)
     assert done.code == 1 and "nowhere" in done.err and "Traceback" not in done.err
@@ -236,6 +251,81 @@ def test_convert_and_verify(hf_gptq: Run, four_bit: Path, model: Path, text: Pat
     assert hf_gptq("verify", four_bit, model, *settings, "--max-divergence", 1e3).code == 0
     result = hf_gptq("convert", four_bit, tmp_path / "x", "--to", "exl2")
     assert result.code == 1 and "use one of gptq, gptq_v2" in result.err
+
+
+def test_compare(hf_gptq: Run, four_bit: Path, model: Path, text: Path, tmp_path: Path) -> None:
+    page = tmp_path / "pages" / "c.html"
+    common = ("--text", text, "--windows", 2, "--seqlen", 64)
+    result = hf_gptq("compare", model, four_bit, *common, "--out", page, "--prompt", 32, "--new", 4, "--json")
+    assert result.code == 0, result.err
+    found = {row["name"]: row for row in json.loads(result.out)["models"]}
+    assert set(found) == {model.name, four_bit.name}
+    for folder in (model, four_bit):
+        row = found[folder.name]
+        alone = json.loads(hf_gptq("eval", folder, *common, "--json").out)
+        assert row["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-6)
+        sizes = json.loads(hf_gptq("inspect", folder, "--json").out)
+        assert row["size"] == sizes["quantized_bytes"] + sizes["dense_bytes"]
+        assert row["bits"] == pytest.approx(8 * row["size"] / sizes["parameters"])
+    assert found[model.name]["bits"] == 32 and found[four_bit.name]["bits"] < 16
+    html = page.read_text()
+    parser = Balanced()
+    parser.feed(html)
+    assert parser.open == [] and html.count('class="dot main"') == 2
+    assert "http" not in html.replace("http-equiv", "")
+    for row in found.values():
+        assert f"{row['perplexity']:.4f}" in html and f"{row['bits']:.2f}" in html
+    result = hf_gptq("compare", model, model, *common, "--out", page)
+    assert result.code == 1 and "named twice" in result.err
+    assert page.read_text() == html and [p.name for p in page.parent.iterdir()] == ["c.html"]
+
+
+class Balanced(HTMLParser):
+    """Elements that are still open; one closed out of turn is an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag not in ("meta", "br", "input", "wbr"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_every_command_has_an_example() -> None:
+    root: Any = typer.main.get_command(app)
+    for name, command in root.commands.items():
+        assert f"hf-gptq {name}" in command.help, name
+        assert all(parameter.help for parameter in command.params), name
+
+
+def test_completion(hf_gptq: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = hf_gptq("--show-completion", "bash")
+    assert script.code == 0 and "_HF_GPTQ_COMPLETE" in script.out
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.argv[0] = 'hf-gptq'; from hf_gptq_plugin.cli import main; main()"],
+        env={**os.environ, "_HF_GPTQ_COMPLETE": "complete_bash", "COMP_WORDS": "hf-gptq co", "COMP_CWORD": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout.split() == ["convert", "compare"]
+
+
+def test_exit_codes(hf_gptq: Run, four_bit: Path, tmp_path: Path) -> None:
+    assert hf_gptq("inspect", four_bit).code == 0
+    assert hf_gptq("inspect", tmp_path / "none" / "of" / "these").code == 1
+    assert hf_gptq("inspect").code == 2
+    damaged = shutil.copytree(four_bit, tmp_path / "damaged")
+    header = json.loads((damaged / "config.json").read_text())
+    header["num_hidden_layers"] = 3
+    (damaged / "config.json").write_text(json.dumps(header))
+    result = hf_gptq("inspect", damaged)
+    assert result.code == 3 and "has no block 2" in result.out
+    assert "Exit codes" in hf_gptq("--help").out
 
 
 @pytest.mark.parametrize("method", ["lora", "qa-lora", "eetq"])

@@ -241,6 +241,7 @@ class HfGptqMoEMethod(FusedMoEMethodBase):
                     bits=spec.bits,
                     group_size=spec.width(in_features),
                     zero_offset=spec.zero_offset,
+                    in_features=in_features,
                 ).packed()
                 for expert in range(len(qzeros))
             ]

@@ -22,14 +22,14 @@ from ..nn.experts import Experts
 from ..nn.linear import QuantLinear
 from ..solve.gptq import SolveSettings, solve_factored
 from ..solve.hessian import Hessian, SolveError
-from ..solve.linalg import dense_linear
 from . import processes
 from .experts import expert_hessians, own_memory
 from .plan import Plan
+from .products import dense_twin
 from .report import LayerReport
 from .stream import Stream
 from .tune import TunedLayer, compute_dtype, output_loss, tune
-from .walk import Block, WalkError, WholeModel, find_stages, forward_replaced, linears, twin
+from .walk import Block, WalkError, WholeModel, find_stages, forward_replaced, linears
 
 logger = logging.getLogger(__name__)
 
@@ -108,23 +108,6 @@ def _learn(block: Block, entered: Iterable[Tensor], exact: Stream, weights: dict
     tune([block], [layers], [{}], list(entered), output_loss(lambda w: targets[w]), settings.block_epochs, settings)
     for local, tuned in layers.items():
         block.module.set_submodule(local, tuned.finished())
-
-
-def dense_twin(block: Block) -> Block:
-    """A block's twin, whose fp32 layers multiply with our own product: it is faster than torch's."""
-    block = twin(block)
-    for layer in linears(block.module).values():
-        if type(layer) is nn.Linear and not hasattr(layer, "_hf_hook"):
-            layer.forward = _own_product(layer)  # type: ignore[method-assign]
-    return block
-
-
-def _own_product(layer: nn.Linear) -> Any:
-    def forward(x: Tensor) -> Tensor:
-        out = dense_linear(x, layer.weight)
-        return out if layer.bias is None else out + layer.bias
-
-    return forward
 
 
 def _units(block: nn.Module, targets: Iterable[str]) -> set[str]:

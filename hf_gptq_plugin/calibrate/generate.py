@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .products import own_products
 from .sources import CalibrationError
 from .threads import in_order
 from .walk import input_device
@@ -61,9 +62,9 @@ def generated_windows(model: Any, windows: list[Tensor], count: int, seed: int) 
     device = input_device(model)
     batches = list(enumerate(begun.split(_BATCH)))
     try:
-        written = torch.cat(
-            list(in_order(lambda batch: _continued(model, batch, size, seed, device), batches, device.type == "cpu"))
-        )
+        with own_products(model):
+            parts = in_order(lambda batch: _continued(model, batch, size, seed, device), batches, device.type == "cpu")
+            written = torch.cat(list(parts))
     except Exception as error:  # the model's own code, and whatever it calls
         raise CalibrationError(
             f"{type(model).__name__} failed to write calibration text ({type(error).__name__}: {error}); set "

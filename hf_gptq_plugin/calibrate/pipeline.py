@@ -21,13 +21,14 @@ from ..format.spec import QuantSpec
 from ..nn.linear import QuantLinear
 from ..version import __version__
 from . import processes
-from .blocks import dense_twin, layer_hessian, quantize_block, replace_layer, solve_layer
+from .blocks import layer_hessian, quantize_block, replace_layer, solve_layer
 from .chains import find_chains
 from .experts import layouts, refuse_unknown, routers, unfuse_experts
 from .generate import generated_windows
 from .journal import Hiddens, Journal, fingerprint
 from .offload import FileTensors, Offloaded, attach, execution_device
 from .plan import Plan
+from .products import dense_twin
 from .report import LayerReport, from_record, to_record
 from .stream import Stream
 from .threads import single_threaded

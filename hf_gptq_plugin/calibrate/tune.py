@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..nn.linear import QuantLinear
 from ..solve.learn import LearnedVector, LearnedWeight, TuneSettings
+from ..solve.linalg import multiplies_bf16
 from . import processes
 from .threads import in_order
 from .walk import Block, Chain, forward_replaced, split_call, text_inputs
@@ -194,8 +195,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     """What matrices are multiplied in: bf16 where the processor does so faster than fp32."""
     if device.type != "cpu":
         return torch.bfloat16
-    fast: Any = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.bfloat16 if fast() else torch.float32
+    return torch.bfloat16 if multiplies_bf16() else torch.float32
 
 
 @contextmanager

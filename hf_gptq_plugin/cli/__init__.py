@@ -3,7 +3,7 @@
 from .app import app, main
 from .check import demo, doctor
 from .convert import convert
-from .evaluate import evaluate, verify
+from .evaluate import bench, compare, evaluate, verify
 from .fold import fold
 from .inspect import inspect
 from .plan import plan
@@ -22,6 +22,8 @@ app.command()(plan)
 app.command()(inspect)
 app.command()(convert)
 app.command()(verify)
+app.command()(compare)
+app.command()(bench)
 app.command()(push)
 app.command()(doctor)
 app.command()(demo)

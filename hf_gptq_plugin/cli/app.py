@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import sys
+import traceback
 from inspect import signature
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +23,7 @@ from ..solve.hessian import SolveError
 from ..train.loop import TrainingError
 
 # Exit codes beside 0; 2, for a command line that cannot be read, is the parser's.
+TRACEBACK = "HF_GPTQ_TRACEBACK"
 FAILED = 1  # an error a user can mend, told in one line
 CHECK_FAILED = 3  # the command did its work, and what it looked at is not as it should be
 
@@ -32,7 +37,7 @@ app = typer.Typer(
 )
 console = Console(stderr=False)
 
-# What a user can mend; everything else is a defect of ours and shows its traceback.
+# What a user can mend. Other errors are told in one line too, with how to see where they came from.
 USER_ERRORS = (
     CalibrationError, JournalError, WalkError, SolveError, NativeError, TrainingError, ValueError, OSError, ImportError,
 )  # fmt: skip
@@ -43,17 +48,52 @@ DEFAULT = {name: field.default for name, field in signature(GPTQConfig).paramete
 Dtype = Annotated[
     str, typer.Option(help="dtype of the unquantized parts and of the arithmetic: float32, bfloat16, float16, auto.")
 ]
+DeviceMap = Annotated[str, typer.Option(help="Where the model is loaded, e.g. cpu, cuda, auto.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
 def main() -> None:
-    """Entry point: errors a user can mend are one line on stderr and exit code 1."""
+    """Entry point: errors are one line on stderr and exit code 1."""
     try:
         app(standalone_mode=True)
     except USER_ERRORS as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-        Console(stderr=True, highlight=False).print(str(error), markup=False, soft_wrap=True)
-        sys.exit(FAILED)
+        _told(f"{type(error).__name__}: {error}")
+    except Exception as error:
+        _unexpected(error)
+    except BaseException as error:
+        # A library written in Rust that gives up on its input raises an exception that is no Exception.
+        if type(error).__name__ != "PanicException":
+            raise
+        _unexpected(error)
+
+
+def _told(message: str) -> None:
+    Console(stderr=True).print("[bold red]error:[/] ", end="")
+    Console(stderr=True, highlight=False).print(message, markup=False, soft_wrap=True)
+    sys.exit(FAILED)
+
+
+def _unexpected(error: BaseException) -> None:
+    """Usually a damaged file that another library stumbles over; else a defect, whose traceback is asked for."""
+    if os.environ.get(TRACEBACK):
+        traceback.print_exception(error)
+    _told(
+        f"{type(error).__name__}: {error} (unexpected: is a file damaged? hf-gptq inspect looks at checkpoints; "
+        f"{TRACEBACK}=1 shows where it happened, for a report)"
+    )
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout; numbers that JSON has no word for become null."""
+    print(json.dumps(_finite(value), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def folder_of(model: str) -> Path:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from .app import CHECK_FAILED, Json, console
+from .app import CHECK_FAILED, Json, console, print_json
 
 
 def doctor(as_json: Json = False) -> None:
-    """What is installed, what works, and what to do about what does not. Exit code 3 where something is broken."""
+    """What is installed, what works, and what to do about what does not. Exit code 3 where something is broken.
+
+    Example: hf-gptq doctor --json
+    """
     from .. import native
     from ..diagnose import findings
 
     rows = findings()
     broken = any(row.state == "broken" for row in rows)
     if as_json:
-        print(json.dumps({"native": vars(native.status()), "checks": [vars(row) for row in rows]}))
+        print_json({"native": vars(native.status()), "checks": [vars(row) for row in rows]})
     else:
         table = Table(show_header=True, header_style="bold")
         for column in ("", "part", "what was found"):
@@ -38,7 +40,10 @@ def demo(
     windows: Annotated[int, typer.Option(help="Held-out windows of 1024 tokens.")] = 6,
     steps: Annotated[int, typer.Option(help="Training steps of the adapter.")] = 8,
 ) -> None:
-    """Quantize SmolLM2-135M-Instruct, evaluate, save, reload, train a LoRA adapter, and serve both in vLLM."""
+    """Quantize SmolLM2-135M-Instruct, evaluate, save, reload, train a LoRA adapter, and serve both in vLLM.
+
+    Example: hf-gptq demo ./demo --samples 16
+    """
     from ..demo import run
 
     run(folder, samples, windows, steps, console)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import typer
 
 from ..convert.gguf_blocks import TYPES
 from ..convert.layouts import TARGETS as LAYOUTS
-from .app import Json, console, folder_of, torch_dtype
+from .app import Json, console, folder_of, print_json, torch_dtype
 
 
 def convert(
@@ -59,7 +58,7 @@ def convert(
     size = sum(file.stat().st_size for file in written)
     if as_json:
         modules = [vars(outcome) for outcome in done]
-        print(json.dumps({"from": source.layout, "to": to, "bytes": size, "notes": notes, "modules": modules}))
+        print_json({"from": source.layout, "to": to, "bytes": size, "notes": notes, "modules": modules})
         return
     if source.layout != source.label:
         console.print(f"The source is labelled {source.label}, and its zero points are {source.layout}: read as such.")

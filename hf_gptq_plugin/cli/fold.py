@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from .app import Dtype, Json, console, torch_dtype
+from .app import Dtype, Json, console, print_json, torch_dtype
 
 
 def fold(
@@ -31,7 +30,7 @@ def fold(
 
     found = run(base, adapter, out, calibration, samples, seqlen, seed, torch_dtype(dtype))
     if as_json:
-        print(json.dumps(found.to_dict()))
+        print_json(found.to_dict())
         return
     table = Table(header_style="bold")
     for column in ("layer", "residual", "codes changed", "by"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
@@ -10,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import native
-from .app import CHECK_FAILED, Json, console, folder_of
+from .app import CHECK_FAILED, Json, console, folder_of, print_json
 
 _NAMES = 6  # patterns of names that are shown per kind of module
 
@@ -37,7 +36,7 @@ def inspect(
     status = native.status()
     kernel = status.isa if status.state == "loaded" else "PyTorch, without the native library"
     if as_json:
-        print(json.dumps(found.to_dict() | ({"kernel": kernel} if gptq else {})))
+        print_json(found.to_dict() | ({"kernel": kernel} if gptq else {}))
         raise typer.Exit(CHECK_FAILED if found.problems else 0)
     table = Table(show_header=False)
     table.add_column()

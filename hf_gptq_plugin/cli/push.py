@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .app import Json, console
+from .app import Json, console, print_json
 
 
 def push(
@@ -43,7 +42,7 @@ def push(
         card = folder_card(folder, repo, base_model, {"license": license} if license else None)
         files = [path.name for path in published_files(folder)]
         if as_json:
-            print(json.dumps({"repo": repo, "files": files, "card": card}))
+            print_json({"repo": repo, "files": files, "card": card})
             return
         console.print(card, markup=False, highlight=False, soft_wrap=True)
         console.print(f"Files: {', '.join(files)}", markup=False)
@@ -53,7 +52,7 @@ def push(
         base_model=base_model, license=license,
     )  # fmt: skip
     if as_json:
-        print(json.dumps(vars(done)))
+        print_json(vars(done))
         return
     console.print(f"{len(done.files)} files, {done.bytes / 1e6:.1f} MB, are in {done.repo_id}.")
     console.print(done.pull_request or done.url, soft_wrap=True, highlight=False)

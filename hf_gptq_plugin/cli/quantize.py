@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from ..calibrate.sources import NAMED, read_text
 from ..config import METHODS, PRESETS, GPTQConfig
 from ..solve.gptq import ORDERS
 from ..solve.scales import METHODS as SEARCHES
-from .app import DEFAULT, Dtype, console, torch_dtype
+from .app import DEFAULT, DeviceMap, Dtype, Json, console, print_json, torch_dtype
 
 _PRESETS = "Steps of the preset, one by one"
 _SOLVER = "Solver"
@@ -85,7 +86,7 @@ def quantize(
     checkpoint_format: Annotated[str, typer.Option("--format", help="gptq (v1) or gptq_v2.")] = "gptq",
     lm_head: Annotated[bool, typer.Option(help="Quantize the output embedding too.")] = DEFAULT["lm_head"],
     dtype: Dtype = "auto",
-    device_map: Annotated[str, typer.Option(help="Where the model is loaded, e.g. cpu, cuda, auto.")] = "cpu",
+    device_map: DeviceMap = "cpu",
     low_memory: Annotated[
         bool, typer.Option(help="Keep on disk what is not worked on: for models larger than memory.")
     ] = False,
@@ -95,13 +96,20 @@ def quantize(
     ] = None,
     eval_windows: Annotated[int, typer.Option(help="Windows of --eval-text, from the beginning; 0 for all.")] = 8,
     eval_seqlen: Annotated[int, typer.Option(help="Tokens per window of --eval-text.")] = 2048,
+    as_json: Json = False,
 ) -> None:
     """Quantize MODEL and write a GPTQ checkpoint to OUT.
 
     While it works, what is finished lies in OUT.journal; interrupted, the same command goes on from there. Under
     torchrun or accelerate launch, the processes share the calibration text.
 
-    Example: hf-gptq quantize ./smollm2 ./smollm2-4bit --group-size 64 --calibration corpus.txt --samples 64
+    Examples:
+
+    hf-gptq quantize ./smollm2 ./smollm2-4bit --group-size 64 --calibration corpus.txt --samples 64
+
+    hf-gptq quantize ./smollm2 ./smollm2-3bit --bits 3 --group-size 64 --preset best --eval-text held-out.txt
+
+    hf-gptq quantize ./large ./large-4bit --low-memory
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -141,14 +149,21 @@ def quantize(
     if eval_text is not None:
         tokens = sum(p.shape[1] for p in pieces)
         quality = Perplexity(eval_text.name, len(pieces), eval_seqlen, tokens, before, perplexity(quantized, pieces))
-        console.print(f"Perplexity {quality.dense:.4f} before, {quality.quantized:.4f} after.")
     page = write_report(out, quantized, quality) if report else None
     shutil.rmtree(journal, ignore_errors=True)
     size = sum(f.stat().st_size for f in out.glob("*.safetensors"))
-    layers = len(quantized.hf_quantizer.reports)
+    layers, seconds = len(quantized.hf_quantizer.reports), time.perf_counter() - start
+    if as_json:
+        measured = None if quality is None else asdict(quality)
+        print_json({
+            "out": str(out), "layers": layers, "bits": bits, "seconds": seconds, "bytes": size, "perplexity": measured,
+            "report": None if page is None else str(page),
+        })  # fmt: skip
+        return
+    if quality is not None:
+        console.print(f"Perplexity {quality.dense:.4f} before, {quality.quantized:.4f} after.")
     console.print(
-        f"Quantized {layers} layers to {bits} bit in {time.perf_counter() - start:.0f} s; "
-        f"{out} holds {size / 1e6:.1f} MB of weights."
+        f"Quantized {layers} layers to {bits} bit in {seconds:.0f} s; {out} holds {size / 1e6:.1f} MB of weights."
     )
     if page is not None:
         console.print(f"What the calibration did: {page}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,7 @@ from ..calibrate import processes
 from ..config import METHODS as QUANTIZERS
 from ..config import PRESETS
 from ..train.loop import TrainSettings
-from .app import DEFAULT, Dtype, Json, console, torch_dtype
+from .app import DEFAULT, Dtype, Json, console, print_json, torch_dtype
 
 
 def train(
@@ -117,7 +116,7 @@ def train(
     if processes.rank() > 0:
         return
     if as_json:
-        print(json.dumps(vars(found)))
+        print_json(vars(found))
         return
     console.print(
         f"{found.method}: {found.parameters / 1e6:.2f} M numbers in {found.layers} layers; held-out loss "

@@ -180,19 +180,18 @@ def _written(source: Source, tensor: _Tensor) -> tuple[np.ndarray, Converted | N
     weight: QuantizedWeight = read_module(source, tensor.source)
     if tensor.order is not None:
         weight = permuted_rows(weight, tensor.order)
-    wanted = weight.dequantize()
     if tensor.type == "F16":
-        half = wanted.half()
-        error = relative_error(half.float(), wanted)
-        return half.numpy(), Converted(tensor.source, error == 0, error, f"dense float16: {tensor.reason}")
+        half = torch.cat([weight.rows(rows).dequantize(torch.float16) for rows in weight.slabs()])
+        error = relative_error(weight, lambda rows: half[rows].float())
+        return half.numpy(), Converted(tensor.source, not error, error, f"dense float16: {tensor.reason}")
     data = blocks(weight, tensor.type)
-    back = gguf.dequantize(data, gguf.GGMLQuantizationType[tensor.type])
-    error = relative_error(torch.from_numpy(back), wanted)
+    kind = gguf.GGMLQuantizationType[tensor.type]
+    error = relative_error(weight, lambda rows: torch.from_numpy(gguf.dequantize(data[rows], kind)))
     exact_scales = torch.equal(weight.scales.half().float(), weight.scales.float())
     lost = [] if exact_scales else ["scales rounded to float16"]
     if tensor.type == "Q4_1":
         lost.append("scale times zero rounded to float16")
-    return data, Converted(tensor.source, error == 0, error, " and ".join(lost) if error else "")
+    return data, Converted(tensor.source, not error, error, " and ".join(lost) if error else "")
 
 
 def _dense(info: TensorInfo, tensor: _Tensor) -> np.ndarray:

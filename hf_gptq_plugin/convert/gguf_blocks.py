@@ -76,10 +76,14 @@ def blocks(weight: QuantizedWeight, kind: str) -> np.ndarray:
         weight: as `choose` accepts it for `kind`.
         kind: "Q4_0", "Q4_1" or "Q8_0".
     """
+    return torch.cat([_blocks(weight.rows(rows), kind) for rows in weight.slabs()]).numpy()
+
+
+def _blocks(weight: QuantizedWeight, kind: str) -> Tensor:
     rows = weight.codes.shape[0]
     first = weight.group[::BLOCK].long()  # the group of every block
     scales, zeros = weight.scales.T[:, first], weight.zeros.T[:, first]  # [N, K / 32]
-    codes = weight.codes.view(rows, -1, BLOCK).int()
+    codes = weight.codes.reshape(rows, -1, BLOCK).int()
     parts = [_halves(scales)]
     if kind == "Q4_1":
         parts.append(_halves(-scales.float() * zeros.float()))
@@ -90,7 +94,7 @@ def blocks(weight: QuantizedWeight, kind: str) -> np.ndarray:
     else:
         codes = codes + 8 if kind == "Q4_0" else codes
         parts.append((codes[..., :16] | codes[..., 16:] << 4).to(torch.uint8))
-    return torch.cat(parts, -1).reshape(rows, -1).contiguous().numpy()
+    return torch.cat(parts, -1).reshape(rows, -1)
 
 
 def permuted_rows(weight: QuantizedWeight, order: Tensor) -> QuantizedWeight:

@@ -25,6 +25,7 @@ ARCHITECTURES = {
 _LLAMA3 = r"\p{N}{1,3}"
 _QWEN2 = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
 _NORMAL, _UNUSED, _CONTROL, _USER = 1, 5, 3, 4  # token types
+_MOST_TOKENS = 10_000_000
 
 
 def architecture(config: Mapping[str, Any]) -> str:
@@ -33,8 +34,9 @@ def architecture(config: Mapping[str, Any]) -> str:
     Raises:
         CheckpointError: one that is not written as GGUF, or a variant of one.
     """
-    name = (config.get("architectures") or ["?"])[0]
-    if name not in ARCHITECTURES:
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else "?"
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise CheckpointError(
             f"{name} cannot be written as GGUF; supported are {', '.join(ARCHITECTURES)}. For others convert to dense "
             "and use llama.cpp's own converter"
@@ -56,8 +58,8 @@ def number(config: Mapping[str, Any], name: str, default: Any = None, least: flo
     """
     value = config.get(name)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 2**40:
-        raise CheckpointError(f"config.json: {name}={value!r} must be a number of at least {least:g}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 2**32:
+        raise CheckpointError(f"config.json: {name}={value!r} must be a number from {least:g} to {2**32}")
     return value
 
 
@@ -128,7 +130,10 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: a kind that GGUF has no keys for.
     """
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"config.json: rope_parameters={given!r} must be a JSON object")
+    rope = dict(given)
     rope.setdefault("rope_theta", config.get("rope_theta"))
     rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
     if rope["rope_type"] not in ("default", "linear", "yarn", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
@@ -152,27 +157,45 @@ def write_tokenizer(writer: Any, folder: Path, config: Mapping[str, Any]) -> str
         writer.add_tokenizer_model("none")
         return "no tokenizer.json: the file holds token ids only"
     tokenizer = read_json(file)
-    model = tokenizer.get("model") or {}
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
+    model = tokenizer.get("model")
+    if not isinstance(model, Mapping) or model.get("type") != "BPE" or model.get("byte_fallback"):
+        kind = model.get("type") if isinstance(model, Mapping) else model
+        fallback = " with byte fallback" if isinstance(model, Mapping) and model.get("byte_fallback") else ""
         raise CheckpointError(
-            f"tokenizer.json holds a {model.get('type')} tokenizer"
-            f"{' with byte fallback' if model.get('byte_fallback') else ''}; only byte-level BPE is written as GGUF"
+            f"tokenizer.json holds a {kind} tokenizer{fallback}; only byte-level BPE is written as GGUF"
         )
     size = int(number(config, "vocab_size"))
+    if size > _MOST_TOKENS:
+        raise CheckpointError(f"config.json: vocab_size={size} must be at most {_MOST_TOKENS}")
     tokens, types = [f"[PAD{i}]" for i in range(size)], [_UNUSED] * size
-    for text, place in model.get("vocab", {}).items():
+    vocabulary, merges = model.get("vocab"), model.get("merges") or []
+    added = tokenizer.get("added_tokens") or []
+    if not isinstance(vocabulary, Mapping) or not isinstance(merges, list) or not _objects(added):
+        raise CheckpointError("tokenizer.json: vocab, merges or added_tokens are not what a BPE tokenizer has")
+    for text, place in vocabulary.items():
         _place(tokens, types, place, text, _NORMAL)
-    for added in tokenizer.get("added_tokens") or []:
-        _place(tokens, types, added.get("id"), added.get("content"), _CONTROL if added.get("special") else _USER)
+    for token in added:
+        _place(tokens, types, token.get("id"), token.get("content"), _CONTROL if token.get("special") else _USER)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_splitting(tokenizer.get("pre_tokenizer")))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in model.get("merges", [])]
     if merges:
-        writer.add_token_merges(merges)
+        writer.add_token_merges([_merge(merge) for merge in merges])
     _special(writer, folder, config, {text: place for place, text in enumerate(tokens)}, tokenizer)
     return ""
+
+
+def _objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(each, Mapping) for each in value)
+
+
+def _merge(merge: Any) -> str:
+    """A rule of two tokens, in either way that tokenizer.json has had."""
+    pair = merge.split(" ") if isinstance(merge, str) else merge
+    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(each, str) and each for each in pair):
+        raise CheckpointError(f"tokenizer.json: merge {merge!r} is no pair of tokens")
+    return " ".join(pair)
 
 
 def _place(tokens: list[str], types: list[int], place: Any, text: Any, kind: int) -> None:
@@ -213,12 +236,18 @@ def _begins_with(post: Any, token: int) -> bool:
     if not isinstance(post, Mapping):
         return False
     if post.get("type") == "Sequence":
-        return any(_begins_with(each, token) for each in post.get("processors") or [])
+        parts = post.get("processors")
+        return isinstance(parts, list) and any(_begins_with(each, token) for each in parts)
     single = post.get("single")
-    first = single[0] if isinstance(single, list) and single else {}
-    name = (first.get("SpecialToken") or {}).get("id") if isinstance(first, Mapping) else None
-    known = (post.get("special_tokens") or {}).get(name) or {}
-    return token in (known.get("ids") or [])
+    first = single[0] if isinstance(single, list) and single else None
+    name = _field(_field(first, "SpecialToken"), "id")
+    ids = _field(_field(post.get("special_tokens"), name), "ids")
+    return isinstance(ids, list) and token in ids
+
+
+def _field(value: Any, name: Any) -> Any:
+    """A field of a JSON object; None of anything else."""
+    return value.get(name) if isinstance(value, Mapping) and isinstance(name, str) else None
 
 
 def _splitting(pre: Any) -> str:
@@ -227,15 +256,16 @@ def _splitting(pre: Any) -> str:
     Raises:
         CheckpointError: one that it may know by a name which we do not; a wrong name gives other tokens without a word.
     """
-    parts = pre.get("pretokenizers") or [] if isinstance(pre, Mapping) and pre.get("type") == "Sequence" else [pre]
-    kinds = [part.get("type") if isinstance(part, Mapping) else None for part in parts]
+    parts: Any = _field(pre, "pretokenizers") if _field(pre, "type") == "Sequence" else [pre]
+    parts = parts if isinstance(parts, list) else []
+    kinds = [_field(part, "type") for part in parts]
     plain = bool(parts) and isinstance(parts[-1], Mapping) and not parts[-1].get("add_prefix_space")
     if kinds == ["ByteLevel"] and plain and parts[0].get("use_regex", True):
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and plain and parts[0].get("individual_digits"):
         return "smollm"
     if kinds == ["Split", "ByteLevel"] and plain and not parts[1].get("use_regex", True):
-        pattern = str((parts[0].get("pattern") or {}).get("Regex"))
+        pattern = str(_field(_field(parts[0], "pattern"), "Regex"))
         if _LLAMA3 in pattern:
             return "llama-bpe"
         if _QWEN2 in pattern:

@@ -256,7 +256,7 @@ class Dense:
 
     def write(self, module: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         """The weight `[N, K]`, rounded once."""
-        return {"weight": weight.dequantize(self.dtype)}
+        return {"weight": torch.cat([weight.rows(rows).dequantize(self.dtype) for rows in weight.slabs()])}
 
     def config(self, specs: Mapping[str, QuantSpec], dense: list[str]) -> None:
         """None: a dense checkpoint has none."""
@@ -366,14 +366,20 @@ def _unmixed(words: Tensor) -> Tensor:
 def _words(values: Tensor, bits: int) -> Tensor:
     """Codes `[R, L]` to words `[R, ceil(L / (32 // bits))]`: as many whole codes to a word as fit."""
     each = WORD // bits
-    cells = torch.nn.functional.pad(values.to(torch.int64), (0, -values.shape[-1] % each)).unflatten(-1, (-1, each))
-    return (cells << torch.arange(each) * bits).sum(-1).to(torch.int32)
+    cells = torch.nn.functional.pad(values, (0, -values.shape[-1] % each)).unflatten(-1, (-1, each))
+    out = torch.zeros(cells.shape[:-1], dtype=torch.int64)
+    for i in range(each):
+        out |= cells[..., i].to(torch.int64) << i * bits
+    return out.to(torch.int32)
 
 
 def _cells(words: Tensor, bits: int, length: int) -> Tensor:
     """Inverse of `_words`, uint8 `[R, length]`."""
-    cells = (words.unsqueeze(-1) >> torch.arange(WORD // bits, dtype=torch.int32) * bits) & (2**bits - 1)
-    return cells.flatten(-2)[..., :length].to(torch.uint8)
+    each = WORD // bits
+    cells = torch.empty(*words.shape, each, dtype=torch.uint8)
+    for i in range(each):
+        cells[..., i] = (words >> i * bits) & (2**bits - 1)
+    return cells.flatten(-2)[..., :length]
 
 
 def _numbers(spec: QuantSpec) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..format.checkpoint import TensorInfo, agreed_format, read_headers, zero_format
-from ..format.spec import CheckpointError, QuantSpec
+from ..format.spec import CheckpointError, QuantSpec, module_pattern
 from .layouts import Layout, awq_spec, gptq_specs, layout, pack_quantized_specs
 
 INDEX = "model.safetensors.index.json"
@@ -77,7 +77,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} cannot be read as JSON ({error}); the checkpoint is incomplete") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path.name} holds a {type(value).__name__}; it must hold a JSON object")
@@ -220,10 +220,8 @@ def _pack_quantized(
 
 def _targeted(module: str, targets: list[str]) -> bool:
     """Whether a target names a module: by name, or as a regex behind "re:"."""
-    import re
-
     for target in targets:
-        if target == module or (target.startswith("re:") and re.match(target[3:], module)):
+        if target == module or (target.startswith("re:") and module_pattern(target[3:]).match(module)):
             return True
     return False
 

@@ -142,22 +142,34 @@ def _compared(
     module: str, weight: QuantizedWeight, written: Mapping[str, Tensor], kind: Layout, spec: QuantSpec
 ) -> Converted:
     """Read a module back from what was written and compare the weights in fp32."""
-    wanted = weight.dequantize()
-    given = written["weight"].float() if isinstance(kind, Dense) else kind.read(module, written, spec).dequantize()
-    error = relative_error(given, wanted)
-    if not error:
-        return Converted(module, True, 0.0, "")
-    lost = "weights rounded to " + str(kind.dtype).removeprefix("torch.") if isinstance(kind, Dense) else ""
-    return Converted(module, False, error, lost or "scales rounded to float16")
+    if isinstance(kind, Dense):
+        rounded = written["weight"]
+        error = relative_error(weight, lambda rows: rounded[rows].float())
+        lost = "weights rounded to " + str(kind.dtype).removeprefix("torch.")
+    else:
+        back = kind.read(module, written, spec)
+        error = relative_error(weight, lambda rows: back.rows(rows).dequantize())
+        lost = "scales rounded to float16"
+    return Converted(module, not error, error, lost if error else "")
 
 
-def relative_error(given: Tensor, wanted: Tensor) -> float:
-    """Norm of the difference relative to the norm of `wanted`; 0 only where every element is the same."""
-    difference = float((given - wanted).norm())
-    size = float(wanted.norm())
-    if not difference:
-        return 0.0 if torch.equal(given, wanted) else math.ulp(0.0)  # squares that underflow
-    return difference / size if size else math.inf
+def relative_error(weight: QuantizedWeight, given: Callable[[slice], Tensor]) -> float:
+    """Norm of the difference relative to the norm of a weight; 0 only where every element is the same.
+
+    Args:
+        weight: `[N, K]`.
+        given: for some rows, what they became, fp32 `[rows, K]`. Only some rows are in memory at a time.
+    """
+    difference = size = 0.0
+    same = True
+    for rows in weight.slabs():
+        wanted, now = weight.rows(rows).dequantize(), given(rows)
+        same = same and torch.equal(wanted, now)
+        difference += float((now - wanted).double().square().sum())
+        size += float(wanted.double().square().sum())
+    if same:
+        return 0.0
+    return math.sqrt(difference / size) if size else math.inf
 
 
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: int) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,16 @@ class QuantizedWeight:
             group=g_idx,
             spec=spec,
         )
+
+    def rows(self, rows: slice) -> QuantizedWeight:
+        """The same for some output features."""
+        return QuantizedWeight(self.codes[rows], self.scales[:, rows], self.zeros[:, rows], self.group, self.spec)
+
+    def slabs(self, weights: int = 1 << 21) -> Iterator[slice]:
+        """Rows in pieces of about so many weights, for work that needs several times their memory."""
+        step = max(1, weights // max(1, self.codes.shape[1]))
+        for start in range(0, self.codes.shape[0], step):
+            yield slice(start, start + step)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[N, K]` that the codes stand for."""

@@ -80,9 +80,18 @@ def facts(folder: Path, base: str = "", inherited: Mapping[str, Any] | None = No
         meta=meta if isinstance(meta, Mapping) else {},
         size=sum(map(stored_bytes, source.headers.values())),
         bf16=2 * _weights(source),
-        perplexity=report if isinstance(report, Mapping) else None,
+        perplexity=report if _measured(report) else None,
         base=base or str(old.get("base_model") or ""),
         inherited={**{k: old[k] for k in _INHERITED if k in old}, **inherited_metadata(inherited or {})},
+    )
+
+
+def _measured(report: Any) -> bool:
+    """Whether a calibration report's perplexity is whole."""
+    return (
+        isinstance(report, Mapping)
+        and {"text", "windows", "seqlen"} <= set(report)
+        and all(type(report.get(name)) is float for name in ("dense", "quantized"))
     )
 
 

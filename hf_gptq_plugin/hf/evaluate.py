@@ -1,8 +1,9 @@
-"""Perplexity of a causal language model on text."""
+"""How well a causal language model does: perplexity on text, beside another model, and on tasks."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,48 +12,154 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 
-def text_windows(tokenizer: Any, text: str, seqlen: int, windows: int | None = None) -> list[Tensor]:
+def text_windows(tokenizer: Any, text: str, seqlen: int, windows: int | None = None, bos: bool = False) -> list[Tensor]:
     """Cut a text into its first non-overlapping windows.
 
     Args:
         tokenizer: a Transformers tokenizer; what it puts before a text stands once, at the text's beginning.
         text: at least 2 tokens.
-        seqlen: tokens per window.
+        seqlen: tokens per window, at least 2.
         windows: at most so many; None for all whole ones.
+        bos: begin every window with the tokenizer's BOS token, which counts among its tokens.
 
     Returns:
         int64 `[1, seqlen]` each; a text shorter than one window gives one shorter window.
 
     Raises:
-        ValueError: fewer than 2 tokens.
+        ValueError: fewer than 2 tokens, a length or a number of windows that is none, a tokenizer without BOS.
     """
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+    return [ids for ids, _ in sliding_windows(tokenizer, text, seqlen, None, windows, bos)]
+
+
+def sliding_windows(
+    tokenizer: Any, text: str, seqlen: int, stride: int | None, windows: int | None = None, bos: bool = False
+) -> list[tuple[Tensor, int]]:
+    """Cut a text into windows that overlap, so that every token is predicted from some context.
+
+    A window begins `stride` tokens after the one before it, and of its tokens only those count that have not counted
+    yet. Without a stride windows lie side by side and all their tokens count, but the first, which nothing predicts.
+
+    Args:
+        tokenizer, text, seqlen, windows, bos: see `text_windows`.
+        stride: 1 to seqlen; None for seqlen and whole windows only.
+
+    Returns:
+        Token ids `[1, T]` and how many of the last of them count, for each window.
+
+    Raises:
+        ValueError: as `text_windows`, and a stride that is none.
+    """
+    if seqlen < 2 + bos:
+        raise ValueError(f"seqlen={seqlen} must be at least {2 + bos}")
+    if windows is not None and windows < 1:
+        raise ValueError(f"windows={windows} must be at least 1")
+    if stride is not None and not 1 <= stride <= seqlen - bos:
+        raise ValueError(f"stride={stride} must be from 1 to {seqlen - bos}")
+    first = getattr(tokenizer, "bos_token_id", None)
+    if bos and first is None:
+        raise ValueError("this tokenizer has no BOS token; evaluate without")
+    given = tokenizer(text, verbose=False, add_special_tokens=not bos)["input_ids"]
+    ids = torch.tensor(given, dtype=torch.int64)
     if ids.numel() < 2:
         raise ValueError(f"the text has {ids.numel()} tokens; perplexity needs at least 2")
-    count = max(ids.numel() // seqlen, 1)
-    count = count if windows is None else min(count, windows)
-    return [ids[None, i * seqlen : (i + 1) * seqlen] for i in range(count)]
+    width = seqlen - bos
+    step = width if stride is None else stride
+    out: list[tuple[Tensor, int]] = []
+    counted = 0
+    for begin in range(0, ids.numel(), step):
+        end = min(begin + width, ids.numel())
+        whole = end - begin == width or not out
+        if (stride is None and not whole) or end - begin < 2 - bos or len(out) == windows:
+            break
+        piece = ids[begin:end]
+        count = min(end - counted, piece.numel() - (0 if bos else 1))
+        out.append((torch.cat([torch.tensor([first]), piece]) if bos else piece, count))
+        counted = end
+        if end == ids.numel():
+            break
+    return [(piece[None], count) for piece, count in out]
 
 
 @torch.no_grad()
-def perplexity(model: Any, windows: list[Tensor], progress: bool = True) -> float:
+def perplexity(
+    model: Any, windows: Sequence[Tensor], progress: bool = True, counts: Sequence[int] | None = None
+) -> float:
     """`exp` of the mean negative log-likelihood of every token but each window's first.
 
     Args:
         model: a causal language model of Transformers.
         windows: token ids `[1, tokens]`.
         progress: show a bar.
+        counts: how many of each window's last tokens count, see `sliding_windows`.
+
+    Returns:
+        Infinity where the mean is too large.
     """
     was_training = model.training
     model.eval()
     total, count = 0.0, 0
-    for ids in tqdm(windows, desc="Perplexity", unit="window", disable=not progress):
+    for number, ids in enumerate(tqdm(windows, desc="Perplexity", unit="window", disable=not progress)):
         ids = ids.to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
-        count += ids.shape[1] - 1
+        last = ids.shape[1] - 1 if counts is None else counts[number]
+        logits = model(input_ids=ids, use_cache=False).logits[0, -last - 1 : -1].float()
+        total += float(torch.nn.functional.cross_entropy(logits, ids[0, -last:], reduction="sum"))
+        count += last
     model.train(was_training)
-    return math.exp(total / count)
+    return _exp(total / count)
+
+
+def _exp(mean: float) -> float:
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        return math.inf
+
+
+def harness(
+    model: Any, tokenizer: Any, tasks: list[str], shots: int | None = None, limit: int | None = None,
+    folder: str | None = None,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Tasks of EleutherAI's lm-evaluation-harness.
+
+    Args:
+        model, tokenizer: of Transformers.
+        tasks: names as the harness knows them.
+        shots: examples in every prompt; the tasks' own number by default.
+        limit: documents per task, from the beginning; None for all.
+        folder: with task files of your own.
+
+    Returns:
+        Task to metric to value.
+
+    Raises:
+        ImportError: lm_eval is not installed.
+        ValueError: a task that it does not know.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ImportError(
+            f"tasks are those of the lm-evaluation-harness, which cannot be imported ({error}); install it: "
+            "pip install lm_eval"
+        ) from None
+    manager = TaskManager(include_path=folder)
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise ValueError(f"the harness knows no task {unknown[0]!r}; see lm_eval ls tasks")
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer)
+    found: Any = simple_evaluate(
+        wrapped, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager, log_samples=False
+    )
+    return {
+        task: {
+            metric.removesuffix(",none"): value
+            for metric, value in values.items()
+            if isinstance(value, float) and not metric.startswith("alias")
+        }
+        for task, values in found["results"].items()
+    }
 
 
 @dataclass(frozen=True)
@@ -103,6 +210,4 @@ def compared(model: Any, reference: Any, windows: list[Tensor], progress: bool =
         largest = max(largest, float(each_token.max()))
         agreed += int((logs[0].argmax(-1) == logs[1].argmax(-1)).sum())
         count += ids.shape[1] - 1
-    return Comparison(
-        math.exp(loss[0] / count), math.exp(loss[1] / count), divergence / count, largest, agreed / count, count
-    )
+    return Comparison(_exp(loss[0] / count), _exp(loss[1] / count), divergence / count, largest, agreed / count, count)

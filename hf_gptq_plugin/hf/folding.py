@@ -19,6 +19,7 @@ from ..format.spec import CheckpointError
 from ..nn.linear import QuantLinear
 from ..solve.hessian import Hessian
 from ..train.fold import FoldReport, fold
+from .adapter import check_adapter, local_adapter
 from .evaluate import Comparison, compared
 from .saving import save_checkpoint
 
@@ -75,6 +76,8 @@ def run(
         raise ImportError("adapters are read by PEFT; install it: pip install hf-gptq-plugin[peft]") from None
     if out.is_file():
         raise ValueError(f"OUT={str(out)!r} is a file; name a folder")
+    adapter = str(local_adapter(adapter))
+    check_adapter(adapter)
     _require_plain(peft.PeftConfig.from_pretrained(adapter))
     tokenizer = AutoTokenizer.from_pretrained(base)
     windows = calibration_windows(data, tokenizer, samples, seqlen, seed, len(tokenizer))

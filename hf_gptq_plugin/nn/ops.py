@@ -1,4 +1,4 @@
-"""The two ops that every stack calls, `hf_gptq::linear` and `hf_gptq::dequantize`.
+"""The ops that every stack calls: `hf_gptq::linear`, its transpose for gradients, and `hf_gptq::dequantize`.
 
 Each has a short PyTorch reference, which is also what runs on devices without a kernel of ours; on the CPU the
 native library takes over, on NVIDIA GPUs the CUDA library (`nn/cuda.py`). Neither mutates nor aliases its arguments.
@@ -27,6 +27,7 @@ _WEIGHT = (
 )
 _LIBRARY = torch.library.Library("hf_gptq", "DEF")
 _LIBRARY.define(f"linear(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")
+_LIBRARY.define(f"linear_transposed(Tensor x, int in_features, {_WEIGHT}) -> Tensor")
 _LIBRARY.define(f"dequantize(int in_features, ScalarType dtype, {_WEIGHT}) -> Tensor")
 
 
@@ -89,18 +90,19 @@ class KernelWeight:
         """In the layout that the kernels of its device like best; bits of the result do not depend on it on the CPU."""
         if self.is_packed:
             return self
-        qweight, perm = self.canonical_qweight(), None
+        qweight, order = self.canonical_qweight(), None
         if native_cuda.library(qweight.device) is not None:
-            qweight, perm = cuda.pack(
+            qweight, order = cuda.pack(
                 qweight, self.bits, self.group_size, self.g_idx, self.scales.shape[0], self.in_features
             )
-            return replace(self, qweight=qweight, perm=perm)
+            return replace(self, qweight=qweight, perm=order)
         if self.g_idx is not None:
-            perm = torch.argsort(self.g_idx, stable=True).to(torch.int32)
-            qweight = packing.permute_rows(qweight, self.bits, perm.long())
+            order = torch.argsort(self.g_idx, stable=True).to(torch.int32)
         if qweight.device.type == "cpu" and native.library() is not None:
-            qweight = _repack(qweight)
-        return replace(self, qweight=qweight, perm=perm)
+            qweight = _repack(qweight, self.bits, order)
+        elif order is not None:
+            qweight = packing.permute_rows(qweight, self.bits, order.long())
+        return replace(self, qweight=qweight, perm=order)
 
     @property
     def is_packed(self) -> bool:
@@ -112,6 +114,24 @@ class KernelWeight:
             return False
         blocked = device.type == "cpu" and native.library() is not None
         return self.qweight.dim() == (3 if blocked else 2)
+
+    def outputs(self, low: int, high: int) -> KernelWeight:
+        """The part of the weight that makes outputs `low` to `high - 1`, sharing its memory.
+
+        Raises:
+            ValueError: `low` is not a multiple of 64, where words of zeros and all blocks of columns begin.
+        """
+        if low % tiles.PANEL or low < 0:
+            raise ValueError(f"low={low} must be a multiple of {tiles.PANEL}, where blocks of columns begin")
+        high = min(high, self.scales.shape[1])
+        if self.qweight.dim() == 2:
+            qweight = self.qweight[:, low:high]
+        else:
+            width = packing.BLOCK if self.qweight.dim() == 3 else tiles.PANEL
+            qweight = self.qweight[low // width : -(-high // width)]
+        fields = slice(words(low, self.bits), words(high, self.bits))
+        qzeros = None if self.qzeros is None else self.qzeros[:, fields]
+        return replace(self, qweight=qweight, scales=self.scales[:, low:high], qzeros=qzeros)
 
     def canonical_qweight(self) -> Tensor:
         """qweight as a checkpoint stores it, `[R, N]`."""
@@ -135,6 +155,20 @@ def linear(x: Tensor, weight: KernelWeight, bias: Tensor | None = None) -> Tenso
         `[..., N]` in x's dtype. On the CPU kernel a row's bits depend on that row alone.
     """
     return torch.ops.hf_gptq.linear(x, bias, *weight.arguments)
+
+
+def linear_transposed(x: Tensor, weight: KernelWeight, in_features: int) -> Tensor:
+    """`x @ W`, what carries a gradient from a layer's output back to its input.
+
+    Args:
+        x: fp32, bf16 or fp16 `[..., N]`.
+        weight: the weight `[N, K]`.
+        in_features: `K`.
+
+    Returns:
+        `[..., K]` in x's dtype. On the CPU kernel a row's bits depend on that row alone.
+    """
+    return torch.ops.hf_gptq.linear_transposed(x, in_features, *weight.arguments)
 
 
 def dequantize(weight: KernelWeight, in_features: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -193,6 +227,10 @@ def _linear_cuda(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
     return cuda.linear(x, bias, *_for_cuda(x.shape[-1], weight))
 
 
+def _linear_transposed_reference(x: Tensor, in_features: int, *weight: Any) -> Tensor:
+    return x @ torch.ops.hf_gptq.dequantize(in_features, x.dtype, *weight)
+
+
 def _dequantize_cpu(in_features: int, dtype: torch.dtype, *weight: Any) -> Tensor:
     if weight[0].dim() == 4:  # packed on a GPU that is gone, or for an emulated one
         return _dequantize_cuda(in_features, dtype, *weight)
@@ -226,6 +264,27 @@ def _linear_cpu(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
         library.hf_gptq_linear(
             ctypes.byref(described), rows.data_ptr(), native.DTYPES[x.dtype], rows.shape[0], rows.stride(0),
             native.pointer(bias), out.data_ptr(),
+        )
+    )  # fmt: skip
+    del keep
+    return out
+
+
+def _linear_transposed_cpu(x: Tensor, in_features: int, *weight: Any) -> Tensor:
+    library = native.library()
+    if weight[0].dim() == 4 or library is None or x.dtype not in native.DTYPES:
+        return _linear_transposed_reference(x, in_features, *weight)
+    described, keep = _describe(in_features, *weight)
+    if x.shape[-1:] != (described.N,):
+        raise ValueError(f"x has shape {tuple(x.shape)}; the weight has out_features={described.N}")
+    rows = x.reshape(-1, described.N)
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    out = x.new_empty((*x.shape[:-1], in_features))
+    native.check(
+        library.hf_gptq_linear_transposed(
+            ctypes.byref(described), rows.data_ptr(), native.DTYPES[x.dtype], rows.shape[0], rows.stride(0),
+            out.data_ptr(),
         )
     )  # fmt: skip
     del keep
@@ -286,11 +345,11 @@ def _describe(
     return described, keep
 
 
-def _repack(qweight: Tensor) -> Tensor:
-    """Canonical to blocked by the native library."""
+def _repack(qweight: Tensor, bits: int, order: Tensor | None) -> Tensor:
+    """Canonical to blocked by the native library, row `order[i]` of the codes in place `i`."""
     library = native.library()
     if library is None:
-        return packing.to_blocked(qweight)
+        raise native.NativeError(f"repacking needs the native library: {native.status().detail}")
     rows, columns = qweight.shape
     source = qweight.contiguous()
     out = torch.empty(-(-columns // packing.BLOCK), rows, packing.BLOCK, dtype=torch.int32)
@@ -298,6 +357,7 @@ def _repack(qweight: Tensor) -> Tensor:
         library.hf_gptq_repack(
             source.data_ptr(), packing.BLOCK, columns,
             out.data_ptr(), rows * packing.BLOCK, packing.BLOCK, rows, columns,
+            native.pointer(order), 0 if order is None else order.numel(), bits,
         )
     )  # fmt: skip
     return out
@@ -305,6 +365,10 @@ def _repack(qweight: Tensor) -> Tensor:
 
 def _linear_fake(x: Tensor, bias: Tensor | None, qweight: Tensor, scales: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], scales.shape[1]))
+
+
+def _linear_transposed_fake(x: Tensor, in_features: int, *weight: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], in_features))
 
 
 def _dequantize_fake(in_features: int, dtype: torch.dtype, qweight: Tensor, scales: Tensor, *rest: Any) -> Tensor:
@@ -315,26 +379,43 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
     x, _bias, *weight = inputs
     ctx.save_for_backward(*weight[:5])
     ctx.numbers = weight[5:]
-    ctx.in_features, ctx.dtype = x.shape[-1], x.dtype
+    ctx.in_features = x.shape[-1]
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """dx = g·Ŵ and db = Σ g; codes, scales and zeros get none."""
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        dense = torch.ops.hf_gptq.dequantize(ctx.in_features, ctx.dtype, *ctx.saved_tensors, *ctx.numbers)
-        grad_x = grad @ dense
+        grad_x = torch.ops.hf_gptq.linear_transposed(grad, ctx.in_features, *ctx.saved_tensors, *ctx.numbers)
     if ctx.needs_input_grad[1]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return (grad_x, grad_bias, *(None,) * 8)
 
 
+def _save_transposed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _x, _in_features, *weight = inputs
+    ctx.save_for_backward(*weight[:5])
+    ctx.numbers = weight[5:]
+
+
+def _transposed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient of a gradient: the product forward again."""
+    grad_x = torch.ops.hf_gptq.linear(grad, None, *ctx.saved_tensors, *ctx.numbers) if ctx.needs_input_grad[0] else None
+    return (grad_x, *(None,) * 9)
+
+
 _LIBRARY.impl("linear", _linear_reference, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_transposed", _linear_transposed_reference, "CompositeExplicitAutograd")
 _LIBRARY.impl("dequantize", _dequantize_reference, "CompositeExplicitAutograd")
 _LIBRARY.impl("linear", _linear_cpu, "CPU")
+_LIBRARY.impl("linear_transposed", _linear_transposed_cpu, "CPU")
 _LIBRARY.impl("dequantize", _dequantize_cpu, "CPU")
 _LIBRARY.impl("linear", _linear_cuda, "CUDA")
 _LIBRARY.impl("dequantize", _dequantize_cuda, "CUDA")
 torch.library.register_fake("hf_gptq::linear", _linear_fake, lib=_LIBRARY)
+torch.library.register_fake("hf_gptq::linear_transposed", _linear_transposed_fake, lib=_LIBRARY)
 torch.library.register_fake("hf_gptq::dequantize", _dequantize_fake, lib=_LIBRARY)
 torch.library.register_autograd("hf_gptq::linear", _linear_backward, setup_context=_save_for_backward, lib=_LIBRARY)
+torch.library.register_autograd(
+    "hf_gptq::linear_transposed", _transposed_backward, setup_context=_save_transposed, lib=_LIBRARY
+)

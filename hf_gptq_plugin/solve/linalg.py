@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from .. import native
 
 _STORE, _ADD, _ADD_SYMMETRIC = 0, 1, 2  # enum hf_gptq_matmul_mode
 _NOT_POSITIVE_DEFINITE = 14  # enum hf_gptq_error
+_FEW_ROWS = 16  # for fewer, a weight in 16 bits is not worth converting
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -64,20 +66,33 @@ def add_gram(total: Tensor, left: Tensor, right: Tensor | None = None) -> None:
 
 
 def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x · weightᵀ`: what `torch.nn.functional.linear` computes, in fp32 on the CPU without gradient natively.
+    """`x · weightᵀ`: what `torch.nn.functional.linear` computes, on the CPU without gradient natively in fp32, and in
+    16 bits where the processor has no instructions for them and there are rows enough (exact products, fp32 sums,
+    rounded once).
 
     Args:
         x: `[..., K]`.
         weight: `[N, K]`.
 
     Returns:
-        `[..., N]`; a row has the same bits whatever the other rows are.
+        `[..., N]`; computed natively, a row has the same bits whatever the other rows are.
     """
     library = _library_for(x, weight)
     graph = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if library is None or graph or not x.dtype == weight.dtype == torch.float32 or weight.dim() != 2:
+    rows = x.numel() // max(x.shape[-1], 1)
+    ours = x.dtype == torch.float32 or (
+        x.dtype in native.DTYPES and rows >= _FEW_ROWS and not (x.dtype == torch.bfloat16 and multiplies_bf16())
+    )
+    if library is None or graph or not ours or x.dtype != weight.dtype or weight.dim() != 2:
         return torch.nn.functional.linear(x, weight)
-    return matmul(x.reshape(-1, x.shape[-1]), weight.T).view(*x.shape[:-1], len(weight))
+    product = matmul(x.reshape(-1, x.shape[-1]).float(), weight.float().T)
+    return product.to(x.dtype).view(*x.shape[:-1], len(weight))
+
+
+def multiplies_bf16() -> bool:
+    """Whether this processor multiplies bf16 matrices faster than fp32 ones."""
+    has: Any = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return bool(has())
 
 
 def inverse_factor(matrix: Tensor, overwrite: bool = False) -> Tensor | None:

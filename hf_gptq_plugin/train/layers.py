@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..format import packing
 from ..format.grid import QuantizedWeight
 from ..nn.linear import QuantLinear
-from ..nn.ops import KernelWeight, dequantize, linear
+from ..nn.ops import KernelWeight, dequantize, linear, linear_transposed
 
 ROWS = 512  # output features whose full gradient exists at a time
 SPREAD = 0.999  # of the latents of one code, in codes; the gap that is left must be less than one step of an optimizer
@@ -96,7 +96,8 @@ class LearnedGrid(nn.Module):
 
 
 class _GridProduct(torch.autograd.Function):
-    """`x @ Ŵ.T`, with gradients by x, α and the zeros' shift; no `[N, K]` gradient exists at any time."""
+    """`x @ Ŵ.T`, with gradients by x, α and the zeros' shift; neither a `[N, K]` gradient
+    nor a dense weight exists at any time."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: Tensor, shift: Tensor | None, layer: LearnedGrid) -> Tensor:
@@ -111,15 +112,15 @@ class _GridProduct(torch.autograd.Function):
         x, alpha, shift = ctx.saved_tensors
         layer: LearnedGrid = ctx.layer
         group: Tensor = layer.group  # type: ignore[assignment]
-        dense = dequantize(ctx.weight, layer.in_features, x.dtype)
-        by_x = g @ dense if ctx.needs_input_grad[0] else None
+        by_x = linear_transposed(g, ctx.weight, layer.in_features) if ctx.needs_input_grad[0] else None
         rows_x, rows_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
         by_alpha = by_shift = None
         if ctx.needs_input_grad[1]:
             by_alpha = torch.empty_like(alpha)
             for low in range(0, layer.out_features, ROWS):
                 part = slice(low, low + ROWS)
-                product = (rows_g[:, part].T @ rows_x).float() * dense[part].float()
+                dense = dequantize(ctx.weight.outputs(low, low + ROWS), layer.in_features)
+                product = (rows_g[:, part].T @ rows_x).float() * dense
                 by_alpha[:, part] = group_sums(product, group, alpha.shape[0], layer.width).T
             held = alpha.clamp_min(LEAST)
             by_alpha = torch.where(alpha < LEAST, 0, by_alpha / held)

@@ -126,7 +126,37 @@ struct RepackArguments {
   int32_t* dst;
   int64_t dst_block_stride, dst_row_stride;
   int64_t R, N;
+  const int32_t* perm;  // [K] or null
+  int64_t K;
+  int bits;
 };
+
+// Row perm[i] of the codes of one block becomes row i.
+void permute_block(const RepackArguments& a, const int32_t* src, int32_t* dst, int64_t columns) {
+  const uint32_t mask = (uint32_t{1} << a.bits) - 1;
+  // The low word is written when the next is reached: a code of 3 bits may reach into it.
+  uint64_t out[kBlockColumns] = {};
+  int64_t word = 0;
+  auto write = [&](int64_t r) {
+    for (int64_t c = 0; c < columns; ++c) {
+      dst[r * a.dst_row_stride + c] = static_cast<int32_t>(static_cast<uint32_t>(out[c]));
+      out[c] >>= 32;
+    }
+  };
+  for (int64_t i = 0; i < a.K; ++i) {
+    for (; word < code_word(i, a.bits); ++word) write(word);
+    const int64_t k = a.perm[i];
+    const int shift = code_shift(k, a.bits), place = code_shift(i, a.bits);
+    const int32_t* low = src + code_word(k, a.bits) * a.src_row_stride;
+    const bool two = shift + a.bits > 32;
+    for (int64_t c = 0; c < columns; ++c) {
+      uint32_t code = static_cast<uint32_t>(low[c]) >> shift;
+      if (two) code |= static_cast<uint32_t>(low[a.src_row_stride + c]) << (32 - shift);
+      out[c] |= static_cast<uint64_t>(code & mask) << place;
+    }
+  }
+  for (; word < a.R; ++word) write(word);
+}
 
 int repack_blocks(int64_t begin, int64_t end, const void* context) {
   const RepackArguments& a = *static_cast<const RepackArguments*>(context);
@@ -139,8 +169,9 @@ int repack_blocks(int64_t begin, int64_t end, const void* context) {
         a.src + word_index(0, block * kBlockColumns, a.src_block_stride, a.src_row_stride);
     int32_t* dst =
         a.dst + word_index(0, block * kBlockColumns, a.dst_block_stride, a.dst_row_stride);
+    if (a.perm) permute_block(a, src, dst, columns);
     for (int64_t r = 0; r < a.R; ++r) {
-      memcpy(dst, src, columns * sizeof(int32_t));
+      if (!a.perm) memcpy(dst, src, columns * sizeof(int32_t));
       memset(dst + columns, 0, padding * sizeof(int32_t));
       src += a.src_row_stride;
       dst += a.dst_row_stride;
@@ -243,22 +274,43 @@ int hf_gptq_dequantize(const hf_gptq_weight* weight, void* out, int32_t out_dtyp
   if (out_row_stride < weight->K) return HF_GPTQ_ERROR_SHAPE;
   const RunList list(*weight);
   if (list.error()) return list.error();
-  return dispatch().kernels->dequantize({*weight, list.runs(), out, out_dtype, out_row_stride});
+  return dispatch().kernels->dequantize(
+      {*weight, list.runs(), out, out_dtype, out_row_stride, 0, column_blocks(weight->N)});
+}
+
+int hf_gptq_linear_transposed(const hf_gptq_weight* weight, const void* x, int32_t x_dtype,
+                              int64_t M, int64_t x_row_stride, void* y) {
+  if (const int error = validate(weight)) return error;
+  if (!is_dtype(x_dtype)) return HF_GPTQ_ERROR_DTYPE;
+  if (M < 0) return HF_GPTQ_ERROR_SHAPE;
+  if (M == 0) return HF_GPTQ_OK;
+  if (!x || !y) return HF_GPTQ_ERROR_NULL_POINTER;
+  const RunList list(*weight);
+  if (list.error()) return list.error();
+  return dispatch().kernels->transposed({*weight, list.runs(), x, x_dtype, M, x_row_stride, y});
 }
 
 int hf_gptq_repack(const int32_t* src, int64_t src_block_stride, int64_t src_row_stride,
                    int32_t* dst, int64_t dst_block_stride, int64_t dst_row_stride, int64_t R,
-                   int64_t N) {
+                   int64_t N, const int32_t* perm, int64_t K, int32_t bits) {
   if (!src || !dst) return HF_GPTQ_ERROR_NULL_POINTER;
   if (R < 1 || N < 1) return HF_GPTQ_ERROR_SHAPE;
+  if (perm) {
+    if (!is_bits(bits)) return HF_GPTQ_ERROR_BITS;
+    if (K < 1 || R != packed_words(K, bits)) return HF_GPTQ_ERROR_SHAPE;
+    for (int64_t i = 0; i < K; ++i) {
+      if (perm[i] < 0 || perm[i] >= K) return HF_GPTQ_ERROR_PERM;
+    }
+  }
   if (!is_layout(src_block_stride, src_row_stride, R, N) ||
       !is_layout(dst_block_stride, dst_row_stride, R, N)) {
     return HF_GPTQ_ERROR_LAYOUT;
   }
   const RepackArguments arguments{
-      src, src_block_stride, src_row_stride, dst, dst_block_stride, dst_row_stride, R, N};
+      src, src_block_stride, src_row_stride, dst, dst_block_stride, dst_row_stride, R, N, perm, K,
+      bits};
   // About 64 KiB of words per range: below that a thread costs more than the copy.
-  return parallel_for(column_blocks(N), ceil_div(1024, R), repack_blocks, &arguments);
+  return parallel_for(column_blocks(N), perm ? 1 : ceil_div(1024, R), repack_blocks, &arguments);
 }
 
 int hf_gptq_solve(float* W, const float* U, const float* scales, const float* zeros,

@@ -10,10 +10,13 @@
 namespace hf_gptq {
 namespace {
 
-// A code c is put into the low mantissa bits of 2^23: as a float that is 2^23 + c, and subtracting
-// 2^23 + zero leaves c - zero exactly.
-constexpr uint32_t kMagicBits = 0x4b000000u;
-constexpr float kMagic = 8388608.0f;
+// A code c that lies at bit p of a word becomes a float where it is: under the exponent of 2^(23 -
+// p) its bits mean 2^(23 - p) + c, and subtracting 2^(23 - p) + zero leaves c - zero exactly. That
+// holds for the places below the 23 bits of a mantissa. Three places are used, so that their
+// constants stay in registers; the codes above them are shifted down together.
+constexpr float magic(int place) { return static_cast<float>(int32_t{1} << (23 - place)); }
+constexpr uint32_t magic_bits(int place) { return static_cast<uint32_t>(150 - place) << 23; }
+constexpr int places(int bits) { return 23 / bits < 3 ? 23 / bits : 3; }
 
 // The words of one block: word (r, n % 16) at words[r * row_stride + n % 16].
 struct BlockWords {
@@ -45,18 +48,16 @@ inline BlockWords block_words(const hf_gptq_weight& w, int64_t block, uint32_t* 
   return {copy, kBlockColumns};
 }
 
-// scale[c] and magic_zero[c] = 2^23 + zero of the 16 columns of a block in group g; columns beyond
-// N get finite values.
+// scale[c] and zero[c] of the 16 columns of a block in group g; columns beyond N get finite values.
 template <int kBits>
-void load_group(const hf_gptq_weight& w, int64_t g, int64_t block, float* scale,
-                float* magic_zero) {
+void load_group(const hf_gptq_weight& w, int64_t g, int64_t block, float* scale, float* zero) {
   const int64_t column = block * kBlockColumns;
   const int64_t left = w.N - column;
   if (left < kBlockColumns) memset(scale, 0, kBlockColumns * sizeof(float));
   to_float(w.scales, w.scale_dtype, g * w.N + column, left < kBlockColumns ? left : kBlockColumns,
            scale);
   if (!w.qzeros) {
-    for (int c = 0; c < kBlockColumns; ++c) magic_zero[c] = kMagic + (1 << (kBits - 1));
+    for (int c = 0; c < kBlockColumns; ++c) zero[c] = 1 << (kBits - 1);
     return;
   }
   // Eight codes are kBits whole bytes. The row is read no further than its last word.
@@ -80,7 +81,7 @@ void load_group(const hf_gptq_weight& w, int64_t g, int64_t block, float* scale,
   }
   for (int c = 0; c < kBlockColumns; ++c) {
     const uint32_t field = pieces[c] >> (c % kPerPiece * kBits) & ((1u << kBits) - 1);
-    magic_zero[c] = kMagic + static_cast<float>(static_cast<int32_t>(field) + w.zero_offset);
+    zero[c] = static_cast<float>(static_cast<int32_t>(field) + w.zero_offset);
   }
 }
 
@@ -98,24 +99,34 @@ HF_GPTQ_INLINE void prefetch_group(const hf_gptq_weight& w, int64_t g, int64_t b
   }
 }
 
-// Calls sink(k, values) for k = begin .. end-1 in turn, where values[b * kBlockVectors + v] is
-// code - zero of row k in vector v of block b. words[b] are kBlocks blocks with one row stride;
-// magic_zero is laid out as values.
+// Calls sink(k - begin, values) for k = begin .. end-1 in turn, where values[b * kBlockVectors + v]
+// is code - zero of row k in vector v of block b. words[b] are kBlocks blocks with one row stride;
+// zero is laid out as values.
 template <int kBits, int kBlocks, class Sink>
 HF_GPTQ_INLINE void decode(const uint32_t* const (&words)[kBlocks], int64_t row_stride,
-                           int64_t begin, int64_t end,
-                           const VecF (&magic_zero)[kBlocks * kBlockVectors], Sink&& sink) {
+                           int64_t begin, int64_t end, const VecF (&zero)[kBlocks * kBlockVectors],
+                           Sink&& sink) {
+  constexpr int kVectors = kBlocks * kBlockVectors;
   constexpr int kUnit = codes_per_unit(kBits);
   constexpr int kUnitWords = words_per_unit(kBits);
+  constexpr int kPlaces = places(kBits);
   // Rows ahead of the one in use to prefetch: 2 KiB per block in the blocked layout.
   constexpr int64_t kPrefetchRows = 32;
-  const VecU mask = splat((uint32_t{1} << kBits) - 1);
-  const VecU magic = splat(kMagicBits);
+  constexpr uint32_t kMask = (uint32_t{1} << kBits) - 1;
+  VecF biased[kPlaces][kVectors];
+  HF_GPTQ_UNROLL
+  for (int p = 0; p < kPlaces; ++p) {
+    HF_GPTQ_UNROLL
+    for (int i = 0; i < kVectors; ++i) biased[p][i] = zero[i] + splat(magic(p * kBits));
+  }
+  auto value = [&](VecU word, int p, int i) __attribute__((always_inline)) {
+    return (VecF)((word & (kMask << (p * kBits))) | magic_bits(p * kBits)) - biased[p][i];
+  };
 
   auto one = [&](int64_t k) __attribute__((always_inline)) {
     const int64_t row = code_word(k, kBits) * row_stride;
     const int shift = code_shift(k, kBits);
-    VecF values[kBlocks * kBlockVectors];
+    VecF values[kVectors];
     HF_GPTQ_UNROLL
     for (int b = 0; b < kBlocks; ++b) {
       HF_GPTQ_UNROLL
@@ -124,17 +135,17 @@ HF_GPTQ_INLINE void decode(const uint32_t* const (&words)[kBlocks], int64_t row_
         VecU code = load(word) >> shift;
         if (kBits == 3 && shift + kBits > 32) code |= load(word + row_stride) << (32 - shift);
         const int i = b * kBlockVectors + v;
-        values[i] = (VecF)((code & mask) | magic) - magic_zero[i];
+        values[i] = value(code, 0, i);
       }
     }
-    sink(k, values);
+    sink(k - begin, values);
   };
 
   int64_t k = begin;
   for (; k < end && k % kUnit != 0; ++k) one(k);
   for (; k + kUnit <= end; k += kUnit) {
     const int64_t row = code_word(k, kBits) * row_stride;
-    VecU unit[kUnitWords][kBlocks * kBlockVectors];
+    VecU unit[kUnitWords][kVectors];
     HF_GPTQ_UNROLL
     for (int b = 0; b < kBlocks; ++b) {
       HF_GPTQ_UNROLL
@@ -151,14 +162,20 @@ HF_GPTQ_INLINE void decode(const uint32_t* const (&words)[kBlocks], int64_t row_
     for (int j = 0; j < kUnit; ++j) {
       const int r = j * kBits / 32;
       const int shift = j * kBits % 32;
-      VecF values[kBlocks * kBlockVectors];
+      const int first = shift % kBits;  // bit of the first whole code of word r
+      const int p = shift / kBits % kPlaces;
+      VecF values[kVectors];
       HF_GPTQ_UNROLL
-      for (int i = 0; i < kBlocks * kBlockVectors; ++i) {
-        VecU code = unit[r][i] >> shift;
-        if (shift + kBits > 32) code |= unit[(r + 1) % kUnitWords][i] << (32 - shift);
-        values[i] = (VecF)((code & mask) | magic) - magic_zero[i];
+      for (int i = 0; i < kVectors; ++i) {
+        if (shift + kBits > 32) {
+          values[i] =
+              value(unit[r][i] >> shift | unit[(r + 1) % kUnitWords][i] << (32 - shift), 0, i);
+        } else {
+          const int down = first + shift / kBits / kPlaces * kPlaces * kBits;
+          values[i] = value(down > 0 ? unit[r][i] >> down : unit[r][i], p, i);
+        }
       }
-      sink(k + j, values);
+      sink(k - begin + j, values);
     }
   }
   for (; k < end; ++k) one(k);

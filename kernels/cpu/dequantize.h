@@ -31,7 +31,7 @@ HF_GPTQ_INLINE void transpose(const float* src, int64_t src_stride, float* dst,
 // Writes rows [begin, begin + count) of the codes of one output: out[n, feature(i)].
 void write_features(const DequantizeArguments& a, int64_t n, int64_t begin, int64_t count,
                     const float* values) {
-  const int64_t row = n * a.out_row_stride;
+  const int64_t row = (n - a.first_block * kBlockColumns) * a.out_row_stride;
   const int32_t* perm = a.weight.perm;
   if (!perm) {
     from_float(values, count, a.out, a.dtype, row + begin);
@@ -52,6 +52,8 @@ template <int kBits>
 int dequantize_blocks(int64_t begin, int64_t end, const void* context) {
   const DequantizeArguments& a = *static_cast<const DequantizeArguments*>(context);
   const hf_gptq_weight& w = a.weight;
+  begin += a.first_block;
+  end += a.first_block;
   uint32_t* copy = nullptr;
   if (end == column_blocks(w.N) && is_ragged(w, end - 1)) {
     copy = static_cast<uint32_t*>(thread_scratch(ragged_bytes(w)));
@@ -70,19 +72,19 @@ int dequantize_blocks(int64_t begin, int64_t end, const void* context) {
       alignas(64) float scale[kBlockColumns];
       alignas(64) float zero[kBlockColumns];
       load_group<kBits>(w, r.group, block, scale, zero);
-      VecF magic_zero[kBlockVectors];
+      VecF zeros[kBlockVectors];
       HF_GPTQ_UNROLL
-      for (int v = 0; v < kBlockVectors; ++v) magic_zero[v] = load(zero + v * kLanes);
+      for (int v = 0; v < kBlockVectors; ++v) zeros[v] = load(zero + v * kLanes);
       for (int64_t from = r.begin; from < r.end; from += kDequantizeRows) {
         const int64_t count = r.end - from < kDequantizeRows ? r.end - from : kDequantizeRows;
-        decode<kBits>(
-            words, b.row_stride, from, from + count, magic_zero,
-            [&](int64_t k, const VecF(&decoded)[kBlockVectors]) __attribute__((always_inline)) {
-              HF_GPTQ_UNROLL
-              for (int v = 0; v < kBlockVectors; ++v) {
-                store(values[k - from] + v * kLanes, decoded[v] * load(scale + v * kLanes));
-              }
-            });
+        decode<kBits>(words, b.row_stride, from, from + count, zeros,
+                      [&](int64_t i, const VecF(&decoded)[kBlockVectors])
+                          __attribute__((always_inline)) {
+                            HF_GPTQ_UNROLL
+                            for (int v = 0; v < kBlockVectors; ++v) {
+                              store(values[i] + v * kLanes, decoded[v] * load(scale + v * kLanes));
+                            }
+                          });
         alignas(64) float transposed[kBlockColumns][kDequantizeRows];
         for (int64_t i = 0; i < count; i += 4) {
           for (int c = 0; c < kBlockColumns; c += 4) {
@@ -101,8 +103,7 @@ int dequantize_blocks(int64_t begin, int64_t end, const void* context) {
 template <int kBits>
 int dequantize_bits(const DequantizeArguments& a) {
   // About 2^15 weights per range: below that a thread costs more than it saves.
-  return parallel_for(column_blocks(a.weight.N),
-                      ceil_div(int64_t{1} << 15, a.weight.K * kBlockColumns),
+  return parallel_for(a.blocks, ceil_div(int64_t{1} << 15, a.weight.K * kBlockColumns),
                       dequantize_blocks<kBits>, &a);
 }
 

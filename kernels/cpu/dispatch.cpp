@@ -29,8 +29,13 @@ Dispatch choose() {
 #ifdef HF_GPTQ_X86_64
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+#ifdef HF_GPTQ_EMULATE_AVX512
+  const bool avx512f = avx2, avx512bf16 = avx2;
+#else
   const bool avx512f = avx2 && __builtin_cpu_supports("avx512f");
-  const bool avx512bf16 = avx512f && __builtin_cpu_supports("avx512bf16");
+  const bool avx512bf16 =
+      avx512f && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16");
+#endif
   const Candidate candidates[] = {{&kernels_avx512bf16, avx512bf16},
                                   {&kernels_avx512f, avx512f},
                                   {&kernels_avx2, avx2},

@@ -11,11 +11,12 @@
 #include "scale_search.h"
 #include "solve.h"
 #include "systems.h"
+#include "transposed.h"
 
 namespace hf_gptq {
 
 extern const Kernels HF_GPTQ_KERNELS;
-const Kernels HF_GPTQ_KERNELS = {HF_GPTQ_ISA, linear,    dequantize,      solve,  scale_search,
-                                 matmul,      factorize, solve_symmetric, descend};
+const Kernels HF_GPTQ_KERNELS = {HF_GPTQ_ISA,  linear, dequantize, transposed,      solve,
+                                 scale_search, matmul, factorize,  solve_symmetric, descend};
 
 }  // namespace hf_gptq

@@ -33,9 +33,21 @@ struct LinearArguments {
 struct DequantizeArguments {
   const hf_gptq_weight& weight;
   Runs runs;
-  void* out;  // [N, K], dtype, rows out_row_stride elements apart
+  void* out;  // [N, K] from output 16 * first_block on, dtype, rows out_row_stride elements apart
   int dtype;
   int64_t out_row_stride;
+  int64_t first_block;
+  int64_t blocks;
+};
+
+struct TransposedArguments {
+  const hf_gptq_weight& weight;
+  Runs runs;
+  const void* x;  // [M, N], dtype, rows x_row_stride elements apart
+  int dtype;
+  int64_t M;  // >= 1
+  int64_t x_row_stride;
+  void* y;  // [M, K], dtype
 };
 
 // As the parameters of hf_gptq_solve.
@@ -116,6 +128,7 @@ struct Kernels {
   const char* isa;
   int (*linear)(const LinearArguments&);
   int (*dequantize)(const DequantizeArguments&);
+  int (*transposed)(const TransposedArguments&);
   int (*solve)(const SolveArguments&);
   int (*scale_search)(const ScaleSearchArguments&);
   int (*matmul)(const MatmulArguments&);

@@ -13,12 +13,13 @@
 // In both a (row, column) pair sees the operations documented for hf_gptq_linear in the same order,
 // whatever the number of rows: that is what makes a row's bits independent of the batch.
 //
-// x is packed as fp32 in blocks of `rows` rows: x[m, i] at (i * rows + m % rows) of block m / rows.
-// Rows that fill up the last block are zero.
+// What is multiplied in one step is a matter of Codes (codes.h): one code and one fp32, or two
+// codes and two bf16. x is packed in blocks of `rows` rows: row m of step i at (i * rows + m %
+// rows) of block m / rows. Rows that fill up the last block are zero.
 #ifndef HF_GPTQ_CPU_LINEAR_H_
 #define HF_GPTQ_CPU_LINEAR_H_
 
-#include "decode.h"
+#include "codes.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -27,7 +28,12 @@ namespace {
 
 // Register blocking: kTileRows x kTileBlocks blocks of accumulators in tile(), and in stream() as
 // many blocks as hide the latency of the fma chain.
-#if defined(HF_GPTQ_SIMD_AVX512F)
+#if defined(HF_GPTQ_EMULATE)
+// Every vector is two: what is fast elsewhere would take minutes to compile.
+constexpr int kTileRows = 3, kTileBlocks = 2;
+constexpr int kStreamRows = 2;
+constexpr int stream_blocks(int /*rows*/) { return 2; }
+#elif defined(HF_GPTQ_SIMD_AVX512F)
 constexpr int kTileRows = 12, kTileBlocks = 2;
 constexpr int kStreamRows = 8;
 constexpr int stream_blocks(int rows) { return rows <= 4 ? 4 : 2; }
@@ -62,10 +68,12 @@ constexpr int64_t kWantedWork = int64_t{1} << 18;
 
 struct LinearJob {
   const LinearArguments& a;
-  int rows;           // rows per row block
-  int64_t row_begin;  // first row of the slab
-  int64_t row_count;  // rows in the slab
-  const float* x;     // packed slab
+  const Stretch* stretches;  // one per run
+  int64_t steps;             // of all stretches
+  int rows;                  // rows per row block
+  int64_t row_begin;         // first row of the slab
+  int64_t row_count;         // rows in the slab
+  const float* x;            // packed slab
   int64_t task_row_blocks;
 };
 
@@ -79,25 +87,17 @@ struct PackJob {
 };
 
 // Packs row blocks [begin, end) of the slab.
+template <class Codes>
 int pack_x(int64_t begin, int64_t end, const void* context) {
   const LinearJob& job = static_cast<const PackJob*>(context)->job;
-  const int64_t K = job.a.weight.K;
-  const int32_t* perm = job.a.weight.perm;
-  float* row = static_cast<float*>(thread_scratch(K * sizeof(float)));
-  if (!row) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
   for (int64_t block = begin; block < end; ++block) {
-    float* packed = static_cast<const PackJob*>(context)->packed + block * K * job.rows;
+    float* packed = static_cast<const PackJob*>(context)->packed + block * job.steps * job.rows;
     for (int r = 0; r < job.rows; ++r) {
       const int64_t m = block * job.rows + r;
       if (m >= job.row_count) {
-        for (int64_t i = 0; i < K; ++i) packed[i * job.rows + r] = 0.0f;
-        continue;
-      }
-      to_float(job.a.x, job.a.dtype, (job.row_begin + m) * job.a.x_row_stride, K, row);
-      if (perm) {
-        for (int64_t i = 0; i < K; ++i) packed[i * job.rows + r] = row[perm[i]];
-      } else {
-        for (int64_t i = 0; i < K; ++i) packed[i * job.rows + r] = row[i];
+        for (int64_t i = 0; i < job.steps; ++i) packed[i * job.rows + r] = 0.0f;
+      } else if (!Codes::pack_row(job.a, job.row_begin + m, packed + r, job.rows)) {
+        return HF_GPTQ_ERROR_OUT_OF_MEMORY;
       }
     }
   }
@@ -115,7 +115,7 @@ void write_row(const LinearArguments& a, int64_t m, int64_t column, int64_t coun
 }
 
 // All rows (kRows of them) times kBlocks column blocks, `words` with one row stride.
-template <int kBits, int kRows, int kBlocks>
+template <class Codes, int kRows, int kBlocks>
 void stream(const LinearJob& job, int64_t block, const uint32_t* const (&words)[kBlocks],
             int64_t row_stride) {
   constexpr int kVectors = kBlocks * kBlockVectors;
@@ -124,24 +124,28 @@ void stream(const LinearJob& job, int64_t block, const uint32_t* const (&words)[
   alignas(64) float zero[kBlocks * kBlockColumns];
   alignas(64) float total[kRows][kBlocks * kBlockColumns] = {};
   for (int64_t run = 0; run < job.a.runs.count; ++run) {
-    const Run& r = job.a.runs.data[run];
+    const Stretch& r = job.stretches[run];
     if (run + kPrefetchRuns < job.a.runs.count) {
-      prefetch_group(w, job.a.runs.data[run + kPrefetchRuns].group, block, kBlocks);
+      prefetch_group(w, job.stretches[run + kPrefetchRuns].group, block, kBlocks);
     }
     for (int b = 0; b < kBlocks; ++b) {
-      load_group<kBits>(w, r.group, block + b, scale + b * kBlockColumns, zero + b * kBlockColumns);
+      load_group<Codes::kBits>(w, r.group, block + b, scale + b * kBlockColumns,
+                               zero + b * kBlockColumns);
     }
-    VecF magic_zero[kVectors];
+    VecF zeros[kVectors];
     HF_GPTQ_UNROLL
-    for (int v = 0; v < kVectors; ++v) magic_zero[v] = load(zero + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) zeros[v] = load(zero + v * kLanes);
     VecF sum[kRows][kVectors] = {};
-    decode<kBits>(words, row_stride, r.begin, r.end, magic_zero,
-                  [&](int64_t k, const VecF(&values)[kVectors]) __attribute__((always_inline)) {
+    const float* x = job.x + r.begin * kRows;
+    Codes::decode(w, words, row_stride, r.code, r.end - r.begin, zeros,
+                  [&](int64_t i, const VecF(&values)[kVectors]) __attribute__((always_inline)) {
                     HF_GPTQ_UNROLL
                     for (int m = 0; m < kRows; ++m) {
-                      const VecF x = splat(job.x[k * kRows + m]);
+                      const VecF xm = splat(x[i * kRows + m]);
                       HF_GPTQ_UNROLL
-                      for (int v = 0; v < kVectors; ++v) sum[m][v] = fmadd(values[v], x, sum[m][v]);
+                      for (int v = 0; v < kVectors; ++v) {
+                        sum[m][v] = multiply_add<Codes::kCodes>(values[v], xm, sum[m][v]);
+                      }
                     }
                   });
     HF_GPTQ_UNROLL
@@ -163,7 +167,7 @@ void stream(const LinearJob& job, int64_t block, const uint32_t* const (&words)[
 }
 
 // Tasks are groups of stream_blocks(kRows) column blocks.
-template <int kBits, int kRows>
+template <class Codes, int kRows>
 int stream_groups(int64_t begin, int64_t end, const void* context) {
   constexpr int kBlocks = stream_blocks(kRows);
   const LinearJob& job = *static_cast<const LinearJob*>(context);
@@ -178,28 +182,29 @@ int stream_groups(int64_t begin, int64_t end, const void* context) {
     if (block + kBlocks <= blocks && !is_ragged(w, block + kBlocks - 1)) {
       const uint32_t* words[kBlocks];
       for (int b = 0; b < kBlocks; ++b) words[b] = block_words(w, block + b, nullptr).words;
-      stream<kBits, kRows, kBlocks>(job, block, words, w.row_stride);
+      stream<Codes, kRows, kBlocks>(job, block, words, w.row_stride);
       block += kBlocks;
     } else {
       const BlockWords b = block_words(w, block, copy);
       const uint32_t* words[1] = {b.words};
-      stream<kBits, kRows, 1>(job, block, words, b.row_stride);
+      stream<Codes, kRows, 1>(job, block, words, b.row_stride);
       block += 1;
     }
   }
   return HF_GPTQ_OK;
 }
 
-// The part of a run that lies in a chunk.
+// The part of a stretch that lies in a chunk.
 struct Segment {
-  int64_t begin, end, group;
-  bool first, last;  // whether it holds the run's begin and end
+  int64_t begin, end;  // steps
+  int64_t code, group;
+  bool first, last;  // whether it holds the stretch's begin and end
 };
 
-// Continues the sums of kRows rows over `count` values of k, and folds them into total at the end
-// of the run. x: packed rows at the segment's begin; panel: [count, kTileColumns]; sum and total:
+// Continues the sums of kRows rows over `count` steps, and folds them into total at the end of the
+// stretch. x: packed rows at the segment's begin; panel: [count, kTileColumns]; sum and total:
 // [kRows, kTileColumns].
-template <int kRows>
+template <int kCodes, int kRows>
 void tile(const float* x, const float* panel, int64_t count, const float* scale, bool first,
           bool last, float* sum, float* total) {
   VecF acc[kRows][kTileVectors];
@@ -218,7 +223,9 @@ void tile(const float* x, const float* panel, int64_t count, const float* scale,
     for (int m = 0; m < kRows; ++m) {
       const VecF xm = splat(x[m]);
       HF_GPTQ_UNROLL
-      for (int v = 0; v < kTileVectors; ++v) acc[m][v] = fmadd(values[v], xm, acc[m][v]);
+      for (int v = 0; v < kTileVectors; ++v) {
+        acc[m][v] = multiply_add<kCodes>(values[v], xm, acc[m][v]);
+      }
     }
     panel += kTileColumns;
     x += kRows;
@@ -250,21 +257,21 @@ constexpr int64_t kPanelFloats = int64_t{kChunk} * kTileColumns;
 constexpr int64_t kGroupColumns = kGroupBlocks * kBlockColumns;
 
 // Decodes one segment of column block `b` of the group into its panel, at row `at` of the chunk.
-template <int kBits>
+template <class Codes>
 void decode_segment(const hf_gptq_weight& w, const Segment& segment, int64_t group_block, int b,
                     const BlockWords& block, int64_t at, float* scales,
                     const PanelScratch& scratch) {
   alignas(64) float zero[kBlockColumns];
-  load_group<kBits>(w, segment.group, group_block + b, scales + b * kBlockColumns, zero);
-  VecF magic_zero[kBlockVectors];
+  load_group<Codes::kBits>(w, segment.group, group_block + b, scales + b * kBlockColumns, zero);
+  VecF zeros[kBlockVectors];
   HF_GPTQ_UNROLL
-  for (int v = 0; v < kBlockVectors; ++v) magic_zero[v] = load(zero + v * kLanes);
+  for (int v = 0; v < kBlockVectors; ++v) zeros[v] = load(zero + v * kLanes);
   const uint32_t* words[1] = {block.words};
   float* panel = scratch.panels + b / kTileBlocks * kPanelFloats + at * kTileColumns +
                  b % kTileBlocks * kBlockColumns;
-  decode<kBits>(words, block.row_stride, segment.begin, segment.end, magic_zero,
-                [&](int64_t k, const VecF(&values)[kBlockVectors]) __attribute__((always_inline)) {
-                  float* p = panel + (k - segment.begin) * kTileColumns;
+  Codes::decode(w, words, block.row_stride, segment.code, segment.end - segment.begin, zeros,
+                [&](int64_t i, const VecF(&values)[kBlockVectors]) __attribute__((always_inline)) {
+                  float* p = panel + i * kTileColumns;
                   HF_GPTQ_UNROLL
                   for (int v = 0; v < kBlockVectors; ++v) store(p + v * kLanes, values[v]);
                 });
@@ -273,21 +280,21 @@ void decode_segment(const hf_gptq_weight& w, const Segment& segment, int64_t gro
 using Tile = void (*)(const float*, const float*, int64_t, const float*, bool, bool, float*,
                       float*);
 
-template <int kRows>
+template <int kCodes, int kRows>
 Tile tile_for(int rows) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return tile_for<kRows - 1>(rows);
+    if (rows < kRows) return tile_for<kCodes, kRows - 1>(rows);
   }
-  return tile<kRows>;
+  return tile<kCodes, kRows>;
 }
 
 // Row blocks [row_begin, row_end) of the slab times column blocks [block, block + blocks).
-template <int kBits>
+template <class Codes>
 void panel_task(const LinearJob& job, int64_t row_begin, int64_t row_end, int64_t block, int blocks,
                 const PanelScratch& scratch) {
   const hf_gptq_weight& w = job.a.weight;
   const int rows = job.rows;
-  const Tile tile_rows = tile_for<kTileRows>(rows);
+  const Tile tile_rows = tile_for<Codes::kCodes, kTileRows>(rows);
   const int panels = static_cast<int>(ceil_div(blocks, kTileBlocks));
   const int64_t tile_floats = int64_t{rows} * kTileColumns;
   memset(scratch.totals, 0, (row_end - row_begin) * kGroupPanels * tile_floats * sizeof(float));
@@ -300,21 +307,22 @@ void panel_task(const LinearJob& job, int64_t row_begin, int64_t row_end, int64_
   for (int b = 0; b < blocks; ++b) words[b] = block_words(w, block + b, scratch.copy);
 
   int64_t run = 0;
-  int64_t k = 0;
-  while (k < w.K) {
+  int64_t step = 0;
+  while (step < job.steps) {
     Segment segments[kChunkRuns];
     int count = 0;
-    const int64_t chunk_begin = k;
-    while (count < kChunkRuns && k < w.K && k < chunk_begin + kChunk) {
-      const Run& r = job.a.runs.data[run];
+    const int64_t chunk_begin = step;
+    while (count < kChunkRuns && step < job.steps && step < chunk_begin + kChunk) {
+      const Stretch& r = job.stretches[run];
       const int64_t end = min64(r.end, chunk_begin + kChunk);
-      segments[count++] = {k, end, r.group, k == r.begin, end == r.end};
+      const int64_t code = r.code + (step - r.begin) * Codes::kCodes;
+      segments[count++] = {step, end, code, r.group, step == r.begin, end == r.end};
       if (end == r.end) ++run;
-      k = end;
+      step = end;
     }
     for (int s = 0; s < count; ++s) {
       for (int b = 0; b < blocks; ++b) {
-        decode_segment<kBits>(w, segments[s], block, b, words[b], segments[s].begin - chunk_begin,
+        decode_segment<Codes>(w, segments[s], block, b, words[b], segments[s].begin - chunk_begin,
                               scratch.scales + s * kGroupColumns, scratch);
       }
     }
@@ -324,7 +332,7 @@ void panel_task(const LinearJob& job, int64_t row_begin, int64_t row_end, int64_
         for (int s = 0; s < count; ++s) {
           const Segment& segment = segments[s];
           tile_rows(
-              job.x + (row_block * w.K + segment.begin) * rows,
+              job.x + (row_block * job.steps + segment.begin) * rows,
               scratch.panels + p * kPanelFloats + (segment.begin - chunk_begin) * kTileColumns,
               segment.end - segment.begin, scratch.scales + s * kGroupColumns + p * kTileColumns,
               segment.first, segment.last, scratch.sums + tile_at, scratch.totals + tile_at);
@@ -348,7 +356,7 @@ void panel_task(const LinearJob& job, int64_t row_begin, int64_t row_end, int64_
 }
 
 // Task t: column group t / row tasks, row task t % row tasks.
-template <int kBits>
+template <class Codes>
 int panel_tasks(int64_t begin, int64_t end, const void* context) {
   const LinearJob& job = *static_cast<const LinearJob*>(context);
   const hf_gptq_weight& w = job.a.weight;
@@ -373,29 +381,27 @@ int panel_tasks(int64_t begin, int64_t end, const void* context) {
   for (int64_t t = begin; t < end; ++t) {
     const int64_t block = t / row_tasks * kGroupBlocks;
     const int64_t row_block = t % row_tasks * job.task_row_blocks;
-    panel_task<kBits>(job, row_block, min64(row_block + job.task_row_blocks, row_blocks), block,
+    panel_task<Codes>(job, row_block, min64(row_block + job.task_row_blocks, row_blocks), block,
                       static_cast<int>(min64(kGroupBlocks, blocks - block)), scratch);
   }
   return HF_GPTQ_OK;
 }
 
-template <int kBits, int kRows>
+template <class Codes, int kRows>
 int run_stream(const LinearJob& job) {
   if constexpr (kRows > 1) {
-    if (job.rows < kRows) return run_stream<kBits, kRows - 1>(job);
+    if (job.rows < kRows) return run_stream<Codes, kRows - 1>(job);
   }
   constexpr int kBlocks = stream_blocks(kRows);
-  const hf_gptq_weight& w = job.a.weight;
-  return parallel_for(ceil_div(column_blocks(w.N), kBlocks),
-                      grain_for(w.K * kRows * kBlocks * kBlockColumns), stream_groups<kBits, kRows>,
-                      &job);
+  return parallel_for(ceil_div(column_blocks(job.a.weight.N), kBlocks),
+                      grain_for(job.steps * kRows * kBlocks * kBlockColumns),
+                      stream_groups<Codes, kRows>, &job);
 }
 
-template <int kBits>
+template <class Codes>
 int run_panels(LinearJob job) {
-  const hf_gptq_weight& w = job.a.weight;
   const int64_t row_blocks = ceil_div(job.row_count, job.rows);
-  const int64_t groups = ceil_div(column_blocks(w.N), kGroupBlocks);
+  const int64_t groups = ceil_div(column_blocks(job.a.weight.N), kGroupBlocks);
   // Enough row tasks for the wanted number in all, of at least 4 row blocks each so that decoding
   // stays a small part, of equal size, and within what a task's scratch is meant for.
   int64_t row_tasks = min64(ceil_div(kWantedTasks, groups), ceil_div(row_blocks, 4));
@@ -404,32 +410,67 @@ int run_panels(LinearJob job) {
   job.task_row_blocks = ceil_div(row_blocks, row_tasks);
   row_tasks = ceil_div(row_blocks, job.task_row_blocks);
   return parallel_for(groups * row_tasks,
-                      grain_for(w.K * kGroupColumns * job.task_row_blocks * job.rows),
-                      panel_tasks<kBits>, &job);
+                      grain_for(job.steps * kGroupColumns * job.task_row_blocks * job.rows),
+                      panel_tasks<Codes>, &job);
+}
+
+// Writes the stretch of each run; returns their steps.
+template <class Codes>
+int64_t find_stretches(const Runs& runs, Stretch* stretches) {
+  int64_t step = 0;
+  for (int64_t i = 0; i < runs.count; ++i) {
+    const Run& run = runs.data[i];
+    const int64_t end = step + Codes::steps(run);
+    stretches[i] = {step, end, Codes::first(run), run.group};
+    step = end;
+  }
+  return step;
+}
+
+template <class Codes>
+int run_linear(const LinearArguments& a, const Stretch* stretches, int64_t steps) {
+  // Row blocks of equal size: 13 rows are 7 + 6, not 12 + 1.
+  const int rows = static_cast<int>(ceil_div(a.M, ceil_div(a.M, kTileRows)));
+  if (Codes::kCodes == 1 && a.M == 1 && a.dtype == HF_GPTQ_FP32 && !a.weight.perm) {
+    const float* x = static_cast<const float*>(a.x);
+    return run_stream<Codes, 1>({a, stretches, steps, 1, 0, 1, x, 1});
+  }
+  const int64_t slab_rows = min64(kSlabRowBlocks * rows, ceil_div(a.M, rows) * rows);
+  const Buffer buffer(slab_rows * steps * sizeof(float));
+  float* packed = static_cast<float*>(buffer.data());
+  if (!packed) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
+  for (int64_t begin = 0; begin < a.M; begin += slab_rows) {
+    const int64_t count = min64(slab_rows, a.M - begin);
+    const LinearJob job{a, stretches, steps, rows, begin, count, packed, 1};
+    const PackJob pack{job, packed};
+    int error =
+        parallel_for(ceil_div(count, rows), grain_for(16 * steps * rows), pack_x<Codes>, &pack);
+    if (error != HF_GPTQ_OK) return error;
+    error = a.M <= kStreamRows ? run_stream<Codes, kStreamRows>(job) : run_panels<Codes>(job);
+    if (error != HF_GPTQ_OK) return error;
+  }
+  return HF_GPTQ_OK;
 }
 
 template <int kBits>
 int linear_bits(const LinearArguments& a) {
-  const hf_gptq_weight& w = a.weight;
-  // Row blocks of equal size: 13 rows are 7 + 6, not 12 + 1.
-  const int rows = static_cast<int>(ceil_div(a.M, ceil_div(a.M, kTileRows)));
-  if (a.M == 1 && a.dtype == HF_GPTQ_FP32 && !w.perm) {
-    return run_stream<kBits, 1>({a, 1, 0, 1, static_cast<const float*>(a.x), 1});
+  const Buffer buffer(a.runs.count * sizeof(Stretch));
+  Stretch* stretches = static_cast<Stretch*>(buffer.data());
+  if (!stretches) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
+#if defined(HF_GPTQ_SIMD_BF16)
+  if (a.dtype == HF_GPTQ_BF16) {
+    using Any = Pairs<kBits, false>;
+    using Symmetric = Pairs<kBits, kBits == 2 || kBits == 4>;
+    const int64_t steps = find_stretches<Any>(a.runs, stretches);
+    // Where groups change within units, units are decoded more than once.
+    if (steps <= a.weight.K) {
+      return a.weight.qzeros ? run_linear<Any>(a, stretches, steps)
+                             : run_linear<Symmetric>(a, stretches, steps);
+    }
   }
-  const int64_t slab_rows = min64(kSlabRowBlocks * rows, ceil_div(a.M, rows) * rows);
-  const Buffer buffer(slab_rows * w.K * sizeof(float));
-  float* packed = static_cast<float*>(buffer.data());
-  if (!packed) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
-  for (int64_t begin = 0; begin < a.M; begin += slab_rows) {
-    const LinearJob job{a, rows, begin, min64(slab_rows, a.M - begin), packed, 1};
-    const PackJob pack{job, packed};
-    int error =
-        parallel_for(ceil_div(job.row_count, rows), grain_for(16 * w.K * rows), pack_x, &pack);
-    if (error != HF_GPTQ_OK) return error;
-    error = a.M <= kStreamRows ? run_stream<kBits, kStreamRows>(job) : run_panels<kBits>(job);
-    if (error != HF_GPTQ_OK) return error;
-  }
-  return HF_GPTQ_OK;
+#endif
+  const int64_t steps = find_stretches<Floats<kBits>>(a.runs, stretches);
+  return run_linear<Floats<kBits>>(a, stretches, steps);
 }
 
 int linear(const LinearArguments& a) {

@@ -10,7 +10,9 @@ namespace hf_gptq {
 namespace {
 
 // Register blocking of outer_tile(). kOuterRows and kOuterColumns divide kPackColumns.
-#if defined(HF_GPTQ_SIMD_AVX512F)
+#if defined(HF_GPTQ_EMULATE)
+constexpr int kOuterRows = 3, kOuterVectors = 2;
+#elif defined(HF_GPTQ_SIMD_AVX512F)
 constexpr int kOuterRows = 12, kOuterVectors = 2;
 #elif defined(HF_GPTQ_SIMD_AVX2)
 constexpr int kOuterRows = 6, kOuterVectors = 2;

@@ -6,6 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
+// HF_GPTQ_EMULATE: AVX-512 computed with AVX2, to test it on processors that have none (emulate.h).
 #if defined(HF_GPTQ_SIMD_AVX512F) || defined(HF_GPTQ_SIMD_AVX2)
 #include <immintrin.h>
 #endif
@@ -65,7 +66,13 @@ HF_GPTQ_INLINE void store(float* p, VecF v) { memcpy(p, &v, sizeof v); }
 
 HF_GPTQ_INLINE VecU splat(uint32_t x) { return VecU{} + x; }
 
-#if defined(HF_GPTQ_SIMD_AVX512F)
+#if defined(HF_GPTQ_SIMD_AVX512F) && defined(HF_GPTQ_EMULATE)
+}  // namespace
+}  // namespace hf_gptq
+#include "emulate.h"
+namespace hf_gptq {
+namespace {
+#elif defined(HF_GPTQ_SIMD_AVX512F)
 
 HF_GPTQ_INLINE VecF splat(float x) { return _mm512_set1_ps(x); }
 HF_GPTQ_INLINE VecF fmadd(VecF a, VecF b, VecF c) { return _mm512_fmadd_ps(a, b, c); }
@@ -114,9 +121,15 @@ HF_GPTQ_INLINE bool differs(VecF a, VecF b) {
 #endif
 
 // c + a.upper * b.upper, then + a.lower * b.lower, for lanes that are pairs of bf16.
-#if defined(HF_GPTQ_SIMD_BF16)
+#if defined(HF_GPTQ_SIMD_BF16) && defined(HF_GPTQ_EMULATE)
+// In emulate.h.
+#elif defined(HF_GPTQ_SIMD_BF16)
 HF_GPTQ_INLINE VecF fmadd_pairs(VecF a, VecF b, VecF c) {
   return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+}
+// In each 16-bit half of a lane, the entry of the table that its low 5 bits name.
+HF_GPTQ_INLINE VecF lookup_16(VecU index, VecU table) {
+  return (VecF)_mm512_permutexvar_epi16((__m512i)index, (__m512i)table);
 }
 #else
 HF_GPTQ_INLINE VecF upper_bf16(VecF a) { return (VecF)((VecU)a & 0xffff0000u); }

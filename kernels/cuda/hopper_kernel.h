@@ -35,6 +35,9 @@
 // subnormals. At groups of 16 the fma are 256 in 256 cycles and bound the kernel; it is right
 // there, but not at its best.
 //
+// Splits of K are the blocks of a cluster, who add their sums up in each other's shared memory: no
+// workspace, no atomics, and all of them share the work.
+//
 // Tiles go to blocks in turn (a persistent grid), so the copies of the next tile begin during the
 // epilogue of this one. The order of tiles does not matter to the result.
 #ifndef HF_GPTQ_HOPPER_KERNEL_H_
@@ -59,7 +62,8 @@ constexpr int kHalves = kConsumerN / kPanelN;  // m64 products of a consumer
 constexpr int kBlockOutputs = kConsumerN * kConsumers;
 constexpr int kSharedLimit = 227 * 1024;  // dynamic shared memory of a block on sm_90
 
-// The work: tiles of outputs x tokens, each cut into p.chunks parts of K.
+// The work: tiles of outputs x tokens, each cut into p.chunks parts of K, 1, 2, 4 or 8: as many as
+// a cluster has blocks.
 struct Problem {
   LinearArguments p;
   int token_tiles, output_tiles;
@@ -79,15 +83,17 @@ struct Shared {
   // an 8 x 8 matrix into different banks.
   static constexpr int kRow = kConsumerN * 2 + 16;
   static constexpr int kOut = Tokens * kRow;
-  static constexpr int kControl = 256;  // barriers and a flag
+  static constexpr int kControl = 256;  // barriers
   static constexpr int kRest = kConsumers * kOut + kControl + 1024;
   static constexpr int kFit = (kSharedLimit - kRest) / kStage;
   static constexpr int kStages = kFit < 8 ? kFit : 8;
   static constexpr int kBytes = kStages * kStage + kRest;
   static_assert(kStages >= 3, "too few stages to hide the latency of memory");
+  static_assert(kConsumers * kOut >= Tokens / 8 * 16 * kConsumerThreads, "a half in fp32 must fit");
 };
 
-// A tile and a part of K. Neighbours in the order share weights: tokens vary fastest.
+// A tile and a part of K. The parts of a tile are neighbours and go to the blocks of one cluster;
+// of the tiles, tokens vary fastest, so that neighbours share weights.
 struct Item {
   int tile, split;
   int64_t token, output;
@@ -95,10 +101,9 @@ struct Item {
 };
 
 HF_GPTQ_DEVICE Item item_of(const Problem& problem, int number, int tokens) {
-  const int tiles = problem.token_tiles * problem.output_tiles;
   Item item;
-  item.tile = number % tiles;
-  item.split = number / tiles;
+  item.split = number % problem.p.chunks;
+  item.tile = number / problem.p.chunks;
   item.token = static_cast<int64_t>(item.tile % problem.token_tiles) * tokens;
   item.output = static_cast<int64_t>(item.tile / problem.token_tiles) * kBlockOutputs;
   item.begin = static_cast<int>(chunk_begin(item.split, problem.p.chunks, problem.p.k_tiles));
@@ -250,56 +255,62 @@ HF_GPTQ_DEVICE uint64_t x_descriptor(uint32_t address) {
   return uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 16 | address >> 4;
 }
 
-// Adds this split's sums to those of the others. True for the block that arrives last, which then
-// holds the whole sum, built upwards from split 0.
-template <int Tokens>
-HF_GPTQ_DEVICE bool join_splits(float (&total)[kHalves][Tokens / 2], const Problem& problem,
-                                const Item& item, volatile int32_t* flag) {
-  constexpr int kFours = Tokens / 8;  // of a half
-  constexpr int kStride = 4 * kConsumerThreads;
-  float* tile = problem.p.partials +
-                static_cast<int64_t>(item.tile) * problem.p.chunks * kHalves * kFours * kStride +
-                4 * threadIdx.x;
-  float* mine = tile + static_cast<int64_t>(item.split) * kHalves * kFours * kStride;
+// How the blocks of a cluster know each other's shared memory to be ready and read. Both barriers
+// count the eight consumer warps of every block.
+struct Join {
+  uint32_t ready, read;
+  uint32_t parity = 0;
+};
+
+// Adds up the splits of a tile, which the blocks of the cluster hold, and stores the outputs. One
+// half at a time, every thread puts its sums into its block's shared memory; then each block takes
+// its share of the tokens, reads them from all blocks, upwards from split 0, and stores them.
+template <class T, int Tokens>
+HF_GPTQ_DEVICE void join_splits(const float (&total)[kHalves][Tokens / 2], const Problem& problem,
+                                const Item& item, unsigned char* out, Join& join, int consumer,
+                                int warp) {
+  constexpr int kBlocks = Tokens / 8;  // of eight tokens: four registers of a thread
+  const LinearArguments& p = problem.p;
+  const int lane = threadIdx.x % 32, each = kBlocks / p.chunks;
+  float* mine = reinterpret_cast<float*>(out) + 4 * threadIdx.x;
 #pragma unroll
   for (int half = 0; half < kHalves; ++half) {
+    mbarrier_wait_cluster(join.read, join.parity ^ 1);
 #pragma unroll
-    for (int i = 0; i < kFours; ++i) {
-      store_four(mine + (half * kFours + i) * kStride, total[half][4 * i], total[half][4 * i + 1],
+    for (int i = 0; i < kBlocks; ++i) {
+      store_four(mine + i * 4 * kConsumerThreads, total[half][4 * i], total[half][4 * i + 1],
                  total[half][4 * i + 2], total[half][4 * i + 3]);
     }
-  }
-  __threadfence();
-  named_barrier(1, kConsumerThreads);
-  if (threadIdx.x == 0) {
-    const bool last = atomicAdd(problem.p.counters + item.tile, 1) == problem.p.chunks - 1;
-    if (last) problem.p.counters[item.tile] = 0;
-    *flag = last;
-  }
-  named_barrier(1, kConsumerThreads);
-  const bool last = *flag != 0;
-  named_barrier(1, kConsumerThreads);
-  if (!last) return false;
-  __threadfence();
-#pragma unroll
-  for (int half = 0; half < kHalves; ++half) {
-#pragma unroll
-    for (int i = 0; i < Tokens / 2; ++i) total[half][i] = 0.0f;
-  }
-  for (int split = 0; split < problem.p.chunks; ++split) {
-    const float* theirs = tile + static_cast<int64_t>(split) * kHalves * kFours * kStride;
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-#pragma unroll
-      for (int i = 0; i < kFours; ++i) {
+    __syncwarp();
+    if (lane < p.chunks) mbarrier_arrive_peer(peer_address(join.ready, lane));
+    mbarrier_wait_cluster(join.ready, join.parity);
+    const int64_t n =
+        item.output + consumer * kConsumerN + half * kPanelN + warp * kTileN + lane / 4;
+    const float bias[2] = {p.bias && n < p.N ? to_float(p.bias[n], T()) : 0.0f,
+                           p.bias && n + 8 < p.N ? to_float(p.bias[n + 8], T()) : 0.0f};
+    for (int i = item.split * each; i < (item.split + 1) * each; ++i) {
+      const uint32_t address = window_address(mine + i * 4 * kConsumerThreads);
+      float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      for (int split = 0; split < p.chunks; ++split) {
         float four[4];
-        load_four(four, theirs + (half * kFours + i) * kStride);
+        load_peer_four(four, peer_address(address, split));
 #pragma unroll
-        for (int j = 0; j < 4; ++j) total[half][4 * i + j] += four[j];
+        for (int j = 0; j < 4; ++j) sum[j] += four[j];
+      }
+      const int64_t token = item.token + 8 * i + lane % 4 * 2;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        if (n + 8 * j >= p.N) continue;
+        const uint32_t pair = pack_pair(sum[2 * j] + bias[j], sum[2 * j + 1] + bias[j], T());
+        uint16_t* y = p.y + token * p.N + n + 8 * j;
+        if (token < p.M) y[0] = static_cast<uint16_t>(pair);
+        if (token + 1 < p.M) y[p.N] = static_cast<uint16_t>(pair >> 16);
       }
     }
+    __syncwarp();
+    if (lane < p.chunks) mbarrier_arrive_peer(peer_address(join.read, lane));
+    join.parity ^= 1;
   }
-  return true;
 }
 
 // Rounds, turns tokens into rows and stores what lies inside of y.
@@ -309,7 +320,7 @@ HF_GPTQ_DEVICE void store_outputs(const float (&total)[kHalves][Tokens / 2], con
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const int64_t first = item.output + consumer * kConsumerN;
   const uint32_t rows = window_address(out);
-  named_barrier(2 + consumer, 128);  // the tile before has been read
+  named_barrier(1 + consumer, 128);  // the tile before has been read
 #pragma unroll
   for (int half = 0; half < kHalves; ++half) {
     const int64_t n = first + half * kPanelN + warp * kTileN + lane / 4;
@@ -328,7 +339,7 @@ HF_GPTQ_DEVICE void store_outputs(const float (&total)[kHalves][Tokens / 2], con
                           pack_pair(v[6] + bias[1], v[7] + bias[1], T()));
     }
   }
-  named_barrier(2 + consumer, 128);
+  named_barrier(1 + consumer, 128);
   const int64_t left = problem.p.M - item.token;
   const int tokens = left < Tokens ? static_cast<int>(left) : Tokens;
   if (problem.p.N % 8 == 0 && reinterpret_cast<uintptr_t>(problem.p.y) % 16 == 0) {
@@ -352,8 +363,7 @@ HF_GPTQ_DEVICE void store_outputs(const float (&total)[kHalves][Tokens / 2], con
 
 template <class T, int Bits, int Tokens, int Chunk>
 HF_GPTQ_DEVICE void consume(const Problem& problem, unsigned char* stages, uint32_t full,
-                            uint32_t empty, volatile int32_t* flag, unsigned char* out,
-                            int consumer, int warp) {
+                            uint32_t empty, Join join, unsigned char* out, int consumer, int warp) {
   using S = Shared<Bits, Tokens, Chunk>;
   const int lane = threadIdx.x % 32;
   const int items = problem.token_tiles * problem.output_tiles * problem.p.chunks;
@@ -394,10 +404,14 @@ HF_GPTQ_DEVICE void consume(const Problem& problem, unsigned char* stages, uint3
       if (lane == 0) mbarrier_arrive(empty + 8 * turn.stage);
       turn.next(S::kStages);
     }
-    if (problem.p.chunks == 1 || join_splits<Tokens>(total, problem, item, flag)) {
-      store_outputs<T, Tokens, S::kRow>(total, problem, item, out, consumer);
+    if (problem.p.chunks > 1) {
+      join_splits<T, Tokens>(total, problem, item, out, join, consumer, warp);
+    } else {
+      store_outputs<T, Tokens, S::kRow>(total, problem, item, out + consumer * S::kOut, consumer);
     }
   }
+  // Others may still read this block's shared memory.
+  if (problem.p.chunks > 1) mbarrier_wait_cluster(join.read, join.parity ^ 1);
 }
 
 template <class T, int Bits, int Tokens, int Chunk>
@@ -410,6 +424,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   unsigned char* out = stages + S::kStages * S::kStage;
   unsigned char* control = out + kConsumers * S::kOut;
   const uint32_t full = window_address(control), empty = full + 8 * S::kStages;
+  const Join join = {empty + 8 * S::kStages, empty + 8 * S::kStages + 8};
   // The same in every lane, and the compiler knows it.
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32 % 4, 0);
@@ -418,9 +433,15 @@ __global__ void __launch_bounds__(kThreads, 1)
       mbarrier_init(full + 8 * stage, 2);
       mbarrier_init(empty + 8 * stage, kConsumers * 4);
     }
+    mbarrier_init(join.ready, problem.p.chunks * kConsumers * 4);
+    mbarrier_init(join.read, problem.p.chunks * kConsumers * 4);
     mbarrier_init_fence();
   }
-  __syncthreads();
+  if (problem.p.chunks > 1) {
+    cluster_sync();
+  } else {
+    __syncthreads();
+  }
   if (warpgroup == kConsumers) {
     registers_give<40>();
     if (warp == 0) {
@@ -430,9 +451,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     registers_take<232>();
-    consume<T, Bits, Tokens, Chunk>(problem, stages, full, empty,
-                                    reinterpret_cast<volatile int32_t*>(control + 16 * S::kStages),
-                                    out + warpgroup * S::kOut, warpgroup, warp);
+    consume<T, Bits, Tokens, Chunk>(problem, stages, full, empty, join, out, warpgroup, warp);
   }
 }
 

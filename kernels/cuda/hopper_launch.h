@@ -8,6 +8,8 @@
 namespace hf_gptq {
 namespace hopper {
 
+static_assert(kMaxChunks <= 8, "a cluster has at most eight blocks");
+
 template <class T, int Bits, int Tokens, int Chunk>
 cudaError_t launch(const Problem& problem, const Device& device, cudaStream_t stream) {
   using S = Shared<Bits, Tokens, Chunk>;
@@ -16,9 +18,12 @@ cudaError_t launch(const Problem& problem, const Device& device, cudaStream_t st
   const cudaError_t error = make_tensor_map(&x, p.x, p.x_columns, p.M, p.x_stride, Tokens, T());
   if (error != cudaSuccess) return error;
   const int64_t items = static_cast<int64_t>(problem.token_tiles) * problem.output_tiles * p.chunks;
-  const int64_t blocks = items < device.multiprocessors ? items : device.multiprocessors;
-  return launch_engine(linear_kernel<T, Bits, Tokens, Chunk>, dim3(static_cast<unsigned>(blocks)),
-                       dim3(kThreads), S::kBytes, stream, x, problem);
+  const int64_t clusters =
+      device.multiprocessors < p.chunks ? 1 : device.multiprocessors / p.chunks;
+  const int64_t blocks = items < clusters * p.chunks ? items : clusters * p.chunks;
+  return launch_clusters(linear_kernel<T, Bits, Tokens, Chunk>, p.chunks,
+                         dim3(static_cast<unsigned>(blocks)), dim3(kThreads), S::kBytes, stream, x,
+                         problem);
 }
 
 // A chunk is what shares scales and zeros: as many slices as a stage and a group allow. One group

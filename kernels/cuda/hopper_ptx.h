@@ -58,6 +58,50 @@ HF_GPTQ_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
+// ---- clusters
+
+// All threads of all blocks of the cluster.
+HF_GPTQ_DEVICE void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The same place in the shared memory of block `rank` of the cluster.
+HF_GPTQ_DEVICE uint32_t peer_address(uint32_t address, uint32_t rank) {
+  uint32_t result;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
+  return result;
+}
+
+// Arrives at a barrier of any block of the cluster; what this thread did before is visible there.
+HF_GPTQ_DEVICE void mbarrier_arrive_peer(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
+               : "memory");
+}
+
+// As mbarrier_wait, for arrivals from other blocks of the cluster.
+HF_GPTQ_DEVICE void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra finished;\n"
+      "bra again;\n"
+      "finished:\n"
+      "}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+// Four floats from the shared memory of any block of the cluster.
+HF_GPTQ_DEVICE void load_peer_four(float (&values)[4], uint32_t address) {
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(values[0]), "=f"(values[1]), "=f"(values[2]), "=f"(values[3])
+               : "r"(address)
+               : "memory");
+}
+
 // ---- copies from global to shared memory by the copy engine
 
 // `bytes` and both addresses are multiples of 16.
@@ -79,10 +123,6 @@ HF_GPTQ_DEVICE void tensor_copy(uint32_t destination, const TensorMap* map, int3
       "%3}], [%4];" ::"r"(destination),
       "l"(map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
-}
-
-HF_GPTQ_DEVICE void tensor_map_prefetch(const TensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // ---- warpgroups
@@ -193,17 +233,9 @@ HF_GPTQ_DEVICE uint32_t pack_pair(float low, float high, Bfloat16) {
   return result;
 }
 
-// Four floats at a 16-byte aligned address of global memory, past L1: other blocks read and write
-// there.
+// Four floats to a 16-byte aligned address.
 HF_GPTQ_DEVICE void store_four(float* address, float a, float b, float c, float d) {
-  __stcg(reinterpret_cast<float4*>(address), make_float4(a, b, c, d));
-}
-HF_GPTQ_DEVICE void load_four(float (&values)[4], const float* address) {
-  const float4 four = __ldcg(reinterpret_cast<const float4*>(address));
-  values[0] = four.x;
-  values[1] = four.y;
-  values[2] = four.z;
-  values[3] = four.w;
+  *reinterpret_cast<float4*>(address) = make_float4(a, b, c, d);
 }
 
 // Stores four 8x8 matrices of 16-bit elements, held as mma fragments, transposed: lane 8 i + r
@@ -253,10 +285,30 @@ static inline cudaError_t make_tensor_map(TensorMap* map, const void* x, int64_t
   return encode_map(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, x, columns, rows, stride, box_rows);
 }
 
+// Launches a kernel whose grid consists of clusters of `cluster` blocks.
 template <class... Parameters, class... Arguments>
-static cudaError_t launch_engine(void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                                 size_t shared, cudaStream_t stream, Arguments... arguments) {
-  return hf_gptq_launch(kernel, grid, block, shared, stream, arguments...);
+static cudaError_t launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid,
+                                   dim3 block, size_t shared, cudaStream_t stream,
+                                   Arguments... arguments) {
+  cudaError_t error =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                           cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  if (error == cudaSuccess) {
+    cudaLaunchAttribute dimension = {};
+    dimension.id = cudaLaunchAttributeClusterDimension;
+    dimension.val.clusterDim.x = static_cast<unsigned>(cluster);
+    dimension.val.clusterDim.y = dimension.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = &dimension;
+    config.numAttrs = 1;
+    error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  }
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
 }
 
 }  // namespace hopper

@@ -10,9 +10,17 @@ template <class... Parameters, class... Arguments>
 static cudaError_t hf_gptq_launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                                   size_t shared, cudaStream_t stream, Arguments... arguments) {
   if (shared > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    // All that the device has, not what this launch takes: another thread may launch the kernel
+    // with more at the same time.
+    int device, most;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) {
+      error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    if (error == cudaSuccess) {
+      error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                   cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    }
     if (error != cudaSuccess) {
       cudaGetLastError();
       return error;

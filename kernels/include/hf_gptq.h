@@ -23,7 +23,7 @@
 extern "C" {
 #endif
 
-#define HF_GPTQ_ABI_VERSION 4
+#define HF_GPTQ_ABI_VERSION 5
 
 enum hf_gptq_dtype {
   HF_GPTQ_FP32 = 0,
@@ -100,9 +100,9 @@ HF_GPTQ_API const char* hf_gptq_error_string(int error);
 // "abi=3,compiler=gcc,version=12.2.0,isa=avx512f+avx2+portable,sanitize=0".
 HF_GPTQ_API const char* hf_gptq_build_info(void);
 
-// The instruction set in use: "avx512f", "avx2" (with FMA and F16C) or "portable". It is the best
-// one that was compiled in and that this CPU has, or the one named by the environment variable
-// HF_GPTQ_ISA; the choice is made once, at the first call that needs it.
+// The instruction set in use: "avx512bf16", "avx512f", "avx2" (with FMA and F16C) or "portable". It
+// is the best one that was compiled in and that this CPU has, or the one named by the environment
+// variable HF_GPTQ_ISA; the choice is made once, at the first call that needs it.
 HF_GPTQ_API const char* hf_gptq_cpu_isa(void);
 
 // NULL, or why the value of HF_GPTQ_ISA could not be honoured and the best one is used instead.
@@ -124,6 +124,16 @@ HF_GPTQ_API void hf_gptq_set_parallel_for(hf_gptq_parallel_for_t parallel_for);
 //                  total = fma(sum, scale, total)
 //   y = round_to_nearest_even(total + bias)
 // avx512f and avx2 give the same bits; "portable" rounds product and sum of each fma separately.
+//
+// "avx512bf16" takes bf16 activations two at a time; a code - zero is exact in bf16 too. With a
+// unit of U codes, 16, 32, 8, 4 for 2, 3, 4, 8 bits, the sum of a run is
+//   for each unit u of codes u * U .. u * U + U - 1 that holds codes of the run, upwards:
+//     for j = 0 .. U/2 - 1:  with i = u * U + j:
+//       sum = fma(x of i + U/2, code - zero, sum);  sum = fma(x of i, code - zero, sum)
+// where x is 0 for codes that are not the run's, and the fma takes subnormal numbers for zero and
+// rounds subnormal results to zero. A weight whose runs divide units so often that there are more
+// than K pairs is computed as by avx512f; that does not depend on x.
+//
 // A row of y has the same bits whatever M is and whatever the other rows are (payloads of NaN
 // excepted).
 HF_GPTQ_API int hf_gptq_linear(const hf_gptq_weight* weight,
@@ -134,6 +144,17 @@ HF_GPTQ_API int hf_gptq_linear(const hf_gptq_weight* weight,
                                const void* bias,      // [N], x_dtype, or NULL
                                void* y);              // out [M, N], x_dtype
 
+// y = x @ weight, for gradients by the activations: in fp32, the products of the dense weight as
+// hf_gptq_dequantize rounds it to fp32, summed over n as hf_gptq_matmul sums over its k; y rounded
+// to nearest even. "avx512bf16" rounds the dense weight to bf16 where x is, and sums pairs. A row
+// of y has the same bits whatever M is and whatever the other rows are.
+HF_GPTQ_API int hf_gptq_linear_transposed(const hf_gptq_weight* weight,
+                                          const void* x,         // [M, N], rows x_row_stride apart
+                                          int32_t x_dtype,       // hf_gptq_dtype of x and y
+                                          int64_t M,             // >= 0
+                                          int64_t x_row_stride,  // elements
+                                          void* y);              // out [M, K], x_dtype
+
 // out[n, feature(i)] = round_to_nearest_even(fp32(code - zero) * fp32(scale)).
 HF_GPTQ_API int hf_gptq_dequantize(const hf_gptq_weight* weight,
                                    void* out,                // out [N, K], out_dtype
@@ -141,14 +162,17 @@ HF_GPTQ_API int hf_gptq_dequantize(const hf_gptq_weight* weight,
                                    int64_t out_row_stride);  // elements, >= K
 
 // Copies R x N words between the canonical and the blocked layout, either way; the padding columns
-// of a blocked dst become 0.
+// of a blocked dst become 0. With perm, code i of each column of dst is code perm[i] of src.
 HF_GPTQ_API int hf_gptq_repack(const int32_t* src,        // words, see layout.h
                                int64_t src_block_stride,  // 16 or 16 * R
                                int64_t src_row_stride,    // N or 16
                                int32_t* dst,              // out, words
                                int64_t dst_block_stride,  // 16 or 16 * R
                                int64_t dst_row_stride,    // N or 16
-                               int64_t R, int64_t N);     // >= 1
+                               int64_t R, int64_t N,      // >= 1
+                               const int32_t* perm,       // [K], entries in [0, K), or NULL
+                               int64_t K,                 // >= 1 with R = ceil(K * bits / 32);
+                               int32_t bits);             // K and bits are read only with perm
 
 // C = A B or C += A B in fp32, transposes being a matter of strides. For each (m, n), as avx512f
 // and avx2 do it:

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from hf_gptq_plugin import GPTQConfig
 from hf_gptq_plugin.convert.inspect import inspect
 from hf_gptq_plugin.convert.source import open_source
-from hf_gptq_plugin.convert.stream import convert
-from hf_gptq_plugin.format.spec import CheckpointError
+from hf_gptq_plugin.convert.stream import convert, relative_error
+from hf_gptq_plugin.format.grid import QuantizedWeight, natural_groups
+from hf_gptq_plugin.format.spec import CheckpointError, QuantSpec
 
 IDS = torch.arange(3, 35)[None]
 Make = Callable[..., Path]
@@ -75,6 +76,23 @@ def test_dense_is_the_dequantized_model(quantized: Make, tmp_path: Path) -> None
     torch.testing.assert_close(logits(tmp_path / "dense"), logits(source), rtol=1e-5, atol=1e-5)
     rounded = convert(open_source(source), tmp_path / "bf16", "dense")
     assert all(0 < outcome.error < 2**-8 and "bfloat16" in outcome.note for outcome in rounded)
+
+
+def test_relative_error() -> None:
+    w = QuantizedWeight(
+        torch.randint(0, 16, (7, 96), dtype=torch.uint8), torch.rand(3, 7).half() + 0.1,
+        torch.randint(1, 16, (3, 7), dtype=torch.int32), natural_groups(96, 32), QuantSpec(4, 32, sym=False),
+    )  # fmt: skip
+    assert len(list(w.slabs(200))) == 4
+    assert torch.equal(torch.cat([w.rows(rows).dequantize() for rows in w.slabs(200)]), w.dequantize())
+    noise = 0.01 * torch.randn(7, 96)
+    exact, other = w.dequantize().double(), (w.dequantize() + noise).double()
+    expected = float((other - exact).norm() / exact.norm())
+    assert relative_error(w, lambda rows: other[rows].float()) == pytest.approx(expected, rel=1e-6)
+    assert relative_error(w, lambda rows: w.rows(rows).dequantize()) == 0
+    tiny = w.dequantize().clone()
+    tiny[6, 95] *= 1 + 2**-20
+    assert relative_error(w, lambda rows: tiny[rows]) > 0
 
 
 def test_shards(quantized: Make, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hf_gptq_plugin.format.spec import CheckpointConfig, CheckpointError, QuantSpec
+from hf_gptq_plugin.format.spec import CheckpointConfig, CheckpointError, QuantSpec, module_pattern
 
 
 @pytest.mark.parametrize(
@@ -67,3 +67,31 @@ def test_shapes_of_the_ragged_case() -> None:
         "qweight": (72, 100), "qzeros": (5, 13), "scales": (5, 100), "g_idx": (576,),
     }  # fmt: skip
     assert QuantSpec(3, -1).shapes(100, 32)["qweight"] == (10, 32)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(a+)+$",
+        r"(.*)*y",
+        r"(?:a|a)*b",
+        r"((a)|b)+",
+        r"(x[)*]+)+",
+        r"(?:a{2,})*",
+        r".*.*.*.*.*.*.*z",
+        r"(a?a?)*b",
+        "(",
+        "a**",
+    ],
+)
+def test_patterns_that_can_match_for_hours(pattern: str) -> None:
+    with pytest.raises(CheckpointError):
+        module_pattern(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r".*\.mlp\.(?:gate|up)_proj", r"^model\.layers\.(\d+)\.self_attn\..*", r"[^]*+)]+x\(+", r"(a|b){2}", r"(?:ab)+c"],
+)
+def test_patterns_of_names(pattern: str) -> None:
+    assert module_pattern(pattern).pattern == pattern

@@ -1,8 +1,9 @@
-"""Two models side by side."""
+"""Perplexity, two models side by side, tasks, speed."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_gptq_plugin.hf.evaluate import compared, perplexity
+from hf_gptq_plugin.hf.bench import speed
+from hf_gptq_plugin.hf.evaluate import compared, harness, perplexity, sliding_windows
 
 
 @torch.no_grad()
@@ -40,3 +42,93 @@ def test_another_vocabulary(tiny: Callable[..., Path]) -> None:
     models = [AutoModelForCausalLM.from_pretrained(tiny("llama", vocab_size=size)) for size in (256, 320)]
     with pytest.raises(ValueError, match="256 and 320 tokens"):
         compared(*models, [torch.tensor([[3, 4, 5]])])
+
+
+class Letters:
+    """A tokenizer of single letters that begins texts with 1, as real ones do."""
+
+    bos_token_id = 1
+
+    def __call__(self, text: str, verbose: bool, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [1] * add_special_tokens + [ord(letter) % 200 + 5 for letter in text]}
+
+
+TEXT = "the quick brown fox jumps over the lazy dog"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("seqlen", "stride", "windows", "bos"),
+    [(16, None, None, False), (16, None, None, True), (16, 5, None, False), (16, 7, None, True), (16, 15, 2, False),
+     (100, None, None, False), (100, 3, None, True), (16, 1, None, False)],
+)  # fmt: skip
+def test_perplexity_by_the_protocol(
+    tiny: Callable[..., Path], seqlen: int, stride: int | None, windows: int | None, bos: bool
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama", initializer_range=0.1))
+    pieces = sliding_windows(Letters(), TEXT, seqlen, stride, windows, bos)
+    counts = [count for _, count in pieces]
+    found = perplexity(model, [ids for ids, _ in pieces], progress=False, counts=counts)
+    # Token by token: from which window is it predicted first?
+    ids = Letters()(TEXT, False, not bos)["input_ids"]
+    width, step = seqlen - bos, stride or seqlen - bos
+    losses: dict[int, float] = {}
+    begin, number = 0, 0
+    while begin < len(ids) and (windows is None or number < windows):
+        end = min(begin + width, len(ids))
+        if stride is None and end - begin < width and number:
+            break
+        window = ([1] if bos else []) + ids[begin:end]
+        logs = model(input_ids=torch.tensor([window])).logits[0].double().log_softmax(-1)
+        for place in range(begin if bos else begin + 1, end):
+            inside = place - begin + bos
+            losses.setdefault(place, -float(logs[inside - 1, window[inside]]))
+        if end == len(ids):
+            break
+        begin, number = begin + step, number + 1
+    assert sum(counts) == len(losses)
+    assert found == pytest.approx(math.exp(sum(losses.values()) / len(losses)), rel=1e-5)
+
+
+def test_protocols_that_are_none() -> None:
+    for match, arguments in (
+        ("seqlen=1 must be at least 2", (1, None, None, False)),
+        ("seqlen=2 must be at least 3", (2, None, None, True)),
+        ("stride=17 must be from 1 to 16", (16, 17, None, False)),
+        ("windows=-1 must be at least 1", (16, None, -1, False)),
+    ):
+        with pytest.raises(ValueError, match=match):
+            sliding_windows(Letters(), TEXT, *arguments)
+    without = Letters()
+    without.bos_token_id = None  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="no BOS token"):
+        sliding_windows(without, TEXT, 16, None, None, True)
+
+
+def test_a_loss_too_large_for_a_number(tiny: Callable[..., Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e7)
+    assert perplexity(model, [torch.arange(3, 20)[None]], progress=False) == math.inf
+
+
+def test_tasks_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ImportError, match="pip install lm_eval"):
+        harness(None, None, ["piqa"])
+
+
+def test_speed(tiny: Callable[..., Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama", max_position_embeddings=64))
+    calls: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    found = speed(model, prompt=9, new=3, batch=2, repeats=2, progress=False)
+    assert calls == [(2, 9), (2, 1), (2, 1), (2, 1)] * 3  # one run that does not count
+    assert found.prefill == pytest.approx(2 * 9 / found.first)
+    assert found.weights == sum(t.numel() * 4 for t in model.state_dict().values())
+    with pytest.raises(ValueError, match="more than the 64 positions"):
+        speed(model, prompt=60, new=5)
+    with pytest.raises(ValueError, match="batch=0 must be at least 1"):
+        speed(model, batch=0)

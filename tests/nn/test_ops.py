@@ -124,10 +124,11 @@ def test_one_hot_activations_read_out_the_weight(implementation: str) -> None:
 
 @pytest.mark.skipif(native.library() is None, reason="a property of the native kernel, which is absent")
 @pytest.mark.parametrize("bits", BITS)
-def test_a_rows_bits_do_not_depend_on_the_batch_or_threads(bits: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rows_bits_do_not_depend_on_the_batch_or_threads(bits: int, dtype: torch.dtype) -> None:
     weight, _ = random_weight(QuantSpec(bits, 48, sym=False), 70, 200, "shuffled")
     kernel_weight = layouts(weight)["packed"]
-    x = torch.randn(65, 200)
+    x = torch.randn(65, 200).to(dtype)
     whole = ops.linear(x, kernel_weight)
     threads = torch.get_num_threads()
     try:
@@ -193,10 +194,24 @@ def test_shapes_that_do_not_belong_together_never_reach_native_code() -> None:
         ops.linear(x, KernelWeight(**{**vars(good), "g_idx": None, "group_size": 8}))
     with pytest.raises(ValueError, match="bias has shape"):
         ops.linear(x, good, torch.zeros(3))
-    bad = good.g_idx.clone()
-    bad[5] = 99
-    with pytest.raises(native.NativeError, match="g"):
-        ops.linear(x, KernelWeight(**{**vars(good), "g_idx": bad}))
+    with pytest.raises(ValueError, match="x has shape"):
+        ops.linear_transposed(x, good, 64)
+    for index, value in ((5, 99), (63, -1), (0, 2), (1, 2**31 - 1)):
+        bad = good.g_idx.clone()
+        bad[index] = value
+        weight_of_bad = KernelWeight(**{**vars(good), "g_idx": bad})
+        for call in (
+            lambda w=weight_of_bad: ops.linear(x, w),
+            lambda w=weight_of_bad: ops.linear_transposed(torch.randn(2, 24), w, 64),
+            lambda w=weight_of_bad: ops.dequantize(w, 64),
+        ):
+            with pytest.raises(native.NativeError, match="a group index is outside"):
+                call()
+    for value in (64, -1):
+        perm = torch.arange(64, dtype=torch.int32)
+        perm[7] = value
+        with pytest.raises(native.NativeError, match="an entry of perm is outside"):
+            ops.linear(x, KernelWeight(**{**vars(good), "perm": perm}))
 
 
 @pytest.mark.parametrize("order", ["natural", "shuffled"])
@@ -214,12 +229,67 @@ def test_gradient_of_the_input(implementation: str, order: str) -> None:
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("order", ["natural", "shuffled"])
+def test_transposed_against_float64(implementation: str, bits: int, order: str) -> None:
+    for rows, out_features, in_features in ((1, 33, 100), (7, 40, 64), (3, 1, 5), (2, 530, 40)):
+        weight, dense = random_weight(QuantSpec(bits, 32, sym=False), out_features, in_features, order)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            # A slice of something wider: rows are further apart than they are long.
+            x = torch.randn(rows, out_features + 3).to(dtype)[:, 1 : out_features + 1]
+            truth = x.double() @ dense
+            magnitude = x.double().abs() @ dense.abs()
+            for kernel_weight in layouts(weight).values():
+                y = ops.linear_transposed(x, kernel_weight, in_features)
+                assert y.dtype == dtype and y.shape == (rows, in_features)
+                rounding = ROUNDING[dtype]
+                bound = truth.abs() * rounding + magnitude * (2**-23 * (out_features**0.5 + 4))
+                if dtype != torch.float32:  # the dense weight may be rounded too
+                    bound += magnitude * rounding * 1.01
+                assert ((y.double() - truth).abs() <= bound + 1e-7).all(), (bits, dtype)
+
+
+def test_transposed_is_the_gradient_of_the_gradient(implementation: str) -> None:
+    weight, dense = random_weight(QuantSpec(4, 32), 24, 64)
+    kernel_weight = layouts(weight)["packed"]
+    g = torch.randn(3, 24, requires_grad=True)
+    v = torch.randn(3, 64)
+    (got,) = torch.autograd.grad(ops.linear_transposed(g, kernel_weight, 64), g, v)
+    torch.testing.assert_close(got.double(), v.double() @ dense.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(native.library() is None, reason="a property of the native kernel, which is absent")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_the_transposed_product_does_not_depend_on_the_batch(dtype: torch.dtype) -> None:
+    weight, _ = random_weight(QuantSpec(4, 48, sym=False), 600, 70)
+    kernel_weight = layouts(weight)["packed"]
+    x = torch.randn(2100, 600).to(dtype)  # more than is done at a time
+    whole = ops.linear_transposed(x, kernel_weight, 70)
+    for rows in (slice(0, 1), slice(2047, 2050), slice(3, 40)):
+        assert torch.equal(ops.linear_transposed(x[rows], kernel_weight, 70), whole[rows])
+
+
+def test_a_part_of_the_outputs(implementation: str) -> None:
+    for bits in BITS:
+        weight, dense = random_weight(QuantSpec(bits, 32, sym=False), 164, 64, "shuffled")
+        for kernel_weight in layouts(weight).values():
+            for low, high in ((0, 32), (64, 164), (64, 96), (128, 192)):
+                part = ops.dequantize(kernel_weight.outputs(low, high), 64)
+                torch.testing.assert_close(part.double(), dense[low:high], rtol=2**-24, atol=0)
+    with pytest.raises(ValueError, match="low=32 must be a multiple of 64"):
+        kernel_weight.outputs(32, 40)
+
+
 def test_ops_trace_without_running() -> None:
     weight, _ = random_weight(QuantSpec(4, 32), 24, 64)
     arguments = layouts(weight)["packed"].arguments
     x = torch.randn(3, 64)
     torch.library.opcheck(
         torch.ops.hf_gptq.linear.default, (x, None, *arguments),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )  # fmt: skip
+    torch.library.opcheck(
+        torch.ops.hf_gptq.linear_transposed.default, (torch.randn(3, 24), 64, *arguments),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )  # fmt: skip
     torch.library.opcheck(

@@ -250,8 +250,22 @@ def test_dense_linear(implementation: str) -> None:
     x = torch.randn(3, 130, requires_grad=True)
     linalg.dense_linear(x, weight).sum().backward()
     torch.testing.assert_close(x.grad, weight.sum(0).expand(3, -1))
-    half = linalg.dense_linear(torch.ones(2, 130).bfloat16(), weight.bfloat16())
-    assert half.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("instructions", [False, True])
+def test_dense_linear_in_16_bits(
+    implementation: str, dtype: torch.dtype, instructions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exact products and fp32 sums, rounded once: half a step of the type, and what fp32 sums are off by."""
+    monkeypatch.setattr(linalg, "multiplies_bf16", lambda: instructions)
+    x, weight = torch.randn(2, 9, 130).to(dtype), torch.randn(50, 130).to(dtype)
+    y = linalg.dense_linear(x, weight)
+    exact = x.double() @ weight.double().T
+    assert y.dtype == dtype
+    step = torch.finfo(dtype).eps * exact.abs()
+    sums = 130 * 2.0**-24 * (x.double().abs() @ weight.double().abs().T)
+    assert ((y.double() - exact).abs() <= step / 2 * 1.01 + sums).all()
 
 
 def test_total_is_rounded_once() -> None:

@@ -186,3 +186,55 @@ def pack_tiles(codes: np.ndarray, bits: int) -> np.ndarray:
                 words[place] |= np.uint32((code >> b & 1) << bit)
     assert (written == 0xFFFFFFFF).all()
     return words
+
+
+def fused(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """a * b + c of float32, rounded once: the exact sum to odd in float64, then to float32."""
+    product = a.astype(np.float64) * b.astype(np.float64)  # 48 bits, exact
+    wide = c.astype(np.float64)
+    total = product + wide
+    rest = total - product
+    error = (product - (total - rest)) + (wide - rest)  # what the addition lost, exactly
+    even = total.view(np.int64) % 2 == 0
+    to_odd = np.where((error != 0) & even, np.nextafter(total, np.where(error > 0, np.inf, -np.inf)), total)
+    return to_odd.astype(np.float32)
+
+
+def flush(a: np.ndarray) -> np.ndarray:
+    """float32 with zeros for subnormal numbers."""
+    return np.where(np.abs(a) < np.finfo(np.float32).tiny, np.float32(0), a)
+
+
+def product_of_pairs(
+    x: np.ndarray, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, group: np.ndarray, order: np.ndarray,
+    bits: int,
+) -> np.ndarray:  # fmt: skip
+    """y `[N]` in float32 of one row as AVX512-BF16 sums it: codes in `order`, group by group, two at a time.
+
+    x `[K]` float32 that are bf16, codes `[N, K]`, scales and zeros `[G, N]`, group `[K]`, order `[K]`.
+    """
+    unit = {2: 16, 3: 32, 4: 8, 8: 4}[bits]
+    features = len(order)
+    total = np.zeros(codes.shape[0], dtype=np.float32)
+    start = 0
+    while start < features:
+        end = start
+        while end < features and group[order[end]] == group[order[start]]:
+            end += 1
+        g = group[order[start]]
+
+        def step(sum_: np.ndarray, i: int, start: int = start, end: int = end, g: int = g) -> np.ndarray:
+            if not start <= i < end:
+                return sum_
+            k = order[i]
+            code = (codes[:, k].astype(np.float32) - zeros[g]).astype(np.float32)
+            return flush(fused(np.broadcast_to(flush(x[k]), code.shape), code, sum_))
+
+        sum_ = np.zeros(codes.shape[0], dtype=np.float32)
+        for first in range(start // unit * unit, end, unit):
+            for j in range(unit // 2):
+                sum_ = step(sum_, first + j + unit // 2)
+                sum_ = step(sum_, first + j)
+        total = fused(sum_, scales[g].astype(np.float32), total)
+        start = end
+    return total

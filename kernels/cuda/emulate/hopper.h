@@ -1,4 +1,4 @@
-// The sm_90a instructions of cuda/hopper_ptx.h on the CPU, on top of emulator.h.
+// The sm_90a instructions of cuda/hopper_ptx.h on the CPU, on top of engine.h.
 //
 // Bulk copies and wgmma are what they are on the chip: they happen some time after they were
 // issued, in an order of the emulator's choosing (seeded), and what waits for them is an mbarrier
@@ -11,223 +11,14 @@
 //     shared window, whose origin is not aligned, as on the chip;
 //   * what the instructions forbid is an error: misaligned addresses, arrivals beyond a barrier's
 //     count, operands that differ within a warpgroup, a product without wgmma_fence after its
-//     registers were written, a block that ends before its copies and products have happened.
+//     registers were written, a block that ends before its copies and products have happened,
+//     shared memory of a block of the cluster that has ended.
+//
+// Whole clusters run interleaved, and with every seed another warp lags behind.
 #ifndef HF_GPTQ_EMULATE_HOPPER_H_
 #define HF_GPTQ_EMULATE_HOPPER_H_
 
-#include <map>
-
-#include "../ptx.h"
-
-namespace emulate {
-
-constexpr int kWarpgroup = 128;
-constexpr uint32_t kWindow = 0x30;  // address of the first byte of dynamic shared memory
-
-// What an mbarrier counts. `phase` is the number of completed phases.
-struct PhaseBarrier {
-  int arrivals, missing;
-  int64_t bytes;
-  uint32_t phase;
-};
-
-// One asynchronous copy, a part at a time.
-struct BulkCopy {
-  uint32_t barrier;
-  int64_t bytes;
-  std::function<void()> perform;
-};
-
-// One wgmma of a warpgroup. It can happen once all threads have issued it.
-struct Product {
-  uint64_t descriptor = 0;
-  bool add = false;
-  int registers = 0;
-  float (*value)(uint16_t) = nullptr;
-  float* d[kWarpgroup] = {};
-  const uint32_t* a[kWarpgroup] = {};
-  int issued = 0;
-};
-
-// What a thread knows of its products: how many it issued, and the number at each commit.
-struct Issuer {
-  size_t issued = 0;
-  std::vector<size_t> commits;
-  bool fenced = false;
-};
-
-struct Warpgroup {
-  std::deque<Product> products;  // those not yet performed
-  size_t performed = 0;
-  Issuer issuers[kWarpgroup];
-};
-
-struct NamedBarrier {
-  Meeting meeting;
-  int threads = 0;
-};
-
-// The asynchronous side of a block.
-struct Engine {
-  std::map<uint32_t, PhaseBarrier> barriers;
-  std::vector<BulkCopy> copies;
-  std::map<int, Warpgroup> warpgroups;
-  std::map<int, NamedBarrier> named;
-};
-
-inline std::map<const Block*, Engine> engines;
-
-inline Engine& engine() { return engines[current->block]; }
-
-inline int thread_number() {
-  const dim3 thread = current->thread;
-  return static_cast<int>(thread.x + block_dim.x * (thread.y + block_dim.y * thread.z));
-}
-
-// The byte at an address of the shared window.
-inline unsigned char* shared_byte(uint32_t address, uint32_t bytes) {
-  const Block& block = *current->block;
-  if (address < kWindow || address + bytes > kWindow + block.shared_bytes) {
-    fail("an address lies outside of shared memory");
-    return block.shared;
-  }
-  return block.shared + (address - kWindow);
-}
-
-// The 128-byte swizzle: the 16-byte unit within a row of 128 bytes is exchanged by the row's number
-// within eight rows, both taken from the address itself.
-inline uint32_t swizzle_128(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
-
-inline PhaseBarrier* find_barrier(uint32_t address) {
-  auto found = engine().barriers.find(address);
-  if (found == engine().barriers.end()) {
-    fail("an mbarrier is used that was not initialised");
-    return nullptr;
-  }
-  return &found->second;
-}
-
-inline void advance(PhaseBarrier& barrier) {
-  if (barrier.missing || barrier.bytes) return;
-  barrier.missing = barrier.arrivals;
-  ++barrier.phase;
-}
-
-inline void perform(Engine& engine, size_t copy) {
-  BulkCopy chosen = std::move(engine.copies[copy]);
-  engine.copies[copy] = std::move(engine.copies.back());
-  engine.copies.pop_back();
-  chosen.perform();
-  PhaseBarrier& barrier = engine.barriers[chosen.barrier];
-  barrier.bytes -= chosen.bytes;
-  advance(barrier);
-}
-
-// B[k][token] of the descriptor, k-major with the 128-byte swizzle.
-inline uint16_t matrix_element(uint64_t descriptor, int k, int token) {
-  const uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
-  const uint32_t stride = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
-  const uint32_t address = start + token / 8 * stride + token % 8 * 128 + 2 * k;
-  uint16_t value;
-  memcpy(&value, shared_byte(swizzle_128(address), 2), 2);
-  return value;
-}
-
-inline void perform(Warpgroup& warpgroup) {
-  Product& product = warpgroup.products.front();
-  const uint32_t start = static_cast<uint32_t>(product.descriptor & 0x3fff) << 4;
-  if (product.descriptor >> 62 != 1 || (product.descriptor >> 49 & 7) != 0 || start % 1024 > 96) {
-    fail("a matrix descriptor: not the 128-byte swizzle at a multiple of 1024 bytes");
-  }
-  const int tokens = product.registers * 2;
-  std::vector<float> b(16 * tokens);
-  for (int k = 0; k < 16; ++k) {
-    for (int t = 0; t < tokens; ++t) {
-      b[t * 16 + k] = product.value(matrix_element(product.descriptor, k, t));
-    }
-  }
-  for (int warp = 0; warp < 4; ++warp) {
-    float a[16][16];
-    for (int lane = 0; lane < kWarp; ++lane) {
-      for (int e = 0; e < 8; ++e) {
-        const uint32_t word = product.a[warp * kWarp + lane][e / 2];
-        a[lane / 4 + 8 * (e / 2 % 2)][lane % 4 * 2 + e % 2 + 8 * (e / 4)] =
-            product.value(static_cast<uint16_t>(word >> 16 * (e % 2)));
-      }
-    }
-    for (int lane = 0; lane < kWarp; ++lane) {
-      float* d = product.d[warp * kWarp + lane];
-      for (int i = 0; i < product.registers; ++i) {
-        const int row = lane / 4 + 8 * (i / 2 % 2), token = i / 4 * 8 + lane % 4 * 2 + i % 2;
-        double sum = product.add ? d[i] : 0.0;
-        for (int k = 0; k < 16; ++k) sum += double(a[row][k]) * b[token * 16 + k];
-        d[i] = static_cast<float>(sum);
-      }
-    }
-  }
-  warpgroup.products.pop_front();
-  ++warpgroup.performed;
-}
-
-// Lets one thing happen that may happen now. False if there is none.
-inline bool progress(Engine& engine) {
-  std::vector<Warpgroup*> ready;
-  for (auto& [number, warpgroup] : engine.warpgroups) {
-    if (!warpgroup.products.empty() && warpgroup.products.front().issued == kWarpgroup) {
-      ready.push_back(&warpgroup);
-    }
-  }
-  // Whether copies or products are quick is a matter of the seed.
-  const unsigned copies = engine.copies.empty() ? 0 : 1 + settings.seed % 3 * 8;
-  const unsigned products = ready.empty() ? 0 : 1 + settings.seed / 3 % 3 * 8;
-  if (copies + products == 0) return false;
-  if (random_bits() % (copies + products) < copies) {
-    perform(engine, random_bits() % engine.copies.size());
-  } else {
-    perform(*ready[random_bits() % ready.size()]);
-  }
-  return true;
-}
-
-// One warp lags behind, another one with every seed: whoever does not wait for all is found out.
-inline void lag() {
-  const int warps = static_cast<int>(current->block->warps.size());
-  if (thread_number() / kWarp != static_cast<int>(settings.seed * 5 % warps)) return;
-  for (uint64_t i = random_bits() % 64; i > 0; --i) yield();
-}
-
-// Waits for what the engine brings about. It works now and then while threads run, and as long as
-// it can when none does.
-inline void wait_for_engine(const char* what, std::function<bool()> condition) {
-  if (random_bits() % 2) progress(engine());
-  Engine* mine = &engine();
-  wait_until(what, [mine, condition = std::move(condition), me = current] {
-    current = me;  // addresses are those of this thread's block
-    if (condition()) return true;
-    if (random_bits() % 4 == 0) progress(*mine);
-    while (runnable.empty() && !condition() && progress(*mine)) {
-    }
-    return condition();
-  });
-  lag();
-}
-
-// Runs a grid of kernels that use the engine.
-inline void run_hopper(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> kernel) {
-  engines.clear();
-  run(grid, block, shared_bytes, [kernel = std::move(kernel)] {
-    kernel();
-    Block* mine = current->block;
-    if (mine->left > 1) return;
-    for (const auto& [number, warpgroup] : engines[mine].warpgroups) {
-      if (!warpgroup.products.empty()) fail("a block ends before its products have happened");
-    }
-    if (!engines[mine].copies.empty()) fail("a block ends before its copies have happened");
-    engines.erase(mine);
-  });
-}
-
-}  // namespace emulate
+#include "engine.h"
 
 namespace hf_gptq {
 namespace hopper {
@@ -273,6 +64,31 @@ inline void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   emulate::wait_for_engine("mbarrier_wait", [=] { return (found->phase & 1) != parity; });
 }
 
+inline void cluster_sync() {
+  emulate::Block* block = emulate::current->block;
+  const unsigned cluster = block->index.x / emulate::cluster_size;
+  const size_t threads = block->lanes.size() * emulate::cluster_size;
+  emulate::cluster_blocks[block->index.x] = block;
+  const size_t round = emulate::cluster_arrivals[cluster]++ / threads;
+  emulate::wait_until("cluster_sync",
+                      [=] { return emulate::cluster_arrivals[cluster] >= (round + 1) * threads; });
+}
+
+inline uint32_t peer_address(uint32_t address, uint32_t rank) {
+  return address | (rank + 1) << emulate::kPeerShift;
+}
+
+inline void mbarrier_arrive_peer(uint32_t barrier) { mbarrier_arrive(barrier); }
+
+inline void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) {
+  mbarrier_wait(barrier, parity);
+}
+
+inline void load_peer_four(float (&values)[4], uint32_t address) {
+  if (address % 16) emulate::fail("a vector of four floats is not aligned to 16 bytes");
+  memcpy(values, emulate::shared_byte(address, 16), 16);
+}
+
 inline void bulk_copy(uint32_t destination, const void* source, uint32_t bytes, uint32_t barrier) {
   if (destination % 16 || reinterpret_cast<uintptr_t>(source) % 16 || bytes % 16 || bytes == 0) {
     emulate::fail("a bulk copy is not aligned to 16 bytes, or empty");
@@ -305,8 +121,6 @@ inline void tensor_copy(uint32_t destination, const TensorMap* map, int32_t colu
          }
        }});
 }
-
-inline void tensor_map_prefetch(const TensorMap*) {}
 
 template <int kRegisters>
 inline void registers_give() {
@@ -409,8 +223,6 @@ inline void store_four(float* address, float a, float b, float c, float d) {
   memcpy(address, values, 16);
 }
 
-inline void load_four(float (&values)[4], const float* address) { memcpy(values, address, 16); }
-
 // Row r of matrix i goes to the address of lane 8 i + r.
 inline void stmatrix_transposed(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   struct Arguments {
@@ -447,9 +259,10 @@ cudaError_t make_tensor_map(TensorMap* map, const void* x, int64_t columns, int6
 }
 
 template <class... Parameters, class... Arguments>
-cudaError_t launch_engine(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
-                          cudaStream_t, Arguments... arguments) {
-  emulate::run_hopper(grid, block, shared, [=] { kernel(arguments...); });
+cudaError_t launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3 block,
+                            size_t shared, cudaStream_t, Arguments... arguments) {
+  emulate::run_hopper(static_cast<unsigned>(cluster), grid, block, shared,
+                      [=] { kernel(arguments...); });
   return emulate::error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 

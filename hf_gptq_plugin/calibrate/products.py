@@ -1,0 +1,45 @@
+"""Dense layers that multiply with our own product while a model is calibrated.
+
+In fp32 it is faster than torch's; in 16 bits, too, where the processor has no instructions for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor, nn
+
+from ..solve.linalg import dense_linear
+from .walk import Block, forward_replaced, linears, twin
+
+
+def dense_twin(block: Block) -> Block:
+    """A block's twin, whose layers multiply with our own product."""
+    block = twin(block)
+    for layer, forward in _products(block.module):
+        layer.forward = forward  # type: ignore[assignment, method-assign]
+    return block
+
+
+@contextmanager
+def own_products(model: nn.Module) -> Iterator[None]:
+    """While the context lasts, a model's layers multiply with our own product."""
+    with ExitStack() as stack:
+        for layer, forward in _products(model):
+            stack.enter_context(forward_replaced(layer, forward))
+        yield
+
+
+def _products(module: nn.Module) -> Iterator[tuple[nn.Linear, Callable[[Tensor], Tensor]]]:
+    for layer in linears(module).values():
+        if type(layer) is nn.Linear and not hasattr(layer, "_hf_hook"):
+            yield layer, _own_product(layer)
+
+
+def _own_product(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        out = dense_linear(x, layer.weight)
+        return out if layer.bias is None else out + layer.bias
+
+    return forward

@@ -1,0 +1,89 @@
+"""AVX512-BF16: bf16 activations two at a time, bit for bit as the C header says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import references
+import torch
+
+from hf_gptq_plugin import native
+from hf_gptq_plugin.format.grid import QuantizedWeight, natural_groups
+from hf_gptq_plugin.format.spec import BITS, QuantSpec
+from hf_gptq_plugin.nn import ops
+from hf_gptq_plugin.nn.ops import KernelWeight
+
+pytestmark = pytest.mark.skipif(
+    native.status().isa != "avx512bf16",
+    reason=f"the instruction set in use is {native.status().isa or 'none'}; tests/check_native.sh emulates avx512bf16",
+)
+
+
+def make(spec: QuantSpec, rows: int, columns: int, group: torch.Tensor) -> tuple[QuantizedWeight, KernelWeight]:
+    groups = spec.groups(columns)
+    low, high = spec.zero_range
+    zeros = torch.randint(low, high + 1, (groups, rows), dtype=torch.int32)
+    if spec.sym:
+        zeros.fill_(2 ** (spec.bits - 1))
+    weight = QuantizedWeight(
+        codes=torch.randint(0, spec.maxq + 1, (rows, columns), dtype=torch.uint8),
+        scales=(torch.randn(groups, rows) * 0.02).half(),
+        zeros=zeros,
+        group=group,
+        spec=spec,
+    )
+    tensors = weight.pack()
+    kernel = KernelWeight.from_canonical(**tensors, spec=spec, in_features=columns)
+    return weight, kernel
+
+
+def model(weight: QuantizedWeight, kernel: KernelWeight, x: torch.Tensor) -> torch.Tensor:
+    order = torch.arange(x.shape[-1]) if kernel.perm is None else kernel.perm.long()
+    rows = [
+        references.product_of_pairs(
+            row.float().numpy(), weight.codes.numpy(), weight.scales.float().numpy(), weight.zeros.numpy(),
+            weight.group.numpy(), order.numpy(), weight.spec.bits,
+        )
+        for row in x
+    ]  # fmt: skip
+    return torch.from_numpy(np.stack(rows)).bfloat16()
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize(
+    ("columns", "group_size", "shuffled"),
+    [(256, 64, False), (200, 48, False), (331, 128, False), (160, 32, True), (96, -1, False)],
+)
+def test_every_bit_of_the_sum(bits: int, sym: bool, columns: int, group_size: int, shuffled: bool) -> None:
+    spec = QuantSpec(bits, group_size, sym)
+    group = natural_groups(columns, group_size)
+    if shuffled:
+        group = group[torch.randperm(columns)].contiguous()
+    weight, canonical = make(spec, 37, columns, group)
+    for kernel in (canonical, canonical.packed()):
+        if shuffled and kernel is canonical:
+            continue  # every code its own run: computed as avx512f does
+        for rows in (1, 3, 9, 14):
+            x = torch.randn(rows, columns).bfloat16()
+            assert torch.equal(ops.linear(x, kernel), model(weight, kernel, x)), rows
+
+
+def test_groups_that_begin_within_a_unit() -> None:
+    group = torch.tensor([0] * 37 + [1] * 51 + [2] * 40, dtype=torch.int32)
+    for bits in BITS:
+        weight, kernel = make(QuantSpec(bits, 48, sym=False), 20, 128, group)
+        x = torch.randn(2, 128).bfloat16()
+        # What is not the run's must not be touched, infinities included.
+        x[0, 36] = float("inf")
+        got = ops.linear(x, kernel)
+        assert torch.equal(got[1:], model(weight, kernel, x[1:]))
+        nonzero = weight.codes[:, 36] != weight.zeros[0]
+        assert bool(got[0][nonzero].isinf().all())
+
+
+def test_subnormal_activations_are_zeros() -> None:
+    _, kernel = make(QuantSpec(4, 32), 16, 64, natural_groups(64, 32))
+    x = torch.full((1, 64), 2.0**-130, dtype=torch.bfloat16)
+    assert bool((ops.linear(x, kernel) == 0).all())
+    assert bool((ops.linear(x * 2.0**10, kernel) != 0).any())
