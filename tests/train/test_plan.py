@@ -129,9 +129,9 @@ def test_what_to_choose(base: Path) -> None:
     least = min(plan.total for plan in every.plans)
     tight = tune_memory_budget(base, least, **options)
     assert tight.chosen is not None and tight.chosen.total == least and tight.chosen.checkpointing
-    none = tune_memory_budget(base, 1000, seqlen=64, methods=["lora"])
+    none = tune_memory_budget(base, 1000, seqlen=TOKENS, methods=["lora"])
     assert none.chosen is None and "nothing fits 0.0 MB; lora with adamw and checkpointing needs least" in none.advice
-    assert "shorten seqlen=64" in none.advice
+    assert "shorten seqlen=150" in none.advice
     assert not any(plan["fits"] for plan in none.to_dict()["plans"])
 
 
