@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--target-modules", help="layers that learn: last parts of names, with commas; all by default")
     parser.add_argument("--seqlen", type=int, default=128)
     parser.add_argument("--rate", type=float, default=None, help="instead of the method's own")
+    parser.add_argument("--every", type=int, help="steps between two roundings of shadow")
     parser.add_argument("--out", type=Path, default=Path("training-methods"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -64,18 +65,18 @@ def main() -> None:
 
 def trained(arguments: Any, method: str, files: list[Path]) -> dict[str, Any]:
     """One method's row."""
-
     settings = TrainSettings(
         steps=arguments.steps,
         batch=arguments.batch,
         rate=arguments.rate or usual_rate(method),
         save_every=arguments.steps,
     )
+    options = {"every": arguments.every} if method == "shadow" and arguments.every else {}
     targets = None if arguments.target_modules is None else arguments.target_modules.split(",")
     data = Data(str(files[0]), str(files[1]), arguments.samples, arguments.seqlen)
     moments: list[float] = []
     found = run(
-        arguments.base, arguments.out / method, method, data, settings, {}, targets,
+        arguments.base, arguments.out / method, method, data, settings, {}, targets, options,
         progress=lambda done, loss: moments.append(time.perf_counter()),
     )  # fmt: skip
     per_step = (moments[-1] - moments[0]) / max(1, len(moments) - 1)

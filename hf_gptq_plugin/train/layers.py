@@ -8,7 +8,7 @@ layer          learns                               gradients
 ============== ==================================== ======================================================
 `LearnedGrid`  α `[G, N]` of s = α s₀; shift of z   dα = Σ dW Ŵ / α; dz = -s Σ dW
 `LearnedCodes` latent `[N, K]`, q = clip(round(·))  straight through: dlatent = s dW where not clipped
-`LowRankCodes` A, B: latent = q₀ + γ B A / s        through the latent's
+`LowRankCodes` A, B: latent = q₀ + u + γ B A / s    through the latent's
 `PooledLora`   A `[r, G]`, B: y += γ (Σ x) Aᵀ Bᵀ    autograd's
 ============== ==================================== ======================================================
 
@@ -30,7 +30,7 @@ from ..nn.linear import QuantLinear
 from ..nn.ops import KernelWeight, dequantize, linear, linear_transposed
 
 ROWS = 512  # output features whose full gradient exists at a time, a multiple of 64 (`KernelWeight.outputs`)
-SPREAD = 0.98  # of the latents of one code, in codes
+SPREAD = 0.999  # of the latents of one code, in codes; the gap that is left must be less than one step of an optimizer
 LEAST = 2.0**-6  # of α: a scale keeps its sign and stays a normal number
 
 
@@ -163,6 +163,18 @@ class _Round(torch.autograd.Function):
         return gradients[0] * inside, None
 
 
+def _places(codes: Tensor) -> Tensor:
+    """Where latents begin within what rounds to their codes, in steps of 1/256, uint8 `[N, K]`: spread evenly. Begun in
+    the middle, none would reach another code before half a step is done, and then all at once."""
+    draw = torch.Generator().manual_seed(codes.numel())
+    return torch.randint(0, 256, codes.shape, generator=draw, dtype=torch.uint8).to(codes.device)
+
+
+def _placed(places: Tensor) -> Tensor:
+    """As fp32, within half of `SPREAD` on both sides of 0."""
+    return (places.float() - 127.5) * (SPREAD / 255)
+
+
 class LearnedCodes(nn.Module):
     """A quantized layer whose codes learn, on its own grid.
 
@@ -185,11 +197,7 @@ class LearnedCodes(nn.Module):
         self.layer, self.every, self.cap, self.decay = layer, every, cap, decay
         self.in_features, self.out_features = layer.in_features, layer.out_features
         base = layer.quantized_weight()
-        # Spread evenly over what rounds to the code: begun at its centre, no latent would reach another code before its
-        # half step is done, and then all at once.
-        draw = torch.Generator().manual_seed(base.codes.numel())
-        offset = torch.rand(base.codes.shape, generator=draw).sub_(0.5).mul_(SPREAD).to(base.codes.device)
-        self.latent = nn.Parameter(base.codes.float() + offset)
+        self.latent = nn.Parameter(base.codes.float() + _placed(_places(base.codes)))
         self.register_buffer("codes", base.codes, persistent=True)
         self.register_buffer("group", base.group.long(), persistent=False)
         self.register_buffer("zeros", base.zeros, persistent=False)
@@ -242,7 +250,8 @@ class LearnedCodes(nn.Module):
 
 
 class LowRankCodes(nn.Module):
-    """A quantized layer whose codes follow a low-rank update of the weight, `q = clip(round(q₀ + γ B A / s))`.
+    """A quantized layer whose codes follow a low-rank update of the weight, `q = clip(round(q₀ + u + γ B A / s))`, with
+    a fixed u that is spread evenly over what rounds to 0.
 
     Args:
         layer: the layer. It is not changed.
@@ -259,6 +268,7 @@ class LowRankCodes(nn.Module):
         self.A = nn.Parameter(_uniform(rank, layer.in_features))
         self.B = nn.Parameter(torch.zeros(layer.out_features, rank))
         self.register_buffer("codes", base.codes, persistent=False)
+        self.register_buffer("places", _places(base.codes), persistent=False)
         self.register_buffer("group", base.group.long(), persistent=False)
         self.register_buffer("zeros", base.zeros, persistent=False)
 
@@ -267,7 +277,8 @@ class LowRankCodes(nn.Module):
         group: Tensor = self.group  # type: ignore[assignment]
         codes: Tensor = self.codes  # type: ignore[assignment]
         scales = self.layer.scales.T.float()[:, group]
-        latent = codes.float() + self.gamma * (self.B @ self.A) / scales
+        places: Tensor = self.places  # type: ignore[assignment]
+        latent = codes.float() + _placed(places) + self.gamma * (self.B @ self.A) / scales
         rounded: Tensor = _Round.apply(latent, self.layer.spec.maxq)
         return rounded, scales
 

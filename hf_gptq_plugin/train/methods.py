@@ -38,9 +38,11 @@ METHODS = {
     "eetq": Method(lambda layer: LearnedGrid(layer, zeros=True), (), 1e-3),
     "ste": Method(LearnedCodes, (), 1e-3),
     "shadow": Method(
-        lambda layer, every=8, cap=0.05, decay=0.1: LearnedCodes(layer, every, cap, decay),
+        # What a latent gains between two roundings, every * rate, must be more than decay takes of half a code, or
+        # no code would ever change.
+        lambda layer, every=4, cap=0.05, decay=0.01: LearnedCodes(layer, every, cap, decay),
         ("every", "cap", "decay"),
-        1e-3,
+        2e-3,
     ),
     "l4q": Method(LowRankCodes, ("rank", "gamma"), 2e-4),
     "qa-lora": Method(PooledLora, ("rank", "gamma"), 2e-4, "adapter"),

@@ -117,7 +117,8 @@ def budgeted(
         prepare: called with the copy that has no memory, before its step is run.
 
     Raises:
-        ValueError: an argument that cannot be, or a model whose step depends on values (a mixture of experts).
+        ValueError: an argument that cannot be, or a model whose step does not run without values (a mixture of
+            experts).
     """
     for name, value in (("budget", budget), ("seqlen", seqlen), ("windows", windows), ("subspace", subspace)):
         if type(value) is not int or value < 1:
@@ -286,9 +287,10 @@ def _peak(model: Any, seqlen: int, windows: int) -> int:
         with live:
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines() or [""]
         raise ValueError(
-            f"a step of {type(model).__name__} cannot be planned, because what it computes depends on values "
-            f"({type(error).__name__}): a mixture of experts, for example"
+            f"a step of {type(model).__name__} cannot be planned: it does not run without values, as those of a "
+            f"mixture of experts do not ({type(error).__name__}: {reason[0][:200]})"
         ) from error
     return live.peak
 

@@ -152,9 +152,10 @@ def test_latents_begin_evenly_within_their_codes() -> None:
     learned = LearnedCodes(quantized(n=64, k=256))
     offset = (learned.latent - learned.codes.float()).detach()
     assert 0.48 < float(offset.max()) < 0.5 and -0.5 < float(offset.min()) < -0.48
-    counts = torch.histc(offset, 8, -0.49, 0.49)
+    counts = torch.histc(offset, 8, -0.5, 0.5)
     assert float((counts / offset.numel() - 1 / 8).abs().max()) < 0.01
     assert torch.equal(LearnedCodes(learned.layer).latent, learned.latent)
+    assert torch.equal(learned.latent.round(), learned.codes.float())
 
 
 def test_codes_under_a_low_rank_update() -> None:
@@ -168,7 +169,7 @@ def test_codes_under_a_low_rank_update() -> None:
     scales = base.scales.T.double()[:, base.group.long()]
     A = learned.A.detach().double().requires_grad_()
     B = learned.B.detach().double().requires_grad_()
-    latent = base.codes.double() + 1.5 * (B @ A) / scales
+    latent = base.codes.double() + module._placed(learned.places).double() + 1.5 * (B @ A) / scales
     certain = ((latent - latent.floor()).detach() - 0.5).abs() > 1e-4  # float32 may round the others either way
     codes = learned.quantized().codes.double()
     inside = ((latent > -0.5) & (latent < 15.5)).double().detach()

@@ -163,6 +163,18 @@ def test_what_is_refused(load: Load, corpus: list[torch.Tensor], tiny: Callable[
         TrainSettings(warmup=2)
 
 
+@pytest.mark.parametrize("method", ["ste", "shadow", "l4q"])
+def test_codes_change_within_a_few_steps_at_the_usual_rate(load: Load, corpus: list[torch.Tensor], method: str) -> None:
+    model = load()
+    attach(model, method, ["down_proj"])
+    layers = trained(model)
+    before = {name: layer.quantized().codes for name, layer in layers.items()}  # type: ignore[union-attr]
+    train(model, corpus, TrainSettings(steps=8, batch=1, rate=METHODS[method].rate))
+    for name, layer in layers.items():
+        share = float((layer.quantized().codes != before[name]).float().mean())  # type: ignore[union-attr]
+        assert 1e-4 < share < 0.1
+
+
 def test_q_galore_learns_codes(load: Load, corpus: list[torch.Tensor]) -> None:
     model = load()
     attach(model, "ste", ["q_proj", "o_proj", "up_proj", "down_proj"])

@@ -129,9 +129,9 @@ def test_what_to_choose(base: Path) -> None:
     least = min(plan.total for plan in every.plans)
     tight = tune_memory_budget(base, least, **options)
     assert tight.chosen is not None and tight.chosen.total == least and tight.chosen.checkpointing
-    none = tune_memory_budget(base, 1000, seqlen=64, methods=["lora"])
+    none = tune_memory_budget(base, 1000, seqlen=TOKENS, methods=["lora"])
     assert none.chosen is None and "nothing fits 0.0 MB; lora with adamw and checkpointing needs least" in none.advice
-    assert "shorten seqlen=64" in none.advice
+    assert "shorten seqlen=150" in none.advice
     assert not any(plan["fits"] for plan in none.to_dict()["plans"])
 
 
@@ -146,6 +146,8 @@ def test_what_is_refused(base: Path, tiny: Callable[..., Path]) -> None:
         tune_memory_budget(base, 1, target_modules=["query"])
     with pytest.raises(ValueError, match="rank=4000 must be an integer from 1 to"):
         tune_memory_budget(base, 1, methods=["lora"], rank=4000)
+    with pytest.raises(ValueError, match="MixtralForCausalLM cannot be planned: it does not run without values"):
+        tune_memory_budget(tiny("mixtral"), 1, methods=["affine"], seqlen=16)
     with pytest.raises(ValueError, match="has no quantized layer"):
         tune_memory_budget(AutoModelForCausalLM.from_pretrained(tiny("llama")), 1)
 
