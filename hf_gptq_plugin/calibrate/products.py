@@ -18,7 +18,7 @@ def dense_twin(block: Block) -> Block:
     """A block's twin, whose layers multiply with our own product."""
     block = twin(block)
     for layer, forward in _products(block.module):
-        layer.forward = forward  # type: ignore[method-assign]
+        layer.forward = forward  # type: ignore[assignment, method-assign]
     return block
 
 

@@ -58,8 +58,8 @@ def number(config: Mapping[str, Any], name: str, default: Any = None, least: flo
     """
     value = config.get(name)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 2**40:
-        raise CheckpointError(f"config.json: {name}={value!r} must be a number of at least {least:g}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 2**32:
+        raise CheckpointError(f"config.json: {name}={value!r} must be a number from {least:g} to {2**32}")
     return value
 
 

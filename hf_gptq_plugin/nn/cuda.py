@@ -31,6 +31,11 @@ def pack(
 ) -> tuple[Tensor, Tensor | None]:
     """Canonical words `[R, N]` as tiles, and the order of the rows (`format.tiles.row_order`)."""
     library, out_features = _library(qweight.device), qweight.shape[1]
+    if words(in_features, bits) != qweight.shape[0]:
+        raise ValueError(
+            f"qweight has {qweight.shape[0]} rows of words; in_features={in_features} at {bits} bits has "
+            f"{words(in_features, bits)}. Give KernelWeight its in_features"
+        )
     order = tiles.row_order(g_idx, in_features, group_size, groups)
     if order is not None:
         order = order.to(qweight.device)

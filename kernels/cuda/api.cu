@@ -226,8 +226,9 @@ int hf_gptq_cuda_plan(const hf_gptq_cuda_weight* weight, int32_t x_dtype, int64_
   plan->scratch_bytes = copy_bytes(*weight, M, x_plain);
   if (plan->regime == kWide) {
     const int chunks = chunk_count(weight->N, weight->rows);
-    plan->scratch_bytes += wide_partials(M, weight->N, chunks) * 4;
-    plan->counters = static_cast<int32_t>(wide_counters(M, weight->N, chunks));
+    const int64_t at_once = M < kWideLaunchRows ? M : kWideLaunchRows;
+    plan->scratch_bytes += wide_partials(at_once, weight->N, chunks) * 4;
+    plan->counters = static_cast<int32_t>(wide_counters(at_once, weight->N, chunks));
   }
   return HF_GPTQ_CUDA_OK;
 }
@@ -294,7 +295,14 @@ int hf_gptq_cuda_linear(const hf_gptq_cuda_weight* weight, const void* x, int32_
   const auto launch = plan.regime == kNarrow ? (half ? launch_narrow_half : launch_narrow_bfloat16)
                       : plan.regime == kWide ? (half ? launch_wide_half : launch_wide_bfloat16)
                                              : (half ? launch_hopper_half : launch_hopper_bfloat16);
-  return runtime_error(launch(p, device, queue));
+  const int64_t at_once = plan.regime == kWide ? kWideLaunchRows : M;
+  for (int64_t row = 0; row < M; row += at_once) {
+    p.M = static_cast<int>(M - row < at_once ? M - row : at_once);
+    if (const int error = runtime_error(launch(p, device, queue))) return error;
+    p.x += at_once * p.x_stride;
+    p.y += at_once * p.N;
+  }
+  return HF_GPTQ_CUDA_OK;
 }
 
 int hf_gptq_cuda_dequantize(const hf_gptq_cuda_weight* weight, void* out, int32_t out_dtype,

@@ -125,10 +125,6 @@ HF_GPTQ_DEVICE void tensor_copy(uint32_t destination, const TensorMap* map, int3
       : "memory");
 }
 
-HF_GPTQ_DEVICE void tensor_map_prefetch(const TensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // ---- warpgroups
 
 template <int kRegisters>

@@ -59,6 +59,10 @@ constexpr int kWideRows = 64;
 constexpr int kMostRows = 256;
 constexpr int kMostRowsTuring = 64;  // half the tensor throughput per byte, and no async copies
 
+// Rows of one launch of the wide kernel; more are launched one after the other, so that the sums of
+// chunks take no more memory than this many need.
+constexpr int kWideLaunchRows = 512;
+
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 

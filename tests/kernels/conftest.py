@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,9 +20,7 @@ Configure = Callable[..., None]
 def emulated_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("g++") is None:
         pytest.skip("there is no g++ to build the emulated library with")
-    # With LD_PRELOAD="$(g++ -print-file-name=libasan.so)" and ASAN_OPTIONS=detect_leaks=0 every access is checked.
-    flags = ("-fsanitize=address,undefined",) if os.environ.get("HF_GPTQ_SANITIZE") == "1" else ()
-    return emulated_cuda.build(tmp_path_factory.mktemp("emulated"), *flags)
+    return emulated_cuda.build(tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from hf_gptq_plugin import native_cuda
 from hf_gptq_plugin.format import packing, tiles
 from hf_gptq_plugin.format.grid import QuantizedWeight
 from hf_gptq_plugin.format.spec import QuantSpec
-from hf_gptq_plugin.nn import cuda, ops
+from hf_gptq_plugin.nn import cuda, moe, ops
 from hf_gptq_plugin.nn.linear import QuantLinear
 from hf_gptq_plugin.nn.ops import KernelWeight
 
@@ -161,6 +161,16 @@ def test_rules(emulated: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
     del keep
 
 
+def test_more_rows_than_one_launch_takes(emulated: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_GPTQ_BATCH_INVARIANT", "1")
+    weight, dense = make(QuantSpec(4, 64), 24, 256)
+    kernel, x = packed(weight), torch.randn(520, 256).half()
+    y = ops.linear(x, kernel)
+    check(y, x, dense)
+    for row in (0, 511, 512, 519):
+        assert torch.equal(ops.linear(x[row : row + 1], kernel), y[row : row + 1])
+
+
 def test_little_shared_memory(emulated: Configure) -> None:
     emulated(shared_bytes=64 * 1024, capability=75)
     weight, dense = make(QuantSpec(8, 16, False), 48, 200, scales_dtype=torch.float32)
@@ -196,6 +206,20 @@ def test_what_does_not_belong_together_is_refused(emulated: Configure) -> None:
         ops.linear(x, kernel, torch.zeros(47).half())
     with pytest.raises(native_cuda.NativeError, match="out of range"):
         cuda.linear(torch.randn(9, 96).half(), None, *kernel.arguments, regime=NARROW)
+
+
+def test_experts(emulated: Configure) -> None:
+    ups, downs = ([make(QuantSpec(4, 32, False), *size) for _ in range(2)] for size in ((64, 48), (48, 32)))
+    x, ids = torch.randn(5, 48).bfloat16(), torch.tensor([[0], [1], [1], [0], [1]])
+    y = moe.moe(
+        x, torch.ones(5, 1), ids, *(moe.stack([packed(weight) for weight, _ in side]) for side in (ups, downs)), "silu"
+    )
+    for row, expert in enumerate(ids[:, 0].tolist()):
+        gate, value = (x[row].double() @ ups[expert][1].T).chunk(2)
+        truth = (torch.nn.functional.silu(gate) * value) @ downs[expert][1].T
+        torch.testing.assert_close(y[row].double(), truth, rtol=2**-5, atol=2**-6 * float(truth.abs().max()))
+    with pytest.raises(ValueError, match="in_features"):
+        KernelWeight.from_canonical(**ups[0][0].pack(), spec=ups[0][0].spec, in_features=32).packed()
 
 
 @pytest.mark.parametrize(("bits", "order"), list(itertools.product((3, 4), ("natural", "shuffled", "irregular"))))

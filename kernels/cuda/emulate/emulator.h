@@ -109,7 +109,7 @@ struct Block {
 inline Lane* current = nullptr;
 inline dim3 grid_dim, block_dim;
 inline jmp_buf scheduler;
-inline std::vector<Lane*> runnable, polling;
+inline std::vector<Lane*> runnable, sleeping, polling;
 inline std::mt19937_64 random_bits;
 inline std::function<void()> body;
 inline std::vector<void*> free_stacks;
@@ -132,9 +132,12 @@ __attribute__((noinline)) inline void resume(Lane* lane) {
   setcontext(&lane->context);
 }
 
+// A fiber that may go on. Now and then one falls far behind the others.
+inline void ready(Lane* lane) { (random_bits() % 16 == 0 ? sleeping : runnable).push_back(lane); }
+
 // A point where another fiber may go on.
 inline void yield() {
-  runnable.push_back(current);
+  ready(current);
   suspend();
 }
 
@@ -148,7 +151,7 @@ inline void wait_until(const char* what, std::function<bool()> condition) {
 }
 
 inline void release(Meeting& meeting) {
-  for (Lane* lane : meeting.waiting) runnable.push_back(lane);
+  for (Lane* lane : meeting.waiting) ready(lane);
   meeting.waiting.clear();
 }
 
@@ -284,6 +287,15 @@ inline void check_guards(const Block& block) {
   }
 }
 
+inline bool wake_sleeping() {
+  if (sleeping.empty()) return false;
+  const size_t chosen = random_bits() % sleeping.size();
+  runnable.push_back(sleeping[chosen]);
+  sleeping[chosen] = sleeping.back();
+  sleeping.pop_back();
+  return true;
+}
+
 inline bool wake_polling() {
   bool any = false;
   for (size_t i = 0; i < polling.size();) {
@@ -307,6 +319,7 @@ inline void run(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()
   body = std::move(kernel);
   random_bits.seed(settings.seed);
   runnable.clear();
+  sleeping.clear();
   polling.clear();
   if (static_cast<int>(shared_bytes) > settings.shared_bytes) {
     return fail("more shared memory is asked for than the device has");
@@ -323,8 +336,11 @@ inline void run(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()
       resident.push_back(start_block(order[next++], shared_bytes));
     }
     if (resident.empty()) break;
-    if (++steps % 64 == 0) wake_polling();
-    if (runnable.empty() && !wake_polling()) {
+    if (++steps % 64 == 0) {
+      wake_polling();
+      wake_sleeping();
+    }
+    if (runnable.empty() && !wake_sleeping() && !wake_polling()) {
       std::string what = "deadlock; a thread waits in ";
       for (const auto& lane : resident.front()->lanes) {
         if (!lane->done) {
