@@ -24,7 +24,7 @@ from hf_gptq_plugin.format.spec import WORD, QuantSpec, words
 from hf_gptq_plugin.nn.ops import KernelWeight, linear
 
 from .compiled import note
-from .loading import Scheme, ShardLoader, empty_tensors, used_groups
+from .loading import Scheme, ShardLoader, empty_tensors, layer_name, used_groups
 
 
 class ZeroFormat:
@@ -92,6 +92,7 @@ class HfGptqLinearMethod(LinearMethodBase):
         rows = (start, start + input_size_per_partition)
         self._in_features = input_size_per_partition
         self._vllm_config = get_current_vllm_config()
+        self._prefix = layer_name(layer, self._scheme)
         columns = sum(output_partition_sizes)
         self._loader = ShardLoader(layer, self._scheme, rows, columns, extra_weight_attrs["weight_loader"])
         empty = empty_tensors(spec, self._scheme.scales_dtype, rows, input_size, columns)
@@ -121,10 +122,10 @@ class HfGptqLinearMethod(LinearMethodBase):
         """
         self._loader.require_all(layer.bias)
         loaded = {leaf: getattr(layer, leaf).data for leaf in TENSORS}
-        check_values(layer.prefix, loaded["scales"], loaded["g_idx"])
+        check_values(self._prefix, loaded["scales"], loaded["g_idx"])
         loaded = used_groups(loaded)
         spec = self._scheme.spec
-        self._zeros.add(layer.prefix, _zero_evidence(layer, loaded, spec))
+        self._zeros.add(self._prefix, _zero_evidence(layer, loaded, spec))
         spec = replace(spec, checkpoint_format=self._zeros.value)
         weight = KernelWeight.from_canonical(**loaded, spec=spec, in_features=self._in_features).packed()
         # Before there is evidence, a layer must be able to follow a later one, so its zeros are kept.
@@ -141,7 +142,7 @@ class HfGptqLinearMethod(LinearMethodBase):
             # Plain parameters: vLLM's own would send every call of the op through __torch_function__.
             layer.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
         layer.register_buffer("perm", weight.perm, persistent=False)
-        note(self._vllm_config, layer.prefix, self._weight(layer))
+        note(self._vllm_config, self._prefix, self._weight(layer))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x @ weight.T + bias`, a new tensor `[..., N]`; x `[..., K]`."""

@@ -45,6 +45,11 @@ class Scheme:
     has_bias: bool = True
 
 
+def layer_name(layer: Any, scheme: Scheme) -> str:
+    """vLLM's name of a layer; before 0.31 an output embedding does not know its own."""
+    return getattr(layer, "prefix", scheme.names[0])
+
+
 class ShardLoader:
     """Loads the tensors of one layer and knows which it still waits for.
 
@@ -60,9 +65,10 @@ class ShardLoader:
     def __init__(
         self, layer: Any, scheme: Scheme, rows: tuple[int, int], rank_out_features: int, load: Callable[..., None]
     ) -> None:
-        self._prefix = layer.prefix
+        self._prefix = layer_name(layer, scheme)
         self._scheme = scheme
-        self._in_features = layer.input_size  # of the whole layer, not of this rank's part
+        # Of the whole layer. An output embedding, which has no input_size before vLLM 0.31, is never split along it.
+        self._in_features = getattr(layer, "input_size", rows[1])
         self._rows = rows
         self._rank_out_features = rank_out_features
         self._widths = _shard_widths(layer)
