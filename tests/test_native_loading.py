@@ -103,7 +103,7 @@ def test_unloadable(tmp_path: Path) -> None:
     broken.write_bytes(b"\x7fELF not really")
     assert probe(HF_GPTQ_LIBRARY=str(broken))["state"] == "unloadable"
     code, row = doctor(HF_GPTQ_LIBRARY=str(broken))
-    assert code == 1 and row["state"] == "broken" and str(broken) in row["detail"]
+    assert code == 3 and row["state"] == "broken" and str(broken) in row["detail"]
 
 
 def test_another_library(tmp_path: Path) -> None:

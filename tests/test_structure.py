@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "calibrate": {"format", "solve", "nn", "version"},
     "convert": {"format"},
     "train": {"format", "nn", "solve"},
-    "hf": {"format", "solve", "nn", "calibrate", "config", "convert", "train"},
+    "hf": {"format", "solve", "nn", "calibrate", "config", "convert", "train", "native"},
     "diagnose": {"native", "native_cuda", "hf", "version"},
     "demo": {"config", "format", "hf"},
     "cli": {"format", "solve", "calibrate", "convert", "train", "config", "hf", "native", "diagnose", "demo"},

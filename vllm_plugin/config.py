@@ -114,8 +114,10 @@ class HfGptqConfig(QuantizationConfig):
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
         """Follow a model's renaming of the checkpoint's modules."""
         renamed = {}
+        # Public since vLLM 0.31.
+        map_name = getattr(hf_to_vllm_mapper, "map_name", None) or hf_to_vllm_mapper._map_name
         for module, source in self._sources.items():
-            tensor = hf_to_vllm_mapper.map_name(f"{module}.weight")
+            tensor = map_name(f"{module}.weight")
             if tensor is not None:
                 renamed[tensor.removesuffix(".weight")] = source
         self._sources = renamed

@@ -20,7 +20,6 @@ from vllm.model_executor.parameter import (
 )
 
 from hf_gptq_plugin.format.checkpoint import TENSORS, agreed_format, check_values, zero_format
-from hf_gptq_plugin.format.packing import pack_stream
 from hf_gptq_plugin.format.spec import WORD, QuantSpec, words
 from hf_gptq_plugin.nn.ops import KernelWeight, linear
 
@@ -93,14 +92,15 @@ class HfGptqLinearMethod(LinearMethodBase):
         rows = (start, start + input_size_per_partition)
         self._in_features = input_size_per_partition
         self._vllm_config = get_current_vllm_config()
-        self._loader = ShardLoader(layer, self._scheme, rows, extra_weight_attrs["weight_loader"])
-        empty = empty_tensors(spec, self._scheme.scales_dtype, rows, input_size, sum(output_partition_sizes))
+        columns = sum(output_partition_sizes)
+        self._loader = ShardLoader(layer, self._scheme, rows, columns, extra_weight_attrs["weight_loader"])
+        empty = empty_tensors(spec, self._scheme.scales_dtype, rows, input_size, columns)
         along_both = {"input_dim": 0, "output_dim": 1}
         kinds: dict[str, Callable[..., BasevLLMParameter]] = {
             "qweight": partial(
                 PackedvLLMParameter, packed_dim=0, packed_factor=Fraction(WORD, spec.bits), **along_both
             ),
-            "qzeros": partial(GroupQuantScaleParameter, **along_both),
+            "qzeros": BasevLLMParameter,
             "scales": partial(GroupQuantScaleParameter, **along_both),
             "g_idx": BasevLLMParameter,
         }
@@ -124,7 +124,6 @@ class HfGptqLinearMethod(LinearMethodBase):
         check_values(layer.prefix, loaded["scales"], loaded["g_idx"])
         loaded = used_groups(loaded)
         spec = self._scheme.spec
-        loaded["qzeros"] = pack_stream(loaded["qzeros"], spec.bits)
         self._zeros.add(layer.prefix, _zero_evidence(layer, loaded, spec))
         spec = replace(spec, checkpoint_format=self._zeros.value)
         weight = KernelWeight.from_canonical(**loaded, spec=spec, in_features=self._in_features).packed()

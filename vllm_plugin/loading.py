@@ -4,9 +4,9 @@ vLLM fuses modules (q, k, v; gate, up) into one layer, loads each tensor shard b
 belongs to its tensor-parallel rank. Its loaders cut out what they need without comparing shapes, and nothing
 notices a tensor that never came.
 
-A rank may begin anywhere: inside a 32-bit word, inside a group. So zeros lie unpacked until all of a layer is
-there, and a layer that is split along its input holds the scales and zeros of every group until its g_idx shows
-which of them the rank uses.
+A rank, or a module of a fused layer, may begin anywhere: inside a 32-bit word, inside a group. So zeros lie unpacked
+until those of the whole layer are there, and a layer that is split along its input holds the scales and zeros of every
+group until its g_idx shows which of them the rank uses.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.parameter import GroupQuantScaleParameter
 
 from hf_gptq_plugin.format.checkpoint import TENSORS, check_shapes
-from hf_gptq_plugin.format.packing import slice_codes, unpack_stream
+from hf_gptq_plugin.format.packing import pack_stream, slice_codes, unpack_stream
 from hf_gptq_plugin.format.spec import CheckpointError, QuantSpec
 
 ShardId = Any  # vLLM's: "q", "k", "v", an index, a tuple of indices, or None for the whole layer
@@ -51,19 +52,24 @@ class ShardLoader:
         layer: the layer.
         scheme: how the checkpoint stores it.
         rows: the input features `[start, stop)` of this rank.
+        rank_out_features: its `N`.
         load: vLLM's loader of the layer, called as `load(param, tensor)` or `load(param, tensor, shard_id)`; it
             picks this rank's output features.
     """
 
-    def __init__(self, layer: Any, scheme: Scheme, rows: tuple[int, int], load: Callable[..., None]) -> None:
+    def __init__(
+        self, layer: Any, scheme: Scheme, rows: tuple[int, int], rank_out_features: int, load: Callable[..., None]
+    ) -> None:
         self._prefix = layer.prefix
         self._scheme = scheme
         self._in_features = layer.input_size  # of the whole layer, not of this rank's part
         self._rows = rows
+        self._rank_out_features = rank_out_features
         self._widths = _shard_widths(layer)
         self._load = _load_vocabulary(layer) if isinstance(layer, ParallelLMHead) else load
         self._loaded: dict[str, set[ShardId]] = {leaf: set() for leaf in TENSORS}
         self._g_idx: tuple[str, Tensor] | None = None
+        self._fields: Any = None  # zeros, unpacked, until all have come
 
     def loader(self, leaf: str) -> Callable[..., None]:
         """The weight_loader of the parameter `leaf` (qweight, qzeros, scales or g_idx).
@@ -71,7 +77,7 @@ class ShardLoader:
         It raises CheckpointError for a tensor that is not the layer's.
         """
 
-        def load(param: nn.Parameter, loaded: Tensor, shard_id: ShardId = None) -> None:
+        def load(param: Any, loaded: Tensor, shard_id: ShardId = None) -> None:
             shards = self._shards(shard_id)
             module = self._module(shards)
             width = sum(self._widths[shard] for shard in shards)
@@ -79,11 +85,15 @@ class ShardLoader:
             if leaf == "g_idx":
                 self._check_same_order(module, loaded)
             part = rank_rows(leaf, loaded, self._scheme.spec, self._rows, self._in_features, width)
+            target = self._unpacked(param) if leaf == "qzeros" else param
             if leaf == "g_idx" or self._rows != (0, self._in_features):
-                param.data.copy_(part)  # a layer split along its input is neither fused nor split along its output
+                target.data.copy_(part)  # a layer split along its input is neither fused nor split along its output
             else:
-                self._load(param, part, *(() if shard_id is None else (shard_id,)))
+                self._load(target, part, *(() if shard_id is None else (shard_id,)))
             self._loaded[leaf].update(shards)
+            if leaf == "qzeros" and len(self._loaded[leaf]) == len(self._widths):
+                param.data.copy_(pack_stream(self._fields.data, self._scheme.spec.bits))
+                self._fields = None
 
         return load
 
@@ -106,6 +116,15 @@ class ShardLoader:
         if bias is not None and not self._scheme.has_bias:
             missing += [f"{name}.bias" for name in self._scheme.names]
         refuse_missing(self._prefix, missing)
+
+    def _unpacked(self, qzeros: Any) -> Any:
+        """What zeros are loaded into before they are packed into the parameter `qzeros`."""
+        if self._fields is None:
+            data = torch.empty(len(qzeros), self._rank_out_features, dtype=torch.uint8, device=qzeros.device)
+            along_both = {"input_dim": 0, "output_dim": 1}
+            self._fields = GroupQuantScaleParameter(data=data, weight_loader=qzeros.weight_loader, **along_both)
+            self._fields.tp_rank, self._fields.tp_size = qzeros.tp_rank, qzeros.tp_size
+        return self._fields
 
     def _check_same_order(self, module: str, g_idx: Tensor) -> None:
         if self._g_idx is None:
@@ -150,23 +169,23 @@ def empty_tensors(
         out_features: its `N`.
 
     Returns:
-        qweight int32 `[words(stop - start), N]`; qzeros uint8 `[G, N]`, the stored fields unpacked; scales
-        `[G, N]`; g_idx int32 `[stop - start]` in natural order, which stays where the checkpoint has none. `G` counts
-        all groups of `in_features`.
+        The canonical tensors, qweight and g_idx of the rank's inputs, qzeros and scales of all groups of
+        `in_features`; g_idx in natural order, which stays where the checkpoint has none.
     """
-    groups, width = spec.groups(in_features), spec.width(in_features)
+    whole, part = spec.shapes(in_features, out_features), spec.shapes(rows[1] - rows[0], out_features)
     return {
-        "qweight": torch.empty(spec.shapes(rows[1] - rows[0], out_features)["qweight"], dtype=torch.int32),
-        "qzeros": torch.empty(groups, out_features, dtype=torch.uint8),
-        "scales": torch.empty(groups, out_features, dtype=scales_dtype),
-        "g_idx": torch.arange(*rows, dtype=torch.int32) // width,
+        "qweight": torch.empty(part["qweight"], dtype=torch.int32),
+        "qzeros": torch.empty(whole["qzeros"], dtype=torch.int32),
+        "scales": torch.empty(whole["scales"], dtype=scales_dtype),
+        "g_idx": torch.arange(*rows, dtype=torch.int32) // spec.width(in_features),
     }
 
 
 def rank_rows(
     leaf: str, loaded: Tensor, spec: QuantSpec, rows: tuple[int, int], in_features: int, out_features: int
 ) -> Tensor:
-    """Of a checked tensor, what a rank with input features `rows` loads into `empty_tensors`; every output feature."""
+    """Of a checked tensor, what a rank with input features `rows` needs, for every output feature; of qzeros the
+    stored fields of all groups, uint8 `[G, N]`."""
     if leaf == "qzeros":
         return unpack_stream(loaded, spec.bits, out_features)
     if rows == (0, in_features):

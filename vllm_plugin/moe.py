@@ -18,7 +18,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEConfig, FusedMoEMethodB
 
 from hf_gptq_plugin.format.checkpoint import TENSORS, check_shapes, check_values, zero_format
 from hf_gptq_plugin.format.grid import natural_groups
-from hf_gptq_plugin.format.packing import pack_stream
+from hf_gptq_plugin.format.packing import pack_stream, unpack_zeros
 from hf_gptq_plugin.format.spec import CheckpointError, QuantSpec
 from hf_gptq_plugin.nn.moe import ACTIVATIONS, moe, stack
 from hf_gptq_plugin.nn.ops import KernelWeight
@@ -109,6 +109,7 @@ class HfGptqMoEMethod(FusedMoEMethodBase):
 
         Raises:
             CheckpointError: places for experts that the checkpoint does not have.
+            ValueError: adapters on the experts.
         """
         ranks, rank = self.moe.tp_size, self.moe.tp_rank
         hidden, cut = (0, hidden_size), intermediate_size_per_partition
@@ -120,6 +121,7 @@ class HfGptqMoEMethod(FusedMoEMethodBase):
         }
         self._loaded: set[tuple[int, str, str]] = set()
         self._vllm_config = get_current_vllm_config()
+        _refuse_adapters(self._prefix, self._vllm_config.lora_config)
         local_id = layer._map_global_expert_id_to_local_expert_id
         self._experts = {e: local for e, _ in self._scheme.names if (local := local_id(e)) != -1}
         if num_experts != len(self._experts):
@@ -140,6 +142,7 @@ class HfGptqMoEMethod(FusedMoEMethodBase):
         places = {shard: place for place, shard in enumerate(side.shards)}
         width = side.columns[1] - side.columns[0]
         g_idx: dict[int, tuple[str, Tensor]] = {}
+        zeros: dict[tuple[int, str], Tensor] = {}  # unpacked, until those of all of an expert's shards have come
 
         def load(
             param: nn.Parameter,
@@ -163,11 +166,16 @@ class HfGptqMoEMethod(FusedMoEMethodBase):
                         "of groups; quantize again, or serve the checkpoint with Transformers"
                     )
             part = rank_rows(leaf, loaded_weight, side.spec, side.rows, *sizes)
-            target = param.data[local]
-            if leaf != "g_idx":
-                part = part[:, slice(*side.columns)]
-                target = target[:, places[shard_id] * width : (places[shard_id] + 1) * width]
-            target.copy_(part)
+            if leaf == "g_idx":
+                param.data[local] = part
+            elif leaf == "qzeros":
+                zeros[local, shard_id] = part[:, slice(*side.columns)]
+                if all((local, shard) in zeros for shard in side.shards):
+                    together = torch.cat([zeros.pop((local, shard)) for shard in side.shards], dim=1)
+                    param.data[local] = pack_stream(together, side.spec.bits)
+            else:
+                target = param.data[local][:, places[shard_id] * width : (places[shard_id] + 1) * width]
+                target.copy_(part[:, slice(*side.columns)])
             self._loaded.add((expert_id, shard_id, leaf))
             return True if return_success else None
 
@@ -209,15 +217,15 @@ class HfGptqMoEMethod(FusedMoEMethodBase):
         return missing
 
     def _checked(self, layer: Any, stem: str) -> dict[str, Tensor]:
-        """The tensors of one side, qzeros still unpacked, without the groups of other ranks."""
+        """The tensors of one side, without the groups of other ranks."""
         side = self._sides[stem]
         loaded = {leaf: getattr(layer, f"{stem}_{leaf}").data for leaf in TENSORS}
         for expert, local in self._experts.items():
             names = [self._scheme.names[expert, shard] for shard in side.shards]
             check_values(" and ".join(names), loaded["scales"][local], loaded["g_idx"][local])
-            fields = pack_stream(loaded["qzeros"][local], side.spec.bits)
-            columns = loaded["scales"].shape[-1]
-            shown = zero_format(loaded["qweight"][local], fields, side.spec, columns, loaded["g_idx"][local])
+            one = {leaf: tensor[local] for leaf, tensor in loaded.items()}
+            columns = one["scales"].shape[-1]
+            shown = zero_format(one["qweight"], one["qzeros"], side.spec, columns, one["g_idx"])
             self._zeros.add(names[0], shown)
         return used_groups(loaded)
 
@@ -225,27 +233,29 @@ class HfGptqMoEMethod(FusedMoEMethodBase):
         side = self._sides[stem]
         spec = replace(side.spec, checkpoint_format=self._zeros.value)
         in_features = side.rows[1] - side.rows[0]
-        zeros = loaded["qzeros"].int() + spec.zero_offset
+        zeros = unpack_zeros(loaded["qzeros"], spec.bits, spec.zero_offset, loaded["scales"].shape[-1])
         natural = natural_groups(in_features, spec.group_size, loaded["g_idx"].device)
         is_symmetric = self._zeros.is_certain and bool((zeros == 2 ** (spec.bits - 1)).all())
         is_natural = bool((loaded["g_idx"] == natural).all())
-        qzeros = pack_stream(loaded["qzeros"], spec.bits)
-        return stack(
-            [
-                KernelWeight(
-                    qweight=loaded["qweight"][expert],
-                    scales=loaded["scales"][expert],
-                    qzeros=None if is_symmetric else qzeros[expert],
-                    g_idx=None if is_natural else loaded["g_idx"][expert],
-                    perm=None,
-                    bits=spec.bits,
-                    group_size=spec.width(in_features),
-                    zero_offset=spec.zero_offset,
-                    in_features=in_features,
-                ).packed()
-                for expert in range(len(qzeros))
-            ]
-        )
+        weights = [
+            KernelWeight(
+                qweight=loaded["qweight"][expert],
+                scales=loaded["scales"][expert],
+                qzeros=None if is_symmetric else loaded["qzeros"][expert],
+                g_idx=None if is_natural else loaded["g_idx"][expert],
+                perm=None,
+                bits=spec.bits,
+                group_size=spec.width(in_features),
+                zero_offset=spec.zero_offset,
+                in_features=in_features,
+            )
+            for expert in range(len(loaded["qweight"]))
+        ]
+        packed = [weight.packed() for weight in weights]
+        # A kernel's layout may pad groups, by more where an expert's groups are more uneven; the ops also take
+        # checkpoints' own layout.
+        shapes = {(w.qweight.shape, None if w.perm is None else w.perm.shape) for w in packed}
+        return stack(packed if len(shapes) == 1 else weights)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """None: nothing for vLLM's own kernels."""
@@ -272,3 +282,12 @@ class HfGptqMoEMethod(FusedMoEMethodBase):
         leaves = ("qweight", "scales", "qzeros", "g_idx", "perm")
         tensors = {leaf: getattr(layer, f"{stem}_{leaf}") for leaf in leaves}
         return KernelWeight(**tensors, bits=bits, group_size=group_size, zero_offset=self._zeros.offset)
+
+
+def _refuse_adapters(prefix: str, lora_config: Any) -> None:
+    """vLLM puts adapters on experts inside its own kernels only, and on every layer that is not excluded."""
+    if lora_config is not None and (lora_config.target_modules is None or "experts" in lora_config.target_modules):
+        raise ValueError(
+            f"{prefix} holds quantized experts, on which vLLM cannot put LoRA adapters; name the layers that may have "
+            "them, for example with --lora-target-modules q_proj k_proj v_proj o_proj"
+        )

@@ -43,7 +43,7 @@ def check_adapter(folder: str | Path) -> dict[str, tuple[int, int, int]]:
     ):
         raise CheckpointError(f"{CONFIG}: target_modules={targets!r} must be a name, a regex or a list of names")
     if not (path / WEIGHTS).is_file():
-        raise CheckpointError(f"{WEIGHTS} is missing from the adapter; pickled weights can run code and are not read")
+        raise CheckpointError(f"{WEIGHTS} is missing from the adapter; pickled files can run code and are not read")
     factors: dict[str, dict[str, TensorInfo]] = {}
     for name, info in read_headers([path / WEIGHTS]).items():
         match = _FACTOR.fullmatch(name)

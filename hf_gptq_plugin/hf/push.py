@@ -15,7 +15,7 @@ from ..convert.inspect import inspect
 from ..format.spec import CheckpointError
 from .card import MARK, card_metadata, facts, inherited_metadata, merged_card, model_card
 
-# What is never published: pickles, which readers refuse, and what a run leaves beside a checkpoint.
+# What is never published: weights that can run code, which readers refuse, and what a run leaves beside a checkpoint.
 _LEFT_OUT = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", ".*", "*.part", "*.journal", "*.tmp", "**/.*")
 
 

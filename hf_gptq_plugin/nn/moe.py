@@ -7,6 +7,7 @@ call whose shape is that of its input.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -53,7 +54,7 @@ def stack(weights: Sequence[KernelWeight]) -> KernelWeight:
         if any(weight.arguments[len(_STACKED) :] != numbers for weight in weights) or len(set(absent)) > 1:
             raise ValueError(f"the experts' weights are not alike ({name}); stack only weights of one description")
         stacked[name] = None if absent[0] else torch.stack(tensors)
-    return KernelWeight(**stacked, bits=first.bits, group_size=first.group_size, zero_offset=first.zero_offset)
+    return replace(first, **stacked)
 
 
 def moe(

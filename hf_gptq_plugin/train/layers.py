@@ -29,7 +29,7 @@ from ..format.grid import QuantizedWeight
 from ..nn.linear import QuantLinear
 from ..nn.ops import KernelWeight, dequantize, linear, linear_transposed
 
-ROWS = 512  # output features whose full gradient exists at a time
+ROWS = 512  # output features whose full gradient exists at a time, a multiple of 64 (`KernelWeight.outputs`)
 SPREAD = 0.999  # of the latents of one code, in codes; the gap that is left must be less than one step of an optimizer
 LEAST = 2.0**-6  # of α: a scale keeps its sign and stays a normal number
 

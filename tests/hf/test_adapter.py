@@ -62,5 +62,5 @@ def test_files_that_are_missing(tmp_path: Path) -> None:
         check_adapter(tmp_path)
     folder = adapter(tmp_path / "a")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(CheckpointError, match="pickled weights can run code"):
+    with pytest.raises(CheckpointError, match="pickled files can run code"):
         check_adapter(folder)

@@ -6,6 +6,7 @@ Engines are slow to start, so one at a time is kept and shared between tests.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,12 @@ SHAPES = {
         initializer_range=0.1,
     ),
     "qwen3_moe": dict(hidden_size=128, moe_intermediate_size=80, head_dim=32, initializer_range=0.1),
+    "phi3": dict(
+        hidden_size=128, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1,
+        tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    ),
 }  # fmt: skip
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +63,14 @@ def quantized(
     return make
 
 
+@pytest.fixture(scope="session")
+def dense_llama(tiny: Callable[..., Path]) -> Path:
+    """The random Llama that `quantized` begins with, and a tokenizer."""
+    folder = tiny("llama", **SHAPE, vocab_size=VOCABULARY)
+    _tokenizer(VOCABULARY).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def vllm_config() -> Iterator[None]:
     """Layers of vLLM can be made without an engine."""
@@ -75,18 +88,24 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A random LoRA adapter that PEFT made on the quantized model: `adapter(checkpoint, seed=1)`."""
-    peft = pytest.importorskip("peft", reason="LoRA tests need the peft extra")
-    made: dict[tuple[Path, int], Path] = {}
+    """A random LoRA adapter that PEFT made on the quantized model: `adapter(checkpoint, seed=1)`.
 
-    def make(checkpoint: Path, seed: int) -> Path:
-        if (checkpoint, seed) not in made:
+    `targets` are the layers that it changes, by default all projections of a Llama.
+    """
+    peft = pytest.importorskip("peft", reason="LoRA tests need the peft extra")
+    made: dict[tuple[Path, int, tuple[str, ...]], Path] = {}
+
+    def make(checkpoint: Path, seed: int, targets: Sequence[str] = PROJECTIONS) -> Path:
+        key = (checkpoint, seed, tuple(targets))
+        if key not in made:
             torch.manual_seed(seed)
-            config = peft.LoraConfig(r=8, target_modules=PROJECTIONS, init_lora_weights=False)
+            config = peft.LoraConfig(r=8, target_modules=list(targets), init_lora_weights=False)
             folder = tmp_path_factory.mktemp("adapter")
-            peft.get_peft_model(Reference(checkpoint).model, config).save_pretrained(folder)
-            made[checkpoint, seed] = folder
-        return made[checkpoint, seed]
+            model = peft.get_peft_model(Reference(checkpoint).model, config)
+            # For an adapter on the head, PEFT would also write the head's own tensors, which vLLM refuses.
+            model.save_pretrained(folder, save_embedding_layers=False)
+            made[key] = folder
+        return made[key]
 
     return make
 
@@ -122,6 +141,11 @@ class Reference:
                 .double()
                 .log_softmax(-1)
             )
+
+    def perplexity(self, windows: Sequence[list[int]]) -> float:
+        """Of all tokens after each window's first."""
+        values = torch.cat([self.logprobs(w[:1], w[1:]).gather(1, torch.tensor(w[1:])[:, None]) for w in windows])
+        return math.exp(-float(values.mean()))
 
 
 @pytest.fixture(scope="session")
@@ -176,6 +200,22 @@ class Engine:
             )
             for output in outputs
         ]
+
+    def perplexity(self, windows: Sequence[list[int]]) -> float:
+        """Of all tokens after each window's first."""
+        import vllm
+
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": tokens} for tokens in windows],
+            vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0),
+            use_tqdm=False,
+        )
+        values = [
+            place[token].logprob
+            for tokens, output in zip(windows, outputs, strict=True)
+            for token, place in zip(tokens[1:], output.prompt_logprobs[1:], strict=True)
+        ]
+        return math.exp(-sum(values) / len(values))
 
     def end(self) -> None:
         """Give everything back, so that another engine can start in this process."""

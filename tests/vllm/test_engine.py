@@ -78,18 +78,30 @@ def test_a_row_does_not_depend_on_its_batch(lora_engine: Any, prompts: list[list
             assert a == pytest.approx(b, abs=1e-5)
 
 
+LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
 @pytest.mark.parametrize(
-    "fields",
+    ("kind", "fields", "targets"),
     [
-        pytest.param(dict(bits=3, group_size=48, sym=False, desc_act=True), id="3 bit, act-order, ragged last group"),
         pytest.param(
-            dict(bits=2, group_size=32, sym=False, lm_head=True, dynamic={r"+:.*\.1\.mlp\..*": {"bits": 8}}),
-            id="2 bit, some of 8, quantized head, padded vocabulary",
+            "llama", dict(bits=3, group_size=48, sym=False, desc_act=True), LLAMA,
+            id="3 bit, asymmetric, act-order, ragged last group",
+        ),
+        pytest.param(
+            "llama", dict(bits=2, group_size=32, sym=False, lm_head=True, dynamic={r"+:.*\.1\.mlp\..*": {"bits": 8}}),
+            (*LLAMA, "lm_head"), id="2 bit, some of 8, quantized head with an adapter, padded vocabulary",
+        ),
+        pytest.param(
+            "phi3", dict(bits=4, group_size=16), ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+            id="fused on disk, tied embeddings, groups of 16",
         ),
     ],
-)
+)  # fmt: skip
 def test_what_vllm_itself_refuses_matches_transformers(
+    kind: str,
     fields: dict[str, Any],
+    targets: tuple[str, ...],
     quantized: Callable[..., Path],
     adapter: Callable[..., Path],
     engines: Any,
@@ -99,13 +111,33 @@ def test_what_vllm_itself_refuses_matches_transformers(
 ) -> None:
     from vllm.lora.request import LoRARequest
 
-    checkpoint = quantized(**fields)
-    tuned = adapter(checkpoint, seed=1)
-    llm = engines(checkpoint, quantization=None, enable_lora=True, max_lora_rank=8)  # the plugin offers itself
-    assert llm.method == "hf_gptq"
+    checkpoint = quantized(kind, **fields)
+    tuned = [adapter(checkpoint, seed=seed, targets=targets) for seed in (1, 2)]
+    llm = engines(checkpoint, quantization=None, enable_lora=True, max_loras=3, max_lora_rank=8)
+    assert llm.method == "hf_gptq"  # the plugin offers itself
     same(reference(checkpoint), prompts, llm.greedy(prompts))
-    requests = [LoRARequest("tuned", 1, str(tuned))] * len(prompts)
-    same(reference(checkpoint, tuned), prompts, llm.greedy(prompts, requests))
+    requests = [LoRARequest(f"a{i}", i, str(path)) for i, path in enumerate(tuned, start=1)]
+    prompt = prompts[0]
+    together = llm.greedy([prompt] * 3, [*requests, None])
+    for path, continuation in zip([*tuned, None], together, strict=True):
+        same(reference(checkpoint, path), [prompt], [continuation])
+    assert len({tuple(continuation.tokens) for continuation in together}) == 3  # the adapters matter
+
+
+def test_two_ranks_match_transformers(
+    quantized: Callable[..., Path],
+    engines: Any,
+    reference: Any,
+    prompts: list[list[int]],
+    same: Callable[..., None],
+) -> None:
+    """Tensor parallel: two processes, act-order split along its input, quantized experts, a ragged last group."""
+    checkpoint = quantized(
+        "qwen3_moe", bits=3, group_size=48, sym=False, desc_act=True, dynamic={r"+:.*down_proj": {"bits": 8}}
+    )
+    llm = engines(checkpoint, tensor_parallel_size=2)
+    same(reference(checkpoint), prompts, llm.greedy(prompts))
+    engines.end()
 
 
 def test_vllm_serves_our_checkpoint_without_us(

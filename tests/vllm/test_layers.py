@@ -258,7 +258,7 @@ def test_missing_bias_is_named() -> None:
 
     with tensor_parallel():
         scheme = Scheme(("attn.qkv_proj",), QuantSpec(4, 32), torch.float16, has_bias=False)
-        loader = ShardLoader(make_qkv(scheme.spec), scheme, (0, K), load=lambda *_: None)
+        loader = ShardLoader(make_qkv(scheme.spec), scheme, (0, K), 128, load=lambda *_: None)
         with pytest.raises(CheckpointError, match=r"no .*attn\.qkv_proj\.bias, so attn\.qkv_proj cannot be served"):
             loader.require_all(torch.empty(128))
 

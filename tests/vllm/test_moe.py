@@ -12,6 +12,7 @@ import pytest
 import torch
 from vllm_layers import dense, random_weight
 
+from hf_gptq_plugin import native
 from hf_gptq_plugin.format.checkpoint import TENSORS
 from hf_gptq_plugin.format.grid import QuantizedWeight
 from hf_gptq_plugin.format.spec import CheckpointError, QuantSpec
@@ -118,6 +119,8 @@ def in_transformers(weights: Weights) -> Experts:
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_experts_give_the_bits_that_they_give_in_transformers(spec: QuantSpec) -> None:
+    if native.library() is None:
+        pytest.skip(f"no native library, whose bits do not depend on what is fused: {native.status().detail}")
     weights = random_experts(spec)
     layer = finish(load(make(spec), weights))
     x, topk_weights, ids = routing()
@@ -244,26 +247,38 @@ def test_mislabelled_zeros_are_read_as_they_are() -> None:
     assert torch.equal(out, run(finish(load(make(stored), weights)), *inputs))
 
 
-@pytest.mark.parametrize(
-    ("kind", "fields"),
-    [
-        pytest.param("mixtral", dict(bits=4, group_size=32), id="Mixtral, 4 bit"),
-        pytest.param(
-            "qwen3_moe",
-            dict(bits=3, group_size=48, sym=False, desc_act=True, dynamic={r"+:.*down_proj": {"bits": 8}}),
-            id="Qwen3, 3 bit and 8, act-order, asymmetric, ragged last group",
-        ),
-    ],
-)
-def test_quantized_experts_match_transformers(
-    kind: str,
-    fields: dict[str, Any],
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "experts"]])
+def test_adapters_on_experts_are_refused(targets: list[str] | None) -> None:
+    from vllm_plugin.moe import _refuse_adapters
+
+    with pytest.raises(
+        ValueError, match=r"experts, on which vLLM cannot put LoRA adapters.*--lora-target-modules q_proj"
+    ):
+        _refuse_adapters("experts", SimpleNamespace(target_modules=targets))
+
+
+@pytest.mark.parametrize("config", [None, SimpleNamespace(target_modules=list(ATTENTION))])
+def test_adapters_on_attention_are_not(config: Any) -> None:
+    from vllm_plugin.moe import _refuse_adapters
+
+    _refuse_adapters("experts", config)
+
+
+def test_mixtral_and_an_adapter_match_transformers(
     quantized: Callable[..., Path],
+    adapter: Callable[..., Path],
     engines: Any,
     reference: Any,
     prompts: list[list[int]],
     same: Callable[..., None],
 ) -> None:
-    checkpoint = quantized(kind, **fields)
-    llm = engines(checkpoint)
+    from vllm.lora.request import LoRARequest
+
+    checkpoint = quantized("mixtral", bits=4, group_size=32)
+    tuned = adapter(checkpoint, seed=1, targets=ATTENTION)
+    llm = engines(checkpoint, enable_lora=True, max_lora_rank=8, max_loras=2, lora_target_modules=list(ATTENTION))
     same(reference(checkpoint), prompts, llm.greedy(prompts))
+    same(reference(checkpoint, tuned), prompts, llm.greedy(prompts, [LoRARequest("tuned", 1, str(tuned))] * 3))
