@@ -167,10 +167,13 @@ def zero_format(
         qweight, qzeros: canonical tensors, at least their first columns.
         spec: bits and sym; its checkpoint_format is not looked at.
         out_features: `N`.
-        g_idx: int `[K]`, by which a zero counts as often as inputs have it; without, all count alike.
+        g_idx: int `[K]`, by which a zero counts as often as inputs have it; without, all count alike. One that is
+            damaged shows nothing; `check_values` tells what is wrong with it.
     """
     fields = packing.unpack_stream(qzeros, spec.bits, out_features)
     if not fields.numel() or not qweight.numel():
+        return None
+    if g_idx is not None and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < len(fields):
         return None
     if spec.sym:
         low, high = int(fields.min()), int(fields.max())
