@@ -22,8 +22,8 @@ from ..native import NativeError
 from ..solve.hessian import SolveError
 from ..train.loop import TrainingError
 
+TRACEBACK = "HF_GPTQ_TRACEBACK"  # environment variable: show where an unforeseen error happened
 # Exit codes beside 0; 2, for a command line that cannot be read, is the parser's.
-TRACEBACK = "HF_GPTQ_TRACEBACK"
 FAILED = 1  # an error a user can mend, told in one line
 CHECK_FAILED = 3  # the command did its work, and what it looked at is not as it should be
 
