@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
@@ -67,6 +68,8 @@ def speed(
     model.eval()
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(model.device)
+    # Transformers renamed it in 5.24.
+    cache = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
     firsts, steps = [], []
     for number in tqdm(range(repeats + 1), desc="Timing", unit="run", disable=not progress):
         start = _now(model)
@@ -74,7 +77,7 @@ def speed(
         token = out.logits[:, -1:].argmax(-1)
         middle = _now(model)
         for _ in range(new):
-            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=token, use_cache=True, **{cache: out[cache]})
             token = out.logits[:, -1:].argmax(-1)
         end = _now(model)
         if number:

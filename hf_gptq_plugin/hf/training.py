@@ -25,6 +25,7 @@ from ..convert.source import open_source
 from ..convert.stream import convert
 from ..format.checkpoint import written_whole
 from ..nn.linear import QuantLinear
+from ..train.checkpointing import disable_checkpointing, enable_checkpointing
 from ..train.layers import require_rank
 from ..train.loop import TrainingError, TrainSettings, mean_loss, train
 from ..train.methods import METHODS, attach, export, targeted, trained
@@ -133,14 +134,14 @@ def run(
         torch.manual_seed(settings.seed)
         given = _attached(loaded, method, target_modules, options)
         if checkpointing:
-            given.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(given, use_reentrant=False)
         before = mean_loss(given, held_out)
         losses = train(given, windows, settings, state, progress)
         after = mean_loss(given, held_out)
         trainable = sum(p.numel() for p in given.parameters() if p.requires_grad)
         wanted = _logits(given, held_out[0])
         if checkpointing:
-            given.gradient_checkpointing_disable()
+            disable_checkpointing(given)
         adapter = out / ADAPTER if method == "lora" or METHODS[method].exported == "adapter" else None
         layers = sum(name.endswith(".lora_A") for name, _ in given.named_modules()) or len(trained(loaded))
         if processes.rank() == 0:

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..nn.linear import QuantLinear
+from .checkpointing import enable_checkpointing
 from .layers import require_rank
 from .methods import METHODS, attach, targeted
 from .qgalore import planned_bytes
@@ -182,7 +183,7 @@ def planned(
             found["adamw"] = sum(2 * p.nbytes + 4 for p in learning)
             found["q-galore"] = sum(planned_bytes(p.shape, subspace) for p in learning)
             found["plain"] = _peak(fake, seqlen, windows)
-            _checkpoint(fake)
+            enable_checkpointing(fake, use_reentrant=False, preserve_rng_state=False)
             found["again"] = _peak(fake, seqlen, windows)
             return found
 
@@ -267,12 +268,6 @@ def _attach(model: Any, method: str, target_modules: Sequence[str] | str | None,
 def _held(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, shared ones once."""
     return sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
-
-
-def _checkpoint(model: Any) -> None:
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise ValueError(f"{type(model).__name__} has no gradient checkpointing")
-    model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
 
 
 def _peak(model: Any, seqlen: int, windows: int) -> int:
