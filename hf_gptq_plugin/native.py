@@ -10,9 +10,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from collections.abc import Mapping, Sequence
 from ctypes import POINTER, Structure, c_char_p, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,14 +103,7 @@ def _load() -> tuple[ctypes.CDLL | None, Status]:
         why = "no such file" if name else "the package was built without a C++ compiler"
         return None, Status("absent", str(path), why)
     try:
-        library = ctypes.CDLL(str(path))
-        library.hf_gptq_abi_version.restype = c_int32
-        version = library.hf_gptq_abi_version()
-        if version != ABI_VERSION:
-            return None, Status("unloadable", str(path), f"it has ABI {version}, this package needs {ABI_VERSION}")
-        for function, arguments in _SIGNATURES.items():
-            getattr(library, function).argtypes = arguments
-            getattr(library, function).restype = c_int
+        library = opened(path, "hf_gptq_abi_version", ABI_VERSION, _SIGNATURES)
         for function in ("hf_gptq_build_info", "hf_gptq_cpu_isa", "hf_gptq_cpu_isa_error", "hf_gptq_error_string"):
             getattr(library, function).restype = c_char_p
     except (OSError, AttributeError) as error:
@@ -119,6 +114,30 @@ def _load() -> tuple[ctypes.CDLL | None, Status]:
     if problem:
         detail += f"; {problem.decode()}"
     return library, Status("loaded", str(path), detail, library.hf_gptq_cpu_isa().decode(), threads)
+
+
+def opened(path: Path, version_of: str, needed: int, signatures: Mapping[str, Sequence[Any]]) -> ctypes.CDLL:
+    """A library of ours, whose functions know their arguments and return an error code.
+
+    Args:
+        path: the file.
+        version_of: name of the function that tells its ABI.
+        needed: the ABI that this package was written for.
+        signatures: types of arguments by function.
+
+    Raises:
+        OSError: it cannot be loaded, or has another ABI.
+        AttributeError: a function is missing.
+    """
+    library = ctypes.CDLL(str(path))
+    getattr(library, version_of).restype = c_int32
+    version = getattr(library, version_of)()
+    if version != needed:
+        raise OSError(f"it has ABI {version}, this package needs {needed}")
+    for function, arguments in signatures.items():
+        getattr(library, function).argtypes = arguments
+        getattr(library, function).restype = c_int
+    return library
 
 
 def _share_thread_pool(library: ctypes.CDLL) -> str:

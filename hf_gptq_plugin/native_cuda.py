@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .native import DTYPES, NativeError
+from .native import DTYPES, NativeError, opened
 
 ABI_VERSION = 1
 PACKAGED = Path(__file__).parent / "_native" / "libhf_gptq_cuda.so"
@@ -95,14 +95,7 @@ def _load() -> tuple[ctypes.CDLL | None, Status]:
     if not name and not torch.cuda.is_available():
         return None, Status("idle", str(path), "no CUDA device, or this torch was built without CUDA")
     try:
-        library = ctypes.CDLL(str(path))
-        library.hf_gptq_cuda_abi_version.restype = c_int32
-        version = library.hf_gptq_cuda_abi_version()
-        if version != ABI_VERSION:
-            return None, Status("unloadable", str(path), f"it has ABI {version}, this package needs {ABI_VERSION}")
-        for function, arguments in _SIGNATURES.items():
-            getattr(library, function).argtypes = arguments
-            getattr(library, function).restype = c_int
+        library = opened(path, "hf_gptq_cuda_abi_version", ABI_VERSION, _SIGNATURES)
         library.hf_gptq_cuda_tile_words.argtypes = (c_int64, c_int64, c_int32)
         library.hf_gptq_cuda_tile_words.restype = c_int64
         library.hf_gptq_cuda_error_string.argtypes = (c_int,)
