@@ -64,6 +64,8 @@ def serving(folder: str | Path, *options: str, **variables: str) -> Iterator[str
                 try:
                     process.wait(30)
                 except subprocess.TimeoutExpired:
+                    pass
+                finally:  # also where a second Ctrl-C ends the wait
                     process.kill()
                     process.wait()
 
