@@ -179,17 +179,18 @@ def test_vllm_serves_our_checkpoint_without_us(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As it is, and as compressed-tensors with zero points. Where vLLM's library has no 4-bit product, everything but
-    that product is vLLM's."""
+    that product is vLLM's in the latter."""
     from vllm import _custom_ops
 
+    has_kernel = hasattr(torch.ops._C, "cpu_gemm_wna16")
+    if layout == "gptq" and not has_kernel:
+        pytest.skip("vLLM's own 4-bit kernel is not in its library for this processor (it needs AVX-512)")
     checkpoint = quantized(bits=4, group_size=32, sym=layout == "gptq")
     served = checkpoint if layout == "gptq" else convert(checkpoint, tmp_path / "converted", layout)
     arguments = {"quantization": layout}
-    if hasattr(torch.ops._C, "cpu_gemm_wna16"):
+    if has_kernel:
         arguments["dtype"] = "bfloat16"
     else:
         monkeypatch.setattr(_custom_ops, "cpu_gemm_wna16", cpu_gemm_wna16)
-        if layout == "gptq":
-            arguments["dtype"] = "float16"  # it takes no float32
     assert parity(served, reference=checkpoint, **arguments).method == method
     engines.end()
