@@ -6,7 +6,8 @@ pass of the dense model says what a token is worth. With `g = ∂ loss / ∂ z` 
 grows by `½ Σ_t (g_t · δ_t)²` when the output moves by `δ` (Gauss-Newton; the loss's labels are drawn from what the
 model itself predicts, so that its mean is the Fisher information). With the mean over a token's outputs in place of
 every output's own, the layer's error becomes `Σ_t w_t |δ_t|²`, `w_t = mean_n g_tn²`, and its Hessian
-`Σ_t w_t x_t x_tᵀ`.
+`Σ_t w_t x_t x_tᵀ`. One draw of labels says little about a single token, and a handful of tokens can outweigh all others,
+so weights are drawn towards each other: their square roots are used.
 
 References: Kim et al. 2025 (GuidedQuant); Kim et al. 2024 (SqueezeLLM).
 """
@@ -68,7 +69,7 @@ def token_weights(
         with _watched(model, names, list(blocks) if kept > _KEPT_BYTES else []) as state, ExitStack() as stack:
             if compute_dtype(model.device) == torch.float32:
                 stack.enter_context(own_products(model))
-            work = partial(_squares, model, state, seed)
+            work = partial(_roots, model, state, seed)
             for window in in_order(work, enumerate(windows), model.device.type == "cpu"):
                 for name, parts in found.items():
                     parts.append(window.get(name, torch.empty(0)))
@@ -115,7 +116,7 @@ def _watched(model: nn.Module, names: set[str], twice: list[nn.Module]) -> Itera
             runs.append(None)
 
             def note(gradient: Tensor) -> None:
-                runs[place] = gradient.detach().float().square().flatten(0, -2).mean(-1)
+                runs[place] = gradient.detach().float().square().flatten(0, -2).mean(-1).sqrt()
 
             out.register_hook(note)
             return out
@@ -139,8 +140,8 @@ def _watched(model: nn.Module, names: set[str], twice: list[nn.Module]) -> Itera
             parameter.requires_grad_(flag)
 
 
-def _squares(model: Any, state: _Pass, seed: int, item: tuple[int, Tensor]) -> dict[str, Tensor]:
-    """Mean squared gradients `[tokens]` of a window, by layer; none of layers that run several times."""
+def _roots(model: Any, state: _Pass, seed: int, item: tuple[int, Tensor]) -> dict[str, Tensor]:
+    """Root mean squared gradients `[tokens]` of a window, by layer; none of layers that run several times."""
     window, ids = item
     # By the window's place among those of all processes, see `processes.share`.
     draw = torch.Generator().manual_seed(seed + window * processes.count() + processes.rank())

@@ -54,7 +54,7 @@ def reference(model: Any, windows: list[list[int]], names: set[str], slope: Call
             handle.remove()
         for name, runs in zeros.items():
             if len(runs) == 1 and runs[0].grad is not None:
-                found[name].append(runs[0].grad.square().mean(-1).flatten())
+                found[name].append(runs[0].grad.square().mean(-1).sqrt().flatten())
     model.zero_grad()
     whole = {n: parts for n, parts in found.items() if list(map(len, parts)) == list(map(len, windows))}
     means = {n: torch.cat(parts).double().mean() for n, parts in whole.items()}
@@ -62,7 +62,7 @@ def reference(model: Any, windows: list[list[int]], names: set[str], slope: Call
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text", "gpt_neox", "t5", "bert", "albert"])
-def test_weights_are_squared_gradients(
+def test_weights_are_the_size_of_gradients(
     kind: str, tiny: Callable[..., Path], windows: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sensitivity, "compute_dtype", lambda device: torch.float32)
