@@ -78,12 +78,13 @@ def _quantize_block(
     learning = plan.tuning.block_epochs > 0 and bool(targets) and not isinstance(block, WholeModel)
     before = {local: dense_weight(block.module.get_submodule(local)) for local in targets} if learning else {}
     counts = {local: weights[full] for local in units if (full := block.full(local)) in weights}
+    crossed = exact if plan.settings.propagation else None  # needed for what is learned afterwards, too
     phases = [[group] for group in groups] if plan.true_sequential else [groups]
     for phase in phases:
         done: list[str] = []
         solved: dict[str, QuantizedWeight] = {}
         for group in phase:
-            for names, hessian, note in _hessians(stream, exact, group, targets, counts, plan):
+            for names, hessian, note in _hessians(stream, crossed, group, targets, counts, plan):
                 for local in names:
                     full, layer = block.full(local), block.module.get_submodule(local)
                     solved[local], report = solve_layer(full, layer, hessian, specs[full], plan.settings)

@@ -6,8 +6,8 @@ pass of the dense model says what a token is worth. With `g = ∂ loss / ∂ z` 
 grows by `½ Σ_t (g_t · δ_t)²` when the output moves by `δ` (Gauss-Newton; the loss's labels are drawn from what the
 model itself predicts, so that its mean is the Fisher information). With the mean over a token's outputs in place of
 every output's own, the layer's error becomes `Σ_t w_t |δ_t|²`, `w_t = mean_n g_tn²`, and its Hessian
-`Σ_t w_t x_t x_tᵀ`. One draw of labels says little about a single token, and a handful of tokens can outweigh all others,
-so weights are drawn towards each other: their square roots are used.
+`Σ_t w_t x_t x_tᵀ`. One draw of labels says little about a single token, and a handful of tokens can outweigh all
+others, so weights are drawn towards each other: their square roots are used.
 
 References: Kim et al. 2025 (GuidedQuant); Kim et al. 2024 (SqueezeLLM).
 """
