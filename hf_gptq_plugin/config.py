@@ -17,37 +17,22 @@ from .version import __version__
 __all__ = ["GPTQConfig"]
 
 _SOLVER = SolveSettings()  # the defaults of the fields below that are the solver's
-_STEPS = (
-    "generated",
-    "token_weights",
-    "propagation",
-    "descent",
-    "refit",
-    "block_epochs",
-    "model_epochs",
-)  # what presets decide
+# What presets decide.
+_STEPS = ("generated", "token_weights", "propagation", "descent", "refit", "block_epochs", "model_epochs")
 # Those that need all of the model in memory, and what they are without it.
 _WHOLE_MODEL: dict[str, Any] = {"generated": 0.0, "token_weights": "uniform", "model_epochs": 0}
 
 # How much a calibration does: time for perplexity.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {
-        "generated": 0.0,
-        "token_weights": "uniform",
-        "propagation": 0.0,
-        "descent": 0,
-        "refit": False,
-        "block_epochs": 0,
-        "model_epochs": 0,
+        "generated": 0.0, "token_weights": "uniform", "propagation": 0.0, "descent": 0, "refit": False,
+        "block_epochs": 0, "model_epochs": 0,
     },
     "balanced": {
-        "generated": 0.25,
-        "token_weights": "loss",
-        **{name: getattr(_SOLVER, name) for name in ("propagation", "descent", "refit")},
-        "block_epochs": 0,
-        "model_epochs": 0,
+        "generated": 0.25, "token_weights": "loss", "propagation": 0.0, "descent": 2, "refit": True,
+        "block_epochs": 0, "model_epochs": 0,
     },
-}
+}  # fmt: skip
 PRESETS["best"] = {**PRESETS["balanced"], "generated": 1.0, "block_epochs": 2, "model_epochs": 2}
 
 METHODS = ("gptq", "rtn", "hqq")
@@ -90,9 +75,9 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         seed: which windows are drawn from a longer text.
         packing: "concat" joins samples and cuts them into windows (also True), "each" makes one window of every
             sample, cut off after seqlen tokens (also False); "auto" is "each" for token ids, "concat" for the rest.
-        preset: "balanced" takes every step of the solver; "fast" leaves out those after the column loop and the dense
-            model's forward pass; "best" is "balanced" and then learns by gradient descent, for some times as long. The
-            fields below override it one by one.
+        preset: "balanced" is the default; "fast" leaves out what comes before and after the column loop: text that
+            the model writes, weights of tokens, descent and refit; "best" is "balanced" and then learns by gradient
+            descent, for some times as long. The fields below override it one by one.
         generated: windows that the dense model writes itself and that are used beside the samples, as a multiple of
             their number; needs the model in memory. A text shows what its own domain asks of the weights, this what
             all others do. Models that do not write text are calibrated without. See `calibrate.generate`.
@@ -112,7 +97,8 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         journal: a folder. Finished blocks are written to it, and the same job goes on from there after it was
             interrupted. It can be deleted once the model is saved.
         low_memory: keep on disk whatever is not worked on: the model's blocks and the activations. For models that
-            are larger than memory. Presets leave out what needs all of the model then (generated, model_epochs).
+            are larger than memory. Presets leave out what needs all of the model then (generated, token_weights,
+            model_epochs), and "balanced" and "best" have propagation=0.5 instead.
         min_expert_tokens: a layer of a mixture's expert that the router sends fewer calibration tokens leans on all
             tokens of its layer as well, as though they had been sent to it; None for twice its in_features.
         **stock: see `transformers.GPTQConfig`. An unknown name raises TypeError.
@@ -171,9 +157,12 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
             raise ValueError(f"preset={preset!r} is not known; use one of {', '.join(PRESETS)}")
         self.preset = preset
         asked = (generated, token_weights, propagation, descent, refit, block_epochs, model_epochs)
+        usual = PRESETS[preset]
+        if low_memory:
+            # Where tokens all count alike, it pays to make earlier layers' errors good.
+            usual = {**usual, **_WHOLE_MODEL, "propagation": 0.5 if usual["token_weights"] == "loss" else 0.0}
         for name, value in zip(_STEPS, asked, strict=True):
-            usual = _WHOLE_MODEL.get(name, PRESETS[preset][name]) if low_memory else PRESETS[preset][name]
-            setattr(self, name, usual if value is None else value)
+            setattr(self, name, usual[name] if value is None else value)
         self.journal = None if journal is None else str(journal)
         self.low_memory = low_memory
         self.dynamic = dict(dynamic or {})

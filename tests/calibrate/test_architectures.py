@@ -92,7 +92,14 @@ def quantized(tiny: Callable[..., Path], windows: list[list[int]]) -> Callable[[
         if kind not in made:
             rules = ARCHITECTURES[kind].rules
             config = GPTQConfig(
-                bits=4, group_size=32, dataset=windows[:4], samples=4, seqlen=24, dynamic=rules, generated=0
+                bits=4,
+                group_size=32,
+                dataset=windows[:4],
+                samples=4,
+                seqlen=24,
+                dynamic=rules,
+                generated=0,
+                propagation=0.5,
             )
             with calibration_inputs() as (rows, dense_rows):
                 model = load(kind, tiny(kind), quantization_config=config)

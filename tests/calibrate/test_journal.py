@@ -25,6 +25,7 @@ from hf_gptq_plugin.calibrate.journal import Journal, JournalError, fingerprint
 def quantize(kind: str, path: Path, windows: list[list[int]], **fields: Any) -> Any:
     auto = getattr(transformers, getattr(ARCHITECTURES.get(kind), "auto", "AutoModelForCausalLM"))
     rules = getattr(ARCHITECTURES.get(kind), "rules", {})
+    fields = {"propagation": 0.5, **fields}  # both streams are interrupted
     config = GPTQConfig(bits=3, group_size=32, dataset=windows, samples=len(windows), dynamic=rules, **fields)
     return auto.from_pretrained(path, dtype=torch.float32, quantization_config=config)
 

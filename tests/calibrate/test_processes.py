@@ -40,7 +40,7 @@ dist.destroy_process_group()
 @pytest.mark.parametrize(
     "fields",
     [
-        '{"generated": 0, "token_weights": "uniform"}',
+        '{"generated": 0, "token_weights": "uniform", "propagation": 0.5}',
         '{"generated": 0}',
         '{"preset": "best", "model_epochs": 1, "block_epochs": 1}',
     ],

@@ -102,7 +102,7 @@ def lopsided(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("fields", [{}, {"propagation": 0.0, "true_sequential": False}])
+@pytest.mark.parametrize("fields", [{"propagation": 0.5}, {"true_sequential": False}])
 def test_an_expert_that_never_fires(
     fields: dict[str, Any], lopsided: Path, windows: list[list[int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
