@@ -6,6 +6,7 @@ from .convert import convert
 from .evaluate import bench, compare, evaluate, verify
 from .fold import fold
 from .inspect import inspect
+from .optimum import optimum_register
 from .plan import plan
 from .push import push
 from .quantize import quantize
@@ -27,3 +28,4 @@ app.command()(bench)
 app.command()(push)
 app.command()(doctor)
 app.command()(demo)
+app.command()(optimum_register)

@@ -52,10 +52,15 @@ DeviceMap = Annotated[str, typer.Option(help="Where the model is loaded, e.g. cp
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
-def main() -> None:
-    """Entry point: errors are one line on stderr and exit code 1."""
+def main(arguments: list[str] | None = None, name: str = "hf-gptq") -> None:
+    """Entry point: errors are one line on stderr and exit code 1.
+
+    Args:
+        arguments: what follows the command's name; by default the process's own.
+        name: of the command, for help.
+    """
     try:
-        app(standalone_mode=True)
+        app(arguments, prog_name=name, standalone_mode=True)
     except USER_ERRORS as error:
         _told(f"{type(error).__name__}: {error}")
     except Exception as error:
