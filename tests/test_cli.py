@@ -113,6 +113,16 @@ def test_quantize_then_eval(hf_gptq: Run, model: Path, text: Path, tmp_path: Pat
     assert report["tokens"] == 192
     assert report["perplexity"] == pytest.approx(math.exp(nll), rel=1e-5)
 
+    done = hf_gptq("convert", tmp_path / "out", tmp_path / "natural", "--to", "gptq_v2", "--natural-order")
+    assert done.code == 0, done.err
+    assert "2 modules leave act-order: model.layers.*.mlp.down_proj." in done.out
+    assert "2 modules stay in act-order, model.layers.*.self_attn.o_proj: groups take channels of several" in done.out
+    assert "bit for bit in float32, but for the order of channels" in done.out
+    told = json.loads(
+        hf_gptq("convert", tmp_path / "natural", tmp_path / "n", "--to", "gptq_v2", "--natural-order", "--json").out
+    )
+    assert told["natural"] == [] and len(told["act_order"]) == 12
+
 
 def test_files_of_rows_and_methods_without_data(hf_gptq: Run, model: Path, text: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"

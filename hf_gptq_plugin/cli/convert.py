@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from ..convert.gguf_blocks import TYPES
+from ..convert.inspect import patterns
 from ..convert.layouts import TARGETS as LAYOUTS
+from ..convert.order import Reordering
 from .app import Json, console, folder_of, print_json, torch_dtype
 
 
@@ -21,6 +23,13 @@ def convert(
     gguf_type: Annotated[
         str, typer.Option(help=f"Of gguf's quantized tensors: {', '.join(TYPES)}; auto takes the smallest that fits.")
     ] = "auto",
+    natural: Annotated[
+        bool,
+        typer.Option(
+            "--natural-order",
+            help="Take modules out of act-order (desc_act) where their inputs can change places exactly.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a quantized checkpoint in another reader's layout, or its weights dense; what is lost is said.
@@ -33,10 +42,13 @@ def convert(
     hf-gptq convert ./model-awq ./model-gptq --to gptq_v2
 
     hf-gptq convert ./model-gptq ./model.gguf --to gguf
+
+    hf-gptq convert ./model-act-order ./model-gptq --to gptq_v2 --natural-order
     """
     from tqdm.auto import tqdm
 
     from ..convert.gguf import file_of, write_gguf
+    from ..convert.order import natural_order
     from ..convert.source import open_source
     from ..convert.stream import convert as rewrite
 
@@ -47,9 +59,14 @@ def convert(
         raise ValueError(f"--shard-size={shard_size} must be a number of GB above 0")
     source = open_source(folder_of(model))
     notes: list[str] = []
+    order = natural_order(source) if natural else None
+    if order is not None:
+        source = order.source
+        notes += _told(order)
     with tqdm(total=len(source.modules), desc="Converting", unit="layer", disable=as_json) as bar:
         if to == "gguf":
-            done, notes = write_gguf(source, out, gguf_type, lambda outcome: bar.update() and None)
+            done, more = write_gguf(source, out, gguf_type, lambda outcome: bar.update() and None)
+            notes += more
         else:
             shard = max(int(shard_size * 1e9), 1)
             done = rewrite(source, out, to, shard, kept, lambda outcome: bar.update() and None)
@@ -58,12 +75,15 @@ def convert(
     size = sum(file.stat().st_size for file in written)
     if as_json:
         modules = [vars(outcome) for outcome in done]
-        print_json({"from": source.layout, "to": to, "bytes": size, "notes": notes, "modules": modules})
+        report = {"from": source.layout, "to": to, "bytes": size, "notes": notes, "modules": modules}
+        if order is not None:
+            report |= {"natural": order.natural, "act_order": order.kept}
+        print_json(report)
         return
     if source.layout != source.label:
         console.print(f"The source is labelled {source.label}, and its zero points are {source.layout}: read as such.")
     for note in notes:
-        console.print(f"Note: {note}.")
+        console.print(f"Note: {note}.", highlight=False)
     if lossy:
         for reason in dict.fromkeys(outcome.note for outcome in lossy):
             of_it = [outcome for outcome in lossy if outcome.note == reason]
@@ -73,5 +93,22 @@ def convert(
                 f"weight, in {worst.module}."
             )
     else:
-        console.print(f"All {len(done)} modules are what they were, bit for bit in float32.")
+        but = ", but for the order of channels" if order is not None and order.natural else ""
+        console.print(f"All {len(done)} modules are what they were, bit for bit in float32{but}.")
     console.print(f"{out} holds {size / 1e6:.1f} MB as {to}.")
+
+
+def _told(order: Reordering) -> list[str]:
+    """What became natural, and what stays in act-order and why."""
+    if not (order.natural or order.kept):
+        return ["no module is in act-order"]
+    told = []
+    if order.natural:
+        told.append(
+            f"{len(order.natural)} modules leave act-order: {', '.join(patterns(order.natural))}. Where their inputs "
+            "changed places, adapters trained on the source do not fit"
+        )
+    for reason in dict.fromkeys(order.kept.values()):
+        names = [name for name, why in order.kept.items() if why == reason]
+        told.append(f"{len(names)} modules stay in act-order, {', '.join(patterns(names))}: {reason}")
+    return told

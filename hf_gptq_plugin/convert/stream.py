@@ -18,7 +18,8 @@ from ..format.checkpoint import write_json, written_whole
 from ..format.grid import QuantizedWeight, natural_groups
 from ..format.spec import CheckpointError, QuantSpec
 from .layouts import Dense, Layout, layout
-from .source import INDEX, Source, load
+from .order import moved
+from .source import INDEX, Source
 
 SHARD = 1_000_000_000  # bytes
 # What goes along: no checkpoints of other frameworks, no model card, which describes the source.
@@ -79,7 +80,7 @@ def convert(
         belonging = {f"{module}.{leaf}" for module, leaves in source.modules.items() for leaf in leaves}
         for name in sorted(source.headers, key=lambda n: (source.headers[n].file, n)):
             if name not in belonging:
-                value = load(source.headers[name], name)
+                value = source.dense(name)
                 yield name, value.to(dtype) if target == "dense" and value.is_floating_point() else value
         for module in source.modules:
             weight = read_module(source, module)
@@ -120,6 +121,8 @@ def convert(
 def read_module(source: Source, module: str) -> QuantizedWeight:
     """A quantized module, its spec saying no more than it needs: in act-order and asymmetric only where it is.
 
+    Its channels are moved as `source.moves` says.
+
     Raises:
         CheckpointError: tensors that do not fit the spec.
     """
@@ -127,6 +130,8 @@ def read_module(source: Source, module: str) -> QuantizedWeight:
     if isinstance(kind, Dense):
         raise CheckpointError(f"{module} is dense; there are no codes to convert")
     weight = kind.read(module, source.tensors(module), source.specs[module])
+    if module in source.moves:
+        weight = moved(weight, source.moves[module])
     spec = weight.spec
     trivial = torch.equal(weight.group, natural_groups(weight.group.numel(), spec.group_size))
     middle = bool((weight.zeros == 2 ** (spec.bits - 1)).all())
