@@ -37,7 +37,7 @@ def commands() -> str:
     """Every command of `hf-gptq` with its arguments and options, in Markdown."""
     from typer.main import get_command
 
-    from hf_gptq_plugin.cli import app
+    from hf_gptq_cli import app
 
     root: Any = get_command(app)
     return "\n".join(_command(f"hf-gptq {name}", command) for name, command in root.commands.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -19,8 +20,13 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hf_gptq_plugin.cli import app, main
+from hf_gptq_cli import app, choices, main
+from hf_gptq_plugin import GPTQConfig, config
+from hf_gptq_plugin.calibrate import sources
+from hf_gptq_plugin.convert import gguf_blocks, layouts
 from hf_gptq_plugin.demo import texts
+from hf_gptq_plugin.solve import gptq, scales
+from hf_gptq_plugin.train.loop import TrainSettings
 
 # PEFT 0.21 uses names that Transformers 5.23 replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
@@ -214,7 +220,7 @@ def test_doctor(hf_gptq: Run) -> None:
 
 def test_help_as_a_process() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "hf_gptq_plugin.cli", "quantize", "--help"],
+        [sys.executable, "-m", "hf_gptq_cli", "quantize", "--help"],
         capture_output=True,
         text=True,
         timeout=300,
@@ -226,11 +232,24 @@ def test_help_as_a_process() -> None:
 @pytest.fixture(scope="module")
 def four_bit(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("four") / "bit"
-    command = [sys.executable, "-c", "from hf_gptq_plugin.cli import main; main()", "quantize", model, out]
+    command = [sys.executable, "-c", "from hf_gptq_cli import main; main()", "quantize", model, out]
     subprocess.run(
         [*map(str, command), "--method", "rtn", "--group-size", "32", "--asym", "--format", "gptq_v2"], check=True
     )
     return out
+
+
+def test_help_shows_the_defaults_and_choices_of_the_library() -> None:
+    fields = inspect.signature(GPTQConfig).parameters
+    assert {name: fields[name].default for name in choices.DEFAULT} == choices.DEFAULT
+    assert {name: getattr(TrainSettings, name) for name in choices.TRAINING} == choices.TRAINING
+    assert choices.METHODS == config.METHODS
+    assert choices.PRESETS == tuple(config.PRESETS)
+    assert choices.ORDERS == gptq.ORDERS
+    assert choices.SEARCHES == scales.METHODS
+    assert choices.DATASETS == tuple(sources.NAMED)
+    assert choices.LAYOUTS == layouts.TARGETS
+    assert choices.GGUF_TYPES == gguf_blocks.TYPES
 
 
 def test_inspect(hf_gptq: Run, four_bit: Path, tmp_path: Path) -> None:
@@ -316,7 +335,7 @@ def test_completion(hf_gptq: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     script = hf_gptq("--show-completion", "bash")
     assert script.code == 0 and "_HF_GPTQ_COMPLETE" in script.out
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.argv[0] = 'hf-gptq'; from hf_gptq_plugin.cli import main; main()"],
+        [sys.executable, "-c", "import sys; sys.argv[0] = 'hf-gptq'; from hf_gptq_cli import main; main()"],
         env={**os.environ, "_HF_GPTQ_COMPLETE": "complete_bash", "COMP_WORDS": "hf-gptq co", "COMP_CWORD": "1"},
         capture_output=True,
         text=True,

@@ -36,7 +36,7 @@ def run(site: Path, module: str, *arguments: object) -> subprocess.CompletedProc
 
 def test_the_subcommand_is_put_in_used_and_taken_away(optimum: Path, tiny: Callable[..., Path], tmp_path: Path) -> None:
     before = sorted(path for path in optimum.rglob("*") if path.suffix != ".pyc")
-    done = run(optimum, "hf_gptq_plugin.cli", "optimum-register")
+    done = run(optimum, "hf_gptq_cli", "optimum-register")
     assert done.returncode == 0, done.stderr
     new = [path for path in optimum.rglob("*.py") if path not in before]
     assert new == [optimum / "optimum/commands/register/register_hf_gptq.py"]
@@ -58,13 +58,13 @@ def test_the_subcommand_is_put_in_used_and_taken_away(optimum: Path, tiny: Calla
     assert failed.returncode == 1
     assert "is neither a folder nor a Hub name" in failed.stderr
 
-    taken = run(optimum, "hf_gptq_plugin.cli", "optimum-register", "--remove")
+    taken = run(optimum, "hf_gptq_cli", "optimum-register", "--remove")
     assert taken.returncode == 0, taken.stderr
     assert sorted(path for path in optimum.rglob("*") if path.suffix != ".pyc") == before
     assert run(optimum, cli, "hf-gptq", "doctor").returncode == 2
 
 
 def test_without_optimum_it_says_what_to_install(tmp_path: Path) -> None:
-    done = run(tmp_path, "hf_gptq_plugin.cli", "optimum-register")
+    done = run(tmp_path, "hf_gptq_cli", "optimum-register")
     assert done.returncode == 1
     assert "optimum is not installed; install it first: pip install optimum" in done.stderr

@@ -30,8 +30,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from safetensors.torch import save
 
-from hf_gptq_plugin.cli import app as cli
-from hf_gptq_plugin.cli import main
+from hf_gptq_cli import app as cli
+from hf_gptq_cli import main
+from hf_gptq_cli.app import user_errors
 from hf_gptq_plugin.convert.gguf import write_gguf
 from hf_gptq_plugin.convert.inspect import inspect
 from hf_gptq_plugin.convert.layouts import TARGETS, layout
@@ -43,7 +44,7 @@ from hf_gptq_plugin.hf.adapter import check_adapter
 
 LIMIT = 20  # seconds per case, on a busy machine
 WIDTH, HEADS = 64, 2
-USER_ERRORS = sys.modules["hf_gptq_plugin.cli.app"].USER_ERRORS
+USER_ERRORS = user_errors()
 Files = dict[str, bytes]
 
 # What takes the place of a value in JSON.

@@ -26,7 +26,7 @@ def fold(
 
     Example: hf-gptq fold ./smollm2-4bit ./tuned/adapter ./folded --calibration corpus.txt
     """
-    from ..hf.folding import run
+    from hf_gptq_plugin.hf.folding import run
 
     found = run(base, adapter, out, calibration, samples, seqlen, seed, torch_dtype(dtype))
     if as_json:

@@ -16,8 +16,8 @@ def doctor(as_json: Json = False) -> None:
 
     Example: hf-gptq doctor --json
     """
-    from .. import native
-    from ..diagnose import findings
+    from hf_gptq_plugin import native
+    from hf_gptq_plugin.diagnose import findings
 
     rows = findings()
     broken = any(row.state == "broken" for row in rows)
@@ -44,6 +44,6 @@ def demo(
 
     Example: hf-gptq demo ./demo --samples 16
     """
-    from ..demo import run
+    from hf_gptq_plugin.demo import run
 
     run(folder, samples, windows, steps, console)

@@ -10,12 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..calibrate import processes
-from ..calibrate.sources import NAMED, read_text
-from ..config import METHODS, PRESETS, GPTQConfig
-from ..solve.gptq import ORDERS
-from ..solve.scales import METHODS as SEARCHES
-from .app import DEFAULT, DeviceMap, Dtype, Json, console, print_json, torch_dtype
+from .app import DeviceMap, Dtype, Json, console, print_json, torch_dtype
+from .choices import DATASETS, DEFAULT, METHODS, ORDERS, PRESETS, SEARCHES
 
 _PRESETS = "Steps of the preset, one by one"
 _SOLVER = "Solver"
@@ -32,7 +28,7 @@ def quantize(
     desc_act: Annotated[bool, typer.Option(help="Let groups follow the solve order (g_idx).")] = DEFAULT["desc_act"],
     calibration: Annotated[
         str,
-        typer.Option(help=f"File (.txt, .json, .jsonl, .csv, .parquet), or name of a data set: {', '.join(NAMED)}."),
+        typer.Option(help=f"File (.txt, .json, .jsonl, .csv, .parquet), or name of a data set: {', '.join(DATASETS)}."),
     ] = "wikitext2",
     method: Annotated[
         str, typer.Option(help=f"One of {', '.join(METHODS)}; all but gptq use no calibration data.")
@@ -113,10 +109,13 @@ def quantize(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..calibrate.report import Perplexity
-    from ..hf.evaluate import perplexity, text_windows
-    from ..hf.report import write_report
-    from ..hf.saving import save_checkpoint
+    from hf_gptq_plugin.calibrate import processes
+    from hf_gptq_plugin.calibrate.report import Perplexity
+    from hf_gptq_plugin.calibrate.sources import read_text
+    from hf_gptq_plugin.config import GPTQConfig
+    from hf_gptq_plugin.hf.evaluate import perplexity, text_windows
+    from hf_gptq_plugin.hf.report import write_report
+    from hf_gptq_plugin.hf.saving import save_checkpoint
 
     start = time.perf_counter()
     processes.join()

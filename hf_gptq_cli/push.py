@@ -36,7 +36,7 @@ def push(
 
     hf-gptq push ./smollm2-4bit team/smollm2-4bit --private --revision 4bit-g64
     """
-    from ..hf.push import folder_card, published_files, push_folder
+    from hf_gptq_plugin.hf.push import folder_card, published_files, push_folder
 
     if dry_run:
         card = folder_card(folder, repo, base_model, {"license": license} if license else None)

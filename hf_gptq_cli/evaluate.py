@@ -11,7 +11,6 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..calibrate.sources import read_text
 from .app import CHECK_FAILED, DeviceMap, Dtype, Json, console, folder_of, print_json, torch_dtype
 
 _HARNESS = "lm-evaluation-harness"
@@ -56,7 +55,8 @@ def evaluate(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..hf.evaluate import harness, perplexity, sliding_windows
+    from hf_gptq_plugin.calibrate.sources import read_text
+    from hf_gptq_plugin.hf.evaluate import harness, perplexity, sliding_windows
 
     if text is None and not tasks:
         raise ValueError("nothing to evaluate on: name a file with --text, or tasks with --tasks")
@@ -119,7 +119,8 @@ def verify(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..hf.evaluate import compared, text_windows
+    from hf_gptq_plugin.calibrate.sources import read_text
+    from hf_gptq_plugin.hf.evaluate import compared, text_windows
 
     pieces = text_windows(AutoTokenizer.from_pretrained(reference), read_text(text), seqlen, windows or None)
     first, second = (
@@ -159,7 +160,7 @@ def bench(
     """
     from transformers import AutoModelForCausalLM
 
-    from ..hf.bench import speed
+    from hf_gptq_plugin.hf.bench import speed
 
     found = {}
     for name in dict.fromkeys([model, *([reference] if reference else [])]):
@@ -198,7 +199,8 @@ def compare(
 
     Example: hf-gptq compare ./smollm2 ./smollm2-4bit ./smollm2-3bit --text held-out.txt --out comparison.html
     """
-    from ..hf.comparison import measure, page, to_dict
+    from hf_gptq_plugin.calibrate.sources import read_text
+    from hf_gptq_plugin.hf.comparison import measure, page, to_dict
 
     if out.is_dir():
         raise ValueError(f"--out={str(out)!r} is a folder; name a file")

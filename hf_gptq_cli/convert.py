@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..convert.gguf_blocks import TYPES
-from ..convert.inspect import patterns
-from ..convert.layouts import TARGETS as LAYOUTS
-from ..convert.order import Reordering
 from .app import Json, console, folder_of, print_json, torch_dtype
+from .choices import GGUF_TYPES, LAYOUTS
+
+if TYPE_CHECKING:
+    from hf_gptq_plugin.convert.order import Reordering
 
 
 def convert(
@@ -21,7 +21,8 @@ def convert(
     shard_size: Annotated[float, typer.Option("--shard-size", "--shard", help="Largest file, in GB.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="Of dense weights: bfloat16, float16, float32.")] = "bfloat16",
     gguf_type: Annotated[
-        str, typer.Option(help=f"Of gguf's quantized tensors: {', '.join(TYPES)}; auto takes the smallest that fits.")
+        str,
+        typer.Option(help=f"Of gguf's quantized tensors: {', '.join(GGUF_TYPES)}; auto takes the smallest that fits."),
     ] = "auto",
     natural: Annotated[
         bool,
@@ -47,10 +48,10 @@ def convert(
     """
     from tqdm.auto import tqdm
 
-    from ..convert.gguf import file_of, write_gguf
-    from ..convert.order import natural_order
-    from ..convert.source import open_source
-    from ..convert.stream import convert as rewrite
+    from hf_gptq_plugin.convert.gguf import file_of, write_gguf
+    from hf_gptq_plugin.convert.order import natural_order
+    from hf_gptq_plugin.convert.source import open_source
+    from hf_gptq_plugin.convert.stream import convert as rewrite
 
     kept = torch_dtype(dtype)
     if kept == "auto":
@@ -100,6 +101,8 @@ def convert(
 
 def _told(order: Reordering) -> list[str]:
     """What became natural, and what stays in act-order and why."""
+    from hf_gptq_plugin.convert.inspect import patterns
+
     if not (order.natural or order.kept):
         return ["no module is in act-order"]
     told = []

@@ -31,7 +31,7 @@ def optimum_register(
 
     hf-gptq optimum-register --remove  # before optimum is uninstalled
     """
-    from ..format.checkpoint import written_whole
+    from hf_gptq_plugin.format.checkpoint import written_whole
 
     target = _commands() / "register" / _NAME
     if remove:

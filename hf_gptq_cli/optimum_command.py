@@ -25,10 +25,10 @@ class HfGptqCommand(BaseOptimumCLICommand):
 
 
 def _run(arguments: list[str]) -> None:
-    from hf_gptq_plugin.cli import main
+    from hf_gptq_cli import main
 
     main(arguments, "optimum-cli hf-gptq")
 
 
 # Left behind by a plugin that is no longer installed, this file adds nothing.
-REGISTER_COMMANDS = [HfGptqCommand] if find_spec("hf_gptq_plugin") else []
+REGISTER_COMMANDS = [HfGptqCommand] if find_spec("hf_gptq_cli") else []

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .app import DEFAULT, Dtype, Json, console, torch_dtype
+from .app import Dtype, Json, console, torch_dtype
+from .choices import DEFAULT
 
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -45,7 +46,7 @@ def plan(
 
     Example: hf-gptq plan ./smollm2-4bit --budget 8GB --seqlen 2048 --rank 64
     """
-    from ..hf.planning import tune_memory_budget
+    from hf_gptq_plugin.hf.planning import tune_memory_budget
 
     found = tune_memory_budget(
         model, size(budget), dtype=torch_dtype(dtype), bits=bits, group_size=group_size, seqlen=seqlen,
