@@ -35,7 +35,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 def demo(
-    folder: Annotated[Path, typer.Argument(help="Folder for what is made.")] = Path("hf-gptq-demo"),
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for what is made.")] = Path("hf-gptq-demo"),
     samples: Annotated[int, typer.Option(help="Calibration windows of 512 tokens.")] = 32,
     windows: Annotated[int, typer.Option(help="Held-out windows of 1024 tokens.")] = 6,
     steps: Annotated[int, typer.Option(help="Training steps of the adapter.")] = 8,

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; for gguf a file ending in .gguf, or a folder.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder to write; for gguf a file ending in .gguf, or a folder.")
+    ],
     to: Annotated[str, typer.Option(help=f"One of {', '.join((*LAYOUTS, 'gguf'))}.")],
     shard_size: Annotated[float, typer.Option("--shard-size", "--shard", help="Largest file, in GB.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="Of dense weights: bfloat16, float16, float32.")] = "bfloat16",

@@ -17,7 +17,7 @@ _HARNESS = "lm-evaluation-harness"
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name, quantized or not.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name, quantized or not.")],
     text: Annotated[Path | None, typer.Option(help="Text file.")] = None,
     windows: Annotated[int, typer.Option(help="Windows, from the beginning; 0 for all.")] = 8,
     seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
@@ -94,8 +94,10 @@ def evaluate(
 
 
 def verify(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name.")],
-    reference: Annotated[str, typer.Argument(help="Folder or Hub name of what it should be like.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name.")],
+    reference: Annotated[
+        str, typer.Argument(metavar="REFERENCE", help="Folder or Hub name of what it should be like.")
+    ],
     text: Annotated[Path, typer.Option(help="Text file.")],
     windows: Annotated[int, typer.Option(help="Windows, from the beginning; 0 for all.")] = 8,
     seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
@@ -144,7 +146,7 @@ def verify(
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name.")],
     reference: Annotated[str | None, typer.Option(help="Another one to time after it, e.g. the dense model.")] = None,
     prompt: Annotated[int, typer.Option(help="Tokens per prompt.")] = 128,
     new: Annotated[int, typer.Option(help="Tokens to write.")] = 32,
@@ -183,7 +185,9 @@ def bench(
 
 
 def compare(
-    models: Annotated[list[str], typer.Argument(help="Folders or Hub names, of one model; the dense one too.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODELS", help="Folders or Hub names, of one model; the dense one too.")
+    ],
     text: Annotated[Path, typer.Option(help="Text file.")],
     out: Annotated[Path, typer.Option(help="Page to write.")] = Path("comparison.html"),
     windows: Annotated[int, typer.Option(help="Windows, from the beginning; 0 for all.")] = 8,

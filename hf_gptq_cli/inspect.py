@@ -14,7 +14,7 @@ _NAMES = 6  # patterns of names that are shown per kind of module
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="Folder, GGUF file, or Hub name.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, GGUF file, or Hub name.")],
     values: Annotated[bool, typer.Option(help="Read scales and group indices too, not only headers.")] = True,
     as_json: Json = False,
 ) -> None:

@@ -17,7 +17,10 @@ _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2*
 
 
 def plan(
-    model: Annotated[Path, typer.Argument(help="Folder: GPTQ, or dense (to be quantized). Its weights are not read.")],
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="Folder: GPTQ, or dense (to be quantized). Its weights are not read."),
+    ],
     budget: Annotated[str, typer.Option(help="Memory that there is: 24GB, 16GiB, 800MB.")],
     methods: Annotated[
         str | None, typer.Option(help="lora, qa-lora, affine, eetq, l4q, shadow, ste, with commas; all by default.")

@@ -11,8 +11,10 @@ from .app import Json, console, print_json
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="Folder of a GPTQ checkpoint.")],
-    repo: Annotated[str, typer.Argument(help="Repository on the Hub: name or owner/name; made where it is missing.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a GPTQ checkpoint.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="Repository on the Hub: name or owner/name; made where it is missing.")
+    ],
     private: Annotated[
         bool, typer.Option(help="Make a new repository private; refuse an existing public one.")
     ] = False,

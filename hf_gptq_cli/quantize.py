@@ -18,8 +18,8 @@ _SOLVER = "Solver"
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name of the dense model.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write the checkpoint to.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of the dense model.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write the checkpoint to.")],
     bits: Annotated[int, typer.Option(help="Width of a code: 2, 3, 4 or 8.")] = DEFAULT["bits"],
     group_size: Annotated[int, typer.Option(help="Input features per scale; -1 for one group.")] = DEFAULT[
         "group_size"

@@ -12,8 +12,10 @@ from .choices import DEFAULT, METHODS, PRESETS, TRAINING
 
 
 def train(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name: GPTQ, AWQ, compressed-tensors, or dense.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; adapters go to OUT/adapter.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or Hub name: GPTQ, AWQ, compressed-tensors, or dense.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; adapters go to OUT/adapter.")],
     data: Annotated[str, typer.Option(help="Text or chats: a file, or the name of a data set.")],
     method: Annotated[str, typer.Option(help="lora, qa-lora, affine, eetq, ste, shadow or l4q.")] = "lora",
     held_out: Annotated[
