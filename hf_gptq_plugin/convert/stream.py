@@ -165,15 +165,13 @@ def relative_error(weight: QuantizedWeight, given: Callable[[slice], Tensor]) ->
         weight: `[N, K]`.
         given: for some rows, what they became, fp32 `[rows, K]`. Only some rows are in memory at a time.
     """
-    difference = size = 0.0
-    same = True
-    for rows in weight.slabs():
-        wanted, now = weight.rows(rows).dequantize(), given(rows)
-        same = same and torch.equal(wanted, now)
-        difference += float((now - wanted).double().square().sum())
-        size += float(wanted.double().square().sum())
-    if same:
+    if all(torch.equal(weight.rows(rows).dequantize(), given(rows)) for rows in weight.slabs()):
         return 0.0
+    difference = size = 0.0
+    for rows in weight.slabs():
+        wanted = weight.rows(rows).dequantize()
+        difference += float(torch.linalg.vector_norm(given(rows) - wanted, dtype=torch.float64)) ** 2
+        size += float(torch.linalg.vector_norm(wanted, dtype=torch.float64)) ** 2
     return math.sqrt(difference / size) if size else math.inf
 
 
