@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from hf_gptq_plugin.cli import main
-from hf_gptq_plugin.cli.plan import size
+from hf_gptq_cli import main
+from hf_gptq_cli.plan import size
 from hf_gptq_plugin.convert.source import open_source
 
 
@@ -88,7 +88,7 @@ def test_processes_end_with_one_result(hf_gptq: Any, model: Path, chats: Path, t
     }  # fmt: skip
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", "hf_gptq_plugin.cli", *map(str, arguments)],
+            [sys.executable, "-m", "hf_gptq_cli", *map(str, arguments)],
             env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(2)

@@ -10,20 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
-from ..calibrate import processes
-from ..calibrate.sources import NAMED, read_text
-from ..config import METHODS, PRESETS, TOKEN_WEIGHTS, GPTQConfig
-from ..solve.gptq import ORDERS
-from ..solve.scales import METHODS as SEARCHES
-from .app import DEFAULT, DeviceMap, Dtype, Json, console, print_json, torch_dtype
+from .app import DeviceMap, Dtype, Json, console, print_json, torch_dtype
+from .choices import DATASETS, DEFAULT, METHODS, ORDERS, PRESETS, SEARCHES, TOKEN_WEIGHTS
 
 _PRESETS = "Steps of the preset, one by one"
 _SOLVER = "Solver"
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name of the dense model.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write the checkpoint to.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of the dense model.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write the checkpoint to.")],
     bits: Annotated[int, typer.Option(help="Width of a code: 2, 3, 4 or 8.")] = DEFAULT["bits"],
     group_size: Annotated[int, typer.Option(help="Input features per scale; -1 for one group.")] = DEFAULT[
         "group_size"
@@ -32,7 +28,7 @@ def quantize(
     desc_act: Annotated[bool, typer.Option(help="Let groups follow the solve order (g_idx).")] = DEFAULT["desc_act"],
     calibration: Annotated[
         str,
-        typer.Option(help=f"File (.txt, .json, .jsonl, .csv, .parquet), or name of a data set: {', '.join(NAMED)}."),
+        typer.Option(help=f"File (.txt, .json, .jsonl, .csv, .parquet), or name of a data set: {', '.join(DATASETS)}."),
     ] = "wikitext2",
     method: Annotated[
         str, typer.Option(help=f"One of {', '.join(METHODS)}; all but gptq use no calibration data.")
@@ -120,10 +116,13 @@ def quantize(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..calibrate.report import Perplexity
-    from ..hf.evaluate import perplexity, text_windows
-    from ..hf.report import write_report
-    from ..hf.saving import save_checkpoint
+    from hf_gptq_plugin.calibrate import processes
+    from hf_gptq_plugin.calibrate.report import Perplexity
+    from hf_gptq_plugin.calibrate.sources import read_text
+    from hf_gptq_plugin.config import GPTQConfig
+    from hf_gptq_plugin.hf.evaluate import perplexity, text_windows
+    from hf_gptq_plugin.hf.report import write_report
+    from hf_gptq_plugin.hf.saving import save_checkpoint
 
     start = time.perf_counter()
     processes.join()
