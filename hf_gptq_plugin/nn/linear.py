@@ -140,10 +140,22 @@ class QuantLinear(nn.Linear):
                 self.qweight.data = packed.qweight
                 self.perm = packed.perm
         self.finalized = True
+        self.__dict__.pop("_made", None)
 
     @property
     def kernel_weight(self) -> KernelWeight:
         """The weight as the ops take it."""
+        # Made once: a small layer's product takes hardly longer than collecting its parts.
+        if torch.compiler.is_compiling():
+            return self._collected()
+        own = self._parameters
+        tensors = (own["qweight"], own["scales"], own["qzeros"], own["g_idx"], self._buffers["perm"])
+        made = self.__dict__.get("_made")
+        if made is None or any(a is not b for a, b in zip(tensors, made[0], strict=True)):
+            made = self.__dict__["_made"] = (tensors, self._collected())
+        return made[1]
+
+    def _collected(self) -> KernelWeight:
         return KernelWeight(
             qweight=self.qweight,
             scales=self.scales,
@@ -224,6 +236,9 @@ class QuantLinear(nn.Linear):
             self.g_idx = _frozen(self._stored_g_idx())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.finalize(name=prefix.rstrip("."))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_made"}
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -154,7 +154,26 @@ def linear(x: Tensor, weight: KernelWeight, bias: Tensor | None = None) -> Tenso
     Returns:
         `[..., N]` in x's dtype. On the CPU kernel a row's bits depend on that row alone.
     """
+    if _unwatched(x, weight):
+        return _linear_cpu(x, bias, *weight.arguments)
     return torch.ops.hf_gptq.linear(x, bias, *weight.arguments)
+
+
+def _unwatched(x: Tensor, weight: KernelWeight) -> bool:
+    """Whether the CPU implementation may be called as it is: no gradients, no tracing, only plain tensors, and nothing
+    that listens to ops. PyTorch's way to an op written in Python takes longer than a small layer's product."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and x.device.type == "cpu"
+        and type(weight.qweight) in (Tensor, torch.nn.Parameter)
+        and weight.qweight.device.type == "cpu"
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._get_tracing_state()
+        and not torch.autograd._profiler_enabled()
+    )
 
 
 def linear_transposed(x: Tensor, weight: KernelWeight, in_features: int) -> Tensor:
