@@ -78,7 +78,7 @@ def trained(arguments: Any, method: str, files: list[Path]) -> dict[str, Any]:
         steps=arguments.steps,
         batch=arguments.batch,
         rate=arguments.rate or usual_rate(method, optimizer),
-        save_every=arguments.steps,
+        save_every=8,
         optimizer=optimizer,
         gradients=gradients,
         gradient_warmup=arguments.steps // 6,
