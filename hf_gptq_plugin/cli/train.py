@@ -123,14 +123,18 @@ def train(
         nonlocal bar
         bar = bar or tqdm(initial=done - 1, total=steps, desc="Training", unit="step", disable=quiet)
         bar.update(done - bar.n)
-        bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        bar.set_postfix_str(f"loss {loss:.4f}")
         if done == steps:
             bar.close()
 
-    found = run(
-        model, out, method, Data(data, held_out, samples, seqlen), settings, quantization, names, options,
-        torch_dtype(dtype), progress, checkpointing, tell,
-    )  # fmt: skip
+    try:
+        found = run(
+            model, out, method, Data(data, held_out, samples, seqlen), settings, quantization, names, options,
+            torch_dtype(dtype), progress, checkpointing, tell,
+        )  # fmt: skip
+    finally:
+        if bar is not None:
+            bar.close()  # an error is told on a line of its own
     if processes.rank() > 0:
         return
     if as_json:
