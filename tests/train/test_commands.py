@@ -118,7 +118,7 @@ def test_going_on_after_a_kill(hf_gptq: Any, model: Path, chats: Path, tmp_path:
 
     wanted = whole("whole")
     state = tmp_path / "killed.training" / STATE
-    command = ["-m", "hf_gptq_plugin.cli", "train", model, tmp_path / "killed", *arguments]
+    command = ["-m", "hf_gptq_cli", "train", model, tmp_path / "killed", *arguments]
     with subprocess.Popen(
         [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
