@@ -84,8 +84,8 @@ def token_weights(
 
 
 def _give_back() -> None:
-    """Return freed memory to the system. Of what a backward pass frees glibc keeps more each time: some 80 MB per window
-    of SmolLM2-135M."""
+    """Return freed memory to the system. Of what a backward pass frees glibc keeps more each time: some 80 MB per
+    window of SmolLM2-135M."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
