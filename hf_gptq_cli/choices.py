@@ -22,9 +22,10 @@ DEFAULT: dict[str, Any] = {
     "scale_search": "mse",
 }
 # Fields of train.loop.TrainSettings.
-TRAINING: dict[str, Any] = {"subspace": 64, "gradient_warmup": 500}
+TRAINING: dict[str, Any] = {"save_every": 10, "subspace": 64, "gradient_warmup": 500}
 METHODS = ("gptq", "rtn", "hqq")
 PRESETS = ("fast", "balanced", "best")
+TOKEN_WEIGHTS = ("uniform", "loss")
 ORDERS = ("hessian", "natural")
 SEARCHES = ("minmax", "mse", "percentile", "entropy")
 DATASETS = ("wikitext2", "c4", "c4-new", "ptb", "pile-10k", "ultrachat")

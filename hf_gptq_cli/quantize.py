@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from .app import DeviceMap, Dtype, Json, console, print_json, torch_dtype
-from .choices import DATASETS, DEFAULT, METHODS, ORDERS, PRESETS, SEARCHES
+from .choices import DATASETS, DEFAULT, METHODS, ORDERS, PRESETS, SEARCHES, TOKEN_WEIGHTS
 
 _PRESETS = "Steps of the preset, one by one"
 _SOLVER = "Solver"
@@ -46,6 +46,13 @@ def quantize(
         float | None,
         typer.Option(
             help="Windows that the model writes itself, as a multiple of the samples; 0 with --low-memory.",
+            rich_help_panel=_PRESETS,
+        ),
+    ] = None,
+    token_weights: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What tokens count in a layer's error: {' or '.join(TOKEN_WEIGHTS)}; uniform with --low-memory.",
             rich_help_panel=_PRESETS,
         ),
     ] = None,
@@ -122,9 +129,9 @@ def quantize(
     dataset = calibration if method == "gptq" else None
     config = GPTQConfig(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, dataset=dataset, samples=samples, seqlen=seqlen,
-        seed=seed, method=method, preset=preset, generated=generated, propagation=propagation, descent=descent,
-        refit=refit,        block_epochs=block_epochs, model_epochs=model_epochs, order=order,
-        scale_search=scale_search, damp_percent=damp_percent, format=checkpoint_format, lm_head=lm_head,
+        seed=seed, method=method, preset=preset, generated=generated, token_weights=token_weights,
+        propagation=propagation, descent=descent, refit=refit, block_epochs=block_epochs, model_epochs=model_epochs,
+        order=order, scale_search=scale_search, damp_percent=damp_percent, format=checkpoint_format, lm_head=lm_head,
         low_memory=low_memory,
     )  # fmt: skip
     journal = out.with_name(f"{out.name}.journal")
