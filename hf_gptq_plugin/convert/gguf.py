@@ -136,7 +136,12 @@ def _planned(source: Source, arch: str, kind: str) -> Iterator[_Tensor]:
     import gguf
 
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(numbers[arch], int(number(source.config, "num_hidden_layers")))
+    count = int(number(source.config, "num_hidden_layers"))
+    if count > len(source.headers):  # the package would list names for all of them first
+        raise CheckpointError(
+            f"config.json: num_hidden_layers={count} is more than the checkpoint's {len(source.headers)} tensors"
+        )
+    names = gguf.get_tensor_name_map(numbers[arch], count)
     heads = int(number(source.config, "num_attention_heads"))
     kv_heads = int(number(source.config, "num_key_value_heads", heads))
     mixed = {"q_proj": heads, "k_proj": kv_heads} if arch == "llama" else {}

@@ -265,6 +265,7 @@ def test_refusals_leave_nothing(quantized: Make, tiny: Make, tmp_path: Path) -> 
     refused("BloomForCausalLM cannot be written as GGUF", config(architectures=["BloomForCausalLM"]))
     refused("longrope", config(rope_parameters={"rope_type": "longrope"}))
     refused("hidden_size=True must be a number", config(hidden_size=True, head_dim=None))
+    refused("num_hidden_layers=2000000000 is more than", config(num_hidden_layers=2_000_000_000))
     refused("hidden_act='gelu'", config(hidden_act="gelu"))
     refused("holds a WordPiece tokenizer", tokenizer(model={"type": "WordPiece"}))
     refused("splits texts by", tokenizer(pre_tokenizer={"type": "Whitespace"}))
