@@ -1,7 +1,7 @@
 """Throughput and latency of `vllm serve` under a bounded load on loopback, one served model after another.
 
     python benchmarks/serving_load.py dense=MODEL ours=QUANTIZED:hf_gptq [theirs=QUANTIZED:gptq]
-        [--requests 24] [--concurrency 1,8] [--prompt 64] [--tokens 32] [--dtype bfloat16] [--json FILE]
+        [--requests 24] [--concurrency 1,8] [--prompt 64] [--tokens 32] [--dtype bfloat16] [--eager] [--json FILE]
 
 NAME=FOLDER[:METHOD], METHOD as in --quantization. Every request streams `--tokens` greedy tokens after `--prompt`
 random ones; all servers get the same prompts. Before anything is timed, each must answer one prompt twice alike, with
@@ -15,23 +15,15 @@ import json
 import os
 import platform
 import random
-import shutil
-import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-START_SECONDS = 300
+from vllm_server import serving, vllm_version
 
 
 @dataclass
@@ -53,64 +45,6 @@ class Figures:
     per_token_p50: float
     whole_p50: float
     whole_p95: float
-
-
-@contextmanager
-def serving(folder: str, method: str | None, dtype: str, slots: int, length: int) -> Iterator[str]:
-    """The address of a running server.
-
-    Raises:
-        RuntimeError: it did not start; the message ends with its log.
-    """
-    vllm = shutil.which("vllm", path=str(Path(sys.executable).parent)) or "vllm"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        vllm, "serve", folder, "--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port),
-        "--dtype", dtype, "--max-num-seqs", str(slots), "--max-model-len", str(length), "--no-enable-prefix-caching",
-        *(("--quantization", method) if method else ()),
-    ]  # fmt: skip
-    with tempfile.TemporaryDirectory() as scratch:
-        log = Path(scratch) / "log"
-        path = [_metadata(Path(scratch)), os.environ.get("PYTHONPATH")]
-        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": os.pathsep.join(filter(None, path))}
-        with log.open("w") as output:
-            process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-            try:
-                address = f"http://127.0.0.1:{port}"
-                _wait(process, f"{address}/health", log)
-                yield address
-            finally:
-                process.terminate()
-                try:
-                    process.wait(30)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-
-
-def _metadata(folder: Path) -> str:
-    """Where a distribution "vllm" is found: vLLM's command asks for its version by that name also as vllm-cpu."""
-    try:
-        version("vllm")
-        return ""
-    except PackageNotFoundError:
-        metadata = folder / "vllm.dist-info" / "METADATA"
-        metadata.parent.mkdir()
-        metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version('vllm-cpu')}+cpu\n")
-        return str(folder)
-
-
-def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(1)
-    raise RuntimeError(f"vllm serve did not start:\n{log.read_text()[-3000:]}")
 
 
 def ask(address: str, prompt: list[int], tokens: int) -> Answer:
@@ -173,19 +107,25 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--eager", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     levels = [int(level) for level in options.concurrency.split(",")]
     rng = random.Random(0)
     prompts = [[rng.randrange(100, 5000) for _ in range(options.prompt)] for _ in range(options.requests)]
-    print(f"{platform.machine()}, {os.cpu_count()} cores, vLLM {_vllm_version()}; {' '.join(sys.argv)}")
+    print(f"{platform.machine()}, {os.cpu_count()} cores, vLLM {vllm_version()}; {' '.join(sys.argv)}")
     columns = ("tokens/s", "first p50", "first p95", "per token", "whole p50", "whole p95")
     print(f"{'':>10} {'at once':>8} " + " ".join(f"{column:>10}" for column in columns) + "  (ms)")
     found = {}
     for served in options.served:
         name, _, rest = served.partition("=")
         folder, _, method = rest.partition(":")
-        with serving(folder, method or None, options.dtype, max(levels), options.prompt + options.tokens) as address:
+        arguments = [
+            "--served-model-name", "model", "--dtype", options.dtype, "--max-num-seqs", str(max(levels)),
+            "--max-model-len", str(options.prompt + options.tokens), "--no-enable-prefix-caching",
+            *(("--quantization", method) if method else ()), *(("--enforce-eager",) if options.eager else ()),
+        ]  # fmt: skip
+        with serving(folder, *arguments) as address:
             check(address, prompts[0], options.tokens)
             for level in levels:
                 figures = measure(address, prompts, options.tokens, level)
@@ -193,15 +133,6 @@ def main() -> None:
                 print(f"{name:>10} {level:>8} " + " ".join(f"{value:>10.1f}" for value in asdict(figures).values()))
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
-
-
-def _vllm_version() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return "of no known version"
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from hf_gptq_plugin.cli import main
-from hf_gptq_plugin.cli.plan import size
+from hf_gptq_cli import main
+from hf_gptq_cli.plan import size
 from hf_gptq_plugin.convert.source import open_source
 from hf_gptq_plugin.train.loop import STATE
 
@@ -91,7 +91,7 @@ def test_processes_end_with_one_result(hf_gptq: Any, model: Path, chats: Path, t
     found = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
-            "--master-port", str(29000 + os.getpid() % 300), "-m", "hf_gptq_plugin.cli", *map(str, arguments),
+            "--master-port", str(29000 + os.getpid() % 300), "-m", "hf_gptq_cli", *map(str, arguments),
         ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=600,
@@ -118,7 +118,7 @@ def test_going_on_after_a_kill(hf_gptq: Any, model: Path, chats: Path, tmp_path:
 
     wanted = whole("whole")
     state = tmp_path / "killed.training" / STATE
-    command = ["-m", "hf_gptq_plugin.cli", "train", model, tmp_path / "killed", *arguments]
+    command = ["-m", "hf_gptq_cli", "train", model, tmp_path / "killed", *arguments]
     with subprocess.Popen(
         [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},

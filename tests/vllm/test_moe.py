@@ -268,17 +268,7 @@ def test_adapters_on_attention_are_not(config: Any) -> None:
 
 
 def test_mixtral_and_an_adapter_match_transformers(
-    quantized: Callable[..., Path],
-    adapter: Callable[..., Path],
-    engines: Any,
-    reference: Any,
-    prompts: list[list[int]],
-    same: Callable[..., None],
+    quantized: Callable[..., Path], adapter: Callable[..., Path], parity: Callable[..., Any]
 ) -> None:
-    from vllm.lora.request import LoRARequest
-
     checkpoint = quantized("mixtral", bits=4, group_size=32)
-    tuned = adapter(checkpoint, seed=1, targets=ATTENTION)
-    llm = engines(checkpoint, enable_lora=True, max_lora_rank=8, max_loras=2, lora_target_modules=list(ATTENTION))
-    same(reference(checkpoint), prompts, llm.greedy(prompts))
-    same(reference(checkpoint, tuned), prompts, llm.greedy(prompts, [LoRARequest("tuned", 1, str(tuned))] * 3))
+    parity(checkpoint, adapter(checkpoint, seed=1, targets=ATTENTION), lora_target_modules=list(ATTENTION))

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm_server import serving
 
 pytest.importorskip("vllm.version", reason="these tests need vLLM")
 
 # vLLM, and what it imports, warn about themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-START_SECONDS = 240
 
 
 @pytest.fixture(scope="module")
@@ -33,78 +25,18 @@ def checkpoint(quantized: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(
-    checkpoint: Path, adapter: Callable[..., Path], engines: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
+def server(checkpoint: Path, adapter: Callable[..., Path], engines: Any) -> Iterator[str]:
     """Address of a server of the base model "base" and the adapters "first" and "second"."""
-    tmp_path = tmp_path_factory.mktemp("server")
-    vllm = shutil.which("vllm", path=str(Path(sys.executable).parent))
-    if vllm is None:
-        pytest.skip("the vllm command is not beside this Python")
     engines.end()  # two would fight for the cores
     adapters = [f"{name}={adapter(checkpoint, seed=seed)}" for seed, name in enumerate(("first", "second"), start=1)]
-    port = _free_port()
-    command = [
-        vllm, "serve", str(checkpoint), "--quantization", "hf_gptq", "--enable-lora",
-        "--served-model-name", "base", "--lora-modules", *adapters, "--max-loras", "4",
-        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
-        "--max-lora-rank", "8", "--max-model-len", "64", "--max-num-seqs", "8",
+    options = [
+        "--quantization", "hf_gptq", "--enable-lora", "--served-model-name", "base", "--lora-modules", *adapters,
+        "--max-loras", "4", "--dtype", "float32", "--enforce-eager", "--max-lora-rank", "8", "--max-model-len", "64",
+        "--max-num-seqs", "8",
     ]  # fmt: skip
-    environment = {
-        **os.environ,
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "PYTHONPATH": os.pathsep.join(filter(None, (_metadata(tmp_path), os.environ.get("PYTHONPATH")))),
-    }
-    log = tmp_path / "server.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            address = f"http://127.0.0.1:{port}"
-            _wait(process, f"{address}/health", log)
-            yield address
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def _metadata(folder: Path) -> str:
-    """A path on which a distribution "vllm" is found, or "" where one is installed.
-
-    vLLM's command asks for its version by that name, and fails where it was installed as vllm-cpu.
-    """
-    try:
-        version("vllm")
-        return ""
-    except PackageNotFoundError:
-        metadata = folder / "vllm.dist-info" / "METADATA"
-        metadata.parent.mkdir()
-        metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version('vllm-cpu')}+cpu\n")
-        return str(folder)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            pytest.fail(f"vllm serve ended with code {process.returncode}:\n{log.read_text()[-4000:]}")
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(1)
-    pytest.fail(f"vllm serve did not answer within {START_SECONDS} s:\n{log.read_text()[-4000:]}")
+    variables = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    with serving(checkpoint, *options, **variables) as address:
+        yield address
 
 
 def _post(address: str, path: str, body: dict[str, Any]) -> Any:

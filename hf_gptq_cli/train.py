@@ -7,19 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..calibrate import processes
-from ..config import METHODS as QUANTIZERS
-from ..config import PRESETS
-from ..train.loop import TrainSettings
-from .app import DEFAULT, Dtype, Json, console, print_json, torch_dtype
+from .app import Dtype, Json, console, print_json, torch_dtype
+from .choices import DEFAULT, METHODS, PRESETS, TRAINING
 
 if TYPE_CHECKING:
     from ..hf.training import Outcome
 
 
 def train(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name: GPTQ, AWQ, compressed-tensors, or dense.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; adapters go to OUT/adapter.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or Hub name: GPTQ, AWQ, compressed-tensors, or dense.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; adapters go to OUT/adapter.")],
     data: Annotated[str, typer.Option(help="Text or chats: a file, or the name of a data set.")],
     method: Annotated[str, typer.Option(help="lora, qa-lora, affine, eetq, ste, shadow or l4q.")] = "lora",
     held_out: Annotated[
@@ -50,13 +49,13 @@ def train(
     optimizer: Annotated[str, typer.Option(help="adamw, or q-galore for whole matrices.")] = "adamw",
     subspace: Annotated[
         int, typer.Option(help="Rank of the gradients' projection.", rich_help_panel="q-galore")
-    ] = TrainSettings.subspace,
+    ] = TRAINING["subspace"],
     gradients: Annotated[
         str, typer.Option(help="float, or int8-block: rounded in blocks of 256.", rich_help_panel="Gradients")
     ] = "float",
     gradient_warmup: Annotated[
         int, typer.Option(help="Steps before int8-block begins.", rich_help_panel="Gradients")
-    ] = TrainSettings.gradient_warmup,
+    ] = TRAINING["gradient_warmup"],
     gradient_modules: Annotated[
         str | None,
         typer.Option(help="Layers that int8-block is for: parts of names, with commas.", rich_help_panel="Gradients"),
@@ -70,7 +69,7 @@ def train(
     start: Annotated[
         str,
         typer.Option(  # torchrun would take --start for an abbreviation of its own options
-            "--start", "--quantize-by", help=f"One of {', '.join(QUANTIZERS)}.", rich_help_panel="Dense models"
+            "--start", "--quantize-by", help=f"One of {', '.join(METHODS)}.", rich_help_panel="Dense models"
         ),
     ] = DEFAULT["method"],
     sym: Annotated[
@@ -95,7 +94,9 @@ def train(
     """
     from tqdm.auto import tqdm
 
-    from ..hf.training import TRAINABLE, Data, run, usual_rate
+    from hf_gptq_plugin.calibrate import processes
+    from hf_gptq_plugin.hf.training import TRAINABLE, Data, run, usual_rate
+    from hf_gptq_plugin.train.loop import TrainSettings
 
     if method not in TRAINABLE:
         raise ValueError(f"--method={method!r} is not known; use one of {', '.join(TRAINABLE)}")
