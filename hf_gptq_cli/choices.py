@@ -22,7 +22,7 @@ DEFAULT: dict[str, Any] = {
     "scale_search": "mse",
 }
 # Fields of train.loop.TrainSettings.
-TRAINING: dict[str, Any] = {"subspace": 64, "gradient_warmup": 500}
+TRAINING: dict[str, Any] = {"save_every": 10, "subspace": 64, "gradient_warmup": 500}
 METHODS = ("gptq", "rtn", "hqq")
 PRESETS = ("fast", "balanced", "best")
 TOKEN_WEIGHTS = ("uniform", "loss")

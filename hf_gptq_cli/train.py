@@ -11,7 +11,7 @@ from .app import Dtype, Json, console, print_json, torch_dtype
 from .choices import DEFAULT, METHODS, PRESETS, TRAINING
 
 if TYPE_CHECKING:
-    from ..hf.training import Outcome
+    from hf_gptq_plugin.hf.training import Outcome
 
 
 def train(
@@ -36,7 +36,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of windows and their order.")] = 0,
     save_every: Annotated[
         int, typer.Option(help="Steps between two states that an interrupted training goes on from.")
-    ] = TrainSettings.save_every,
+    ] = TRAINING["save_every"],
     rank: Annotated[int | None, typer.Option(help="Of lora, qa-lora and l4q.", rich_help_panel="Method")] = None,
     gamma: Annotated[
         float | None, typer.Option(help="Factor of lora, qa-lora and l4q (lora_alpha / r).", rich_help_panel="Method")

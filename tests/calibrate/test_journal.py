@@ -100,7 +100,9 @@ for name in ("write_tensor", "save_file"):
 import torch, json
 from transformers import AutoModelForCausalLM
 from hf_gptq_plugin import GPTQConfig
-config = GPTQConfig(bits=3, group_size=32, dataset=json.loads(sys.argv[3]), samples=8, journal=sys.argv[4])
+config = GPTQConfig(
+    bits=3, group_size=32, dataset=json.loads(sys.argv[3]), samples=8, propagation=0.5, journal=sys.argv[4]
+)
 AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, quantization_config=config)
 """
 
