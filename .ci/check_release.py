@@ -11,7 +11,7 @@ from email.parser import Parser
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TOP = {"hf_gptq_plugin", "vllm_plugin"}
+TOP = {"hf_gptq_plugin", "hf_gptq_cli", "vllm_plugin"}
 NEWEST_GLIBC = 28  # manylinux_2_28: RHEL 8, Debian 10, Ubuntu 18.10
 
 

@@ -58,7 +58,7 @@ def call(*command: Any, **environment: str) -> str:
 
 def ours(*arguments: Any) -> str:
     """Our command line, in a process of its own."""
-    return call(sys.executable, "-c", "from hf_gptq_plugin.cli import main; main()", *arguments)
+    return call(sys.executable, "-c", "from hf_gptq_cli import main; main()", *arguments)
 
 
 def main() -> None:

@@ -2,9 +2,12 @@
 
     hf-gptq quantize MODEL BASE --bits 4 --group-size 64 --preset fast --calibration TEXT --samples 16 --seqlen 256
     python benchmarks/training_methods.py BASE
+    python benchmarks/training_methods.py BASE --methods ste+q-galore,lora+int8-block
 
-The text is Python's help topics, three quarters to train on and a quarter held out, so that nothing is downloaded. The
-adapter that `lora` makes is folded into the base, too. Prints the README's table and writes its rows as JSON.
+A method's name may be followed by an optimizer's and by a way of rounding gradients, which begins after a sixth of the
+steps. The text is Python's help topics, three quarters to train on and a quarter held out, so that nothing is
+downloaded. The adapter that `lora` makes is folded into the base, too. Prints the README's table and writes its rows as
+JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from hf_gptq_plugin.calibrate.data import calibration_windows
 from hf_gptq_plugin.demo import texts
 from hf_gptq_plugin.hf import folding
 from hf_gptq_plugin.hf.training import TRAINABLE, Data, run, usual_rate
-from hf_gptq_plugin.train.loop import TrainSettings, mean_loss
+from hf_gptq_plugin.train.loop import GRADIENTS, OPTIMIZERS, TrainSettings, mean_loss
 
 
 def main() -> None:
@@ -65,24 +68,34 @@ def main() -> None:
 
 def trained(arguments: Any, method: str, files: list[Path]) -> dict[str, Any]:
     """One method's row."""
+    label, (method, *extras) = method, method.split("+")
+    unknown = sorted(set(extras) - {*OPTIMIZERS, *GRADIENTS})
+    if method not in TRAINABLE or unknown:
+        raise SystemExit(f"{label} is not known: methods {TRAINABLE}, after a plus {OPTIMIZERS} and {GRADIENTS}")
+    optimizer = next((extra for extra in extras if extra in OPTIMIZERS), "adamw")
+    gradients = next((extra for extra in extras if extra in GRADIENTS), "float")
     settings = TrainSettings(
         steps=arguments.steps,
         batch=arguments.batch,
-        rate=arguments.rate or usual_rate(method),
-        save_every=arguments.steps,
+        rate=arguments.rate or usual_rate(method, optimizer),
+        save_every=8,
+        optimizer=optimizer,
+        gradients=gradients,
+        gradient_warmup=arguments.steps // 6,
     )
     options = {"every": arguments.every} if method == "shadow" and arguments.every else {}
     targets = None if arguments.target_modules is None else arguments.target_modules.split(",")
     data = Data(str(files[0]), str(files[1]), arguments.samples, arguments.seqlen)
     moments: list[float] = []
     found = run(
-        arguments.base, arguments.out / method, method, data, settings, {}, targets, options,
+        arguments.base, arguments.out / label, method, data, settings, {}, targets, options,
         progress=lambda done, loss: moments.append(time.perf_counter()),
     )  # fmt: skip
     per_step = (moments[-1] - moments[0]) / max(1, len(moments) - 1)
     return {
-        "method": method, "parameters": found.parameters, "before": found.before, "after": found.after,
-        "difference": found.difference, "seconds": per_step, "losses": found.losses,
+        "method": label, "rate": settings.rate, "parameters": found.parameters, "before": found.before,
+        "after": found.after, "difference": found.difference, "seconds": per_step,
+        "losses": found.losses,
     }  # fmt: skip
 
 

@@ -30,14 +30,14 @@ def _mathml(found: re.Match[str]) -> str:
     made = convert(html.unescape(found[3]).strip(), display="block" if block else "inline")
     if "\\" in made:
         raise ValueError(f"a formula has a command that latex2mathml does not know: {found[3]}")
-    return f"<p>{made}</p>" if block else made
+    return f'<p style="overflow-x: auto">{made}</p>' if block else made
 
 
 def commands() -> str:
     """Every command of `hf-gptq` with its arguments and options, in Markdown."""
     from typer.main import get_command
 
-    from hf_gptq_plugin.cli import app
+    from hf_gptq_cli import app
 
     root: Any = get_command(app)
     return "\n".join(_command(f"hf-gptq {name}", command) for name, command in root.commands.items())
@@ -65,7 +65,7 @@ def _row(parameter: Any) -> str:
     usual = parameter.default
     if parameter.required:
         shown = "required"
-    elif usual is None or callable(usual) or usual == "":
+    elif usual is None or (usual is False and not parameter.secondary_opts) or callable(usual) or usual == "":
         shown = ""
     elif parameter.secondary_opts:
         shown = f"`{(parameter.opts if usual else parameter.secondary_opts)[0]}`"
@@ -83,7 +83,10 @@ def _text(text: str) -> str:
         first = re.match(r"(Examples?):\s*(.*)", lines[0]) if lines else None
         if first is not None:
             code = [line for line in [first[2], *lines[1:]] if line]
-            out.append("```sh\n" + "\n".join(code) + "\n```")
+            if code:
+                out.append("```sh\n" + "\n".join(code) + "\n```")
+        elif lines and lines[0].startswith("hf-gptq "):
+            out.append("```sh\n" + "\n".join(lines) + "\n```")
         else:
             out.append(" ".join(lines))
-    return "\n\n".join(out)
+    return "\n\n".join(out).replace("\n```\n\n```sh\n", "\n")

@@ -17,29 +17,33 @@ from .version import __version__
 __all__ = ["GPTQConfig"]
 
 _SOLVER = SolveSettings()  # the defaults of the fields below that are the solver's
-_STEPS = ("generated", "propagation", "descent", "refit", "block_epochs", "model_epochs")  # what presets decide
-_WHOLE_MODEL = ("generated", "model_epochs")  # those that need all of the model in memory
+# What presets decide.
+_STEPS = ("generated", "token_weights", "propagation", "descent", "refit", "block_epochs", "model_epochs")
+# Those that need all of the model in memory, and what they are without it.
+_WHOLE_MODEL: dict[str, Any] = {"generated": 0.0, "token_weights": "uniform", "model_epochs": 0}
 
 # How much a calibration does: time for perplexity.
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"generated": 0.0, "propagation": 0.0, "descent": 0, "refit": False, "block_epochs": 0, "model_epochs": 0},
-    "balanced": {
-        "generated": 0.25,
-        **{name: getattr(_SOLVER, name) for name in ("propagation", "descent", "refit")},
-        "block_epochs": 0,
-        "model_epochs": 0,
+    "fast": {
+        "generated": 0.0, "token_weights": "uniform", "propagation": 0.0, "descent": 0, "refit": False,
+        "block_epochs": 0, "model_epochs": 0,
     },
-}
+    "balanced": {
+        "generated": 0.25, "token_weights": "loss", "propagation": 0.0, "descent": 2, "refit": True,
+        "block_epochs": 0, "model_epochs": 0,
+    },
+}  # fmt: skip
 PRESETS["best"] = {**PRESETS["balanced"], "generated": 1.0, "block_epochs": 2, "model_epochs": 2}
 
 METHODS = ("gptq", "rtn", "hqq")
+TOKEN_WEIGHTS = ("uniform", "loss")
 PACKINGS = ("auto", "concat", "each")
 
 # What only a calibration needs. It is recorded under `meta`, never written as fields: readers would not know them,
 # and a tokenizer or a whole data set does not belong into a config.json.
 _CALIBRATION = (
-    "tokenizer", "dataset", "method", "samples", "seqlen", "seed", "packing", "preset", "generated", "order",
-    "scale_search",    "blocksize", "propagation", "descent", "refit", "block_epochs", "model_epochs",
+    "tokenizer", "dataset", "method", "samples", "seqlen", "seed", "packing", "preset", "generated", "token_weights",
+    "order", "scale_search", "blocksize", "propagation", "descent", "refit", "block_epochs", "model_epochs",
     "min_expert_tokens", "journal", "low_memory",
 )  # fmt: skip
 # Fields of the stock config that describe how others quantize or load; they say nothing about a checkpoint.
@@ -71,12 +75,15 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         seed: which windows are drawn from a longer text.
         packing: "concat" joins samples and cuts them into windows (also True), "each" makes one window of every
             sample, cut off after seqlen tokens (also False); "auto" is "each" for token ids, "concat" for the rest.
-        preset: "balanced" takes every step of the solver; "fast" leaves out those after the column loop and the dense
-            model's forward pass; "best" is "balanced" and then learns by gradient descent, for some times as long. The
-            fields below override it one by one.
+        preset: "balanced" is the default; "fast" leaves out what comes before and after the column loop: text that
+            the model writes, weights of tokens, descent and refit; "best" is "balanced" and then learns by gradient
+            descent, for some times as long. The fields below override it one by one.
         generated: windows that the dense model writes itself and that are used beside the samples, as a multiple of
             their number; needs the model in memory. A text shows what its own domain asks of the weights, this what
             all others do. Models that do not write text are calibrated without. See `calibrate.generate`.
+        token_weights: "loss" lets every token count by how much the model's loss feels an error in what a layer
+            returns for it, which takes one backward pass of the dense model, in memory; "uniform" lets all count
+            alike. See `calibrate.sensitivity`.
         order: "hessian" or "natural", see `SolveSettings`.
         scale_search: "mse", "minmax", "percentile" or "entropy", see `choose_scales`.
         blocksize: columns per lazy batch of the solver.
@@ -90,7 +97,8 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         journal: a folder. Finished blocks are written to it, and the same job goes on from there after it was
             interrupted. It can be deleted once the model is saved.
         low_memory: keep on disk whatever is not worked on: the model's blocks and the activations. For models that
-            are larger than memory. Presets leave out what needs all of the model then (generated, model_epochs).
+            are larger than memory. Presets leave out what needs all of the model then (generated, token_weights,
+            model_epochs), and "balanced" and "best" have propagation=0.5 instead.
         min_expert_tokens: a layer of a mixture's expert that the router sends fewer calibration tokens leans on all
             tokens of its layer as well, as though they had been sent to it; None for twice its in_features.
         **stock: see `transformers.GPTQConfig`. An unknown name raises TypeError.
@@ -100,6 +108,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
     """
 
     generated: float
+    token_weights: str
     propagation: float
     descent: int
     refit: bool
@@ -129,6 +138,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         scale_search: str = _SOLVER.scale_search,
         blocksize: int = _SOLVER.blocksize,
         generated: float | None = None,
+        token_weights: str | None = None,
         propagation: float | None = None,
         descent: int | None = None,
         refit: bool | None = None,
@@ -146,10 +156,13 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         if preset not in PRESETS:
             raise ValueError(f"preset={preset!r} is not known; use one of {', '.join(PRESETS)}")
         self.preset = preset
-        asked = (generated, propagation, descent, refit, block_epochs, model_epochs)
+        asked = (generated, token_weights, propagation, descent, refit, block_epochs, model_epochs)
+        usual = PRESETS[preset]
+        if low_memory:
+            # Where tokens all count alike, it pays to make earlier layers' errors good.
+            usual = {**usual, **_WHOLE_MODEL, "propagation": 0.5 if usual["token_weights"] == "loss" else 0.0}
         for name, value in zip(_STEPS, asked, strict=True):
-            usual = 0 if low_memory and name in _WHOLE_MODEL else PRESETS[preset][name]
-            setattr(self, name, usual if value is None else value)
+            setattr(self, name, usual[name] if value is None else value)
         self.journal = None if journal is None else str(journal)
         self.low_memory = low_memory
         self.dynamic = dict(dynamic or {})
@@ -212,7 +225,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
-        for name, accepted in (("method", METHODS), ("packing", PACKINGS)):
+        for name, accepted in (("method", METHODS), ("packing", PACKINGS), ("token_weights", TOKEN_WEIGHTS)):
             value = getattr(self, name)
             if value not in accepted:
                 raise ValueError(f"{name}={value!r} is not supported; use one of {', '.join(accepted)}")
@@ -226,11 +239,11 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
             raise ValueError(f"min_expert_tokens={few!r} must be an integer of at least 1, or None")
         if type(self.generated) not in (int, float) or not 0 <= self.generated < float("inf"):
             raise ValueError(f"generated={self.generated!r} must be a number of at least 0")
-        for name in _WHOLE_MODEL if self.low_memory and self.method == "gptq" else ():
-            if getattr(self, name):
+        for name, without in _WHOLE_MODEL.items() if self.low_memory and self.method == "gptq" else ():
+            if getattr(self, name) != without:
                 raise ValueError(
-                    f"{name}={getattr(self, name)} needs the whole model at once, and low_memory=True holds one block "
-                    f"at a time; set {name}=0"
+                    f"{name}={getattr(self, name)!r} needs the whole model at once, and low_memory=True holds one "
+                    f"block at a time; set {name}={without!r}"
                 )
         if not isinstance(self.lm_head, bool):
             raise ValueError(f"lm_head={self.lm_head!r} is not supported; use True or False")
@@ -298,6 +311,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         if self.method == "gptq":
             solver |= {
                 "generated": self.generated,
+                "token_weights": self.token_weights,
                 "order": self.order,
                 "static_groups": True,
                 "propagation": self.propagation,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -19,8 +20,13 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hf_gptq_plugin.cli import app, main
+from hf_gptq_cli import app, choices, main
+from hf_gptq_plugin import GPTQConfig, config
+from hf_gptq_plugin.calibrate import sources
+from hf_gptq_plugin.convert import gguf_blocks, layouts
 from hf_gptq_plugin.demo import texts
+from hf_gptq_plugin.solve import gptq, scales
+from hf_gptq_plugin.train.loop import TrainSettings
 
 # PEFT 0.21 uses names that Transformers 5.23 replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
@@ -77,15 +83,15 @@ def test_every_part_of_the_solver_can_be_set(hf_gptq: Run, model: Path, text: Pa
     done = hf_gptq(
         "quantize", model, tmp_path / "out", "--group-size", 32, "--calibration", text, "--samples", 4, "--seqlen", 64,
         "--preset", "best", "--order", "natural", "--scale-search", "minmax", "--damp-percent", 0.02,
-        "--generated", 0.75, "--propagation", 0.25, "--descent", 1, "--no-refit", "--block-epochs", 0,
-        "--model-epochs", 1, "--no-report",
+        "--generated", 0.75, "--token-weights", "uniform", "--propagation", 0.25, "--descent", 1, "--no-refit",
+        "--block-epochs", 0, "--model-epochs", 1, "--no-report",
     )  # fmt: skip
     assert done.code == 0, done.err
     written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert written["damp_percent"] == 0.02
     expected = {
-        "order": "natural", "scale_search": "minmax", "generated": 0.75, "propagation": 0.25, "descent": 1,
-        "refit": False, "block_epochs": 0, "model_epochs": 1,
+        "order": "natural", "scale_search": "minmax", "generated": 0.75, "token_weights": "uniform",
+        "propagation": 0.25, "descent": 1, "refit": False, "block_epochs": 0, "model_epochs": 1,
     }  # fmt: skip
     assert written["meta"]["solver"].items() >= expected.items()
 
@@ -112,6 +118,16 @@ def test_quantize_then_eval(hf_gptq: Run, model: Path, text: Path, tmp_path: Pat
     nll = -logprobs.gather(2, ids[:, 1:, None]).mean()
     assert report["tokens"] == 192
     assert report["perplexity"] == pytest.approx(math.exp(nll), rel=1e-5)
+
+    done = hf_gptq("convert", tmp_path / "out", tmp_path / "natural", "--to", "gptq_v2", "--natural-order")
+    assert done.code == 0, done.err
+    assert "2 modules leave act-order: model.layers.*.mlp.down_proj." in done.out
+    assert "2 modules stay in act-order, model.layers.*.self_attn.o_proj: groups take channels of several" in done.out
+    assert "bit for bit in float32, but for the order of channels" in done.out
+    told = json.loads(
+        hf_gptq("convert", tmp_path / "natural", tmp_path / "n", "--to", "gptq_v2", "--natural-order", "--json").out
+    )
+    assert told["natural"] == [] and len(told["act_order"]) == 12
 
 
 def test_files_of_rows_and_methods_without_data(hf_gptq: Run, model: Path, text: Path, tmp_path: Path) -> None:
@@ -204,7 +220,7 @@ def test_doctor(hf_gptq: Run) -> None:
 
 def test_help_as_a_process() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "hf_gptq_plugin.cli", "quantize", "--help"],
+        [sys.executable, "-m", "hf_gptq_cli", "quantize", "--help"],
         capture_output=True,
         text=True,
         timeout=300,
@@ -216,11 +232,25 @@ def test_help_as_a_process() -> None:
 @pytest.fixture(scope="module")
 def four_bit(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("four") / "bit"
-    command = [sys.executable, "-c", "from hf_gptq_plugin.cli import main; main()", "quantize", model, out]
+    command = [sys.executable, "-c", "from hf_gptq_cli import main; main()", "quantize", model, out]
     subprocess.run(
         [*map(str, command), "--method", "rtn", "--group-size", "32", "--asym", "--format", "gptq_v2"], check=True
     )
     return out
+
+
+def test_help_shows_the_defaults_and_choices_of_the_library() -> None:
+    fields = inspect.signature(GPTQConfig).parameters
+    assert {name: fields[name].default for name in choices.DEFAULT} == choices.DEFAULT
+    assert {name: getattr(TrainSettings, name) for name in choices.TRAINING} == choices.TRAINING
+    assert choices.METHODS == config.METHODS
+    assert choices.PRESETS == tuple(config.PRESETS)
+    assert choices.TOKEN_WEIGHTS == config.TOKEN_WEIGHTS
+    assert choices.ORDERS == gptq.ORDERS
+    assert choices.SEARCHES == scales.METHODS
+    assert choices.DATASETS == tuple(sources.NAMED)
+    assert choices.LAYOUTS == layouts.TARGETS
+    assert choices.GGUF_TYPES == gguf_blocks.TYPES
 
 
 def test_inspect(hf_gptq: Run, four_bit: Path, tmp_path: Path) -> None:
@@ -271,7 +301,7 @@ def test_compare(hf_gptq: Run, four_bit: Path, model: Path, text: Path, tmp_path
     html = page.read_text()
     parser = Balanced()
     parser.feed(html)
-    assert parser.open == [] and html.count('class="dot main"') == 2
+    assert parser.open == [] and html.count('class="dot main"') == 2 * 2  # for a wide and for a narrow window
     assert "http" not in html.replace("http-equiv", "")
     for row in found.values():
         assert f"{row['perplexity']:.4f}" in html and f"{row['bits']:.2f}" in html
@@ -306,7 +336,7 @@ def test_completion(hf_gptq: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     script = hf_gptq("--show-completion", "bash")
     assert script.code == 0 and "_HF_GPTQ_COMPLETE" in script.out
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.argv[0] = 'hf-gptq'; from hf_gptq_plugin.cli import main; main()"],
+        [sys.executable, "-c", "import sys; sys.argv[0] = 'hf-gptq'; from hf_gptq_cli import main; main()"],
         env={**os.environ, "_HF_GPTQ_COMPLETE": "complete_bash", "COMP_WORDS": "hf-gptq co", "COMP_CWORD": "1"},
         capture_output=True,
         text=True,

@@ -51,7 +51,7 @@ def probe(**environment: str) -> dict[str, object]:
 
 def doctor(**environment: str) -> tuple[int, dict[str, str]]:
     done = subprocess.run(
-        [sys.executable, "-m", "hf_gptq_plugin.cli", "doctor", "--json"],
+        [sys.executable, "-m", "hf_gptq_cli", "doctor", "--json"],
         env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, cwd=INSTALLED,
     )  # fmt: skip
     report = json.loads(done.stdout)

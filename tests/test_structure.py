@@ -28,7 +28,6 @@ ALLOWED: dict[str, set[str]] = {
     "hf": {"format", "solve", "nn", "calibrate", "config", "convert", "train", "native"},
     "diagnose": {"native", "native_cuda", "hf", "version"},
     "demo": {"config", "format", "hf"},
-    "cli": {"format", "solve", "calibrate", "convert", "train", "config", "hf", "native", "diagnose", "demo"},
     "": {"config", "format", "hf", "nn", "version"},  # the package's own __init__
 }
 WITHOUT_TRANSFORMERS = {"convert", "train", "format", "solve", "nn", "native", "native_cuda", "version"}
@@ -78,6 +77,7 @@ def test_imports_flow_one_way(path: Path) -> None:
             assert target == here or target in ALLOWED[here], f"{here or 'the package'} imports {name}"
         if here in WITHOUT_TRANSFORMERS:
             assert name.split(".")[0] not in ("transformers", "vllm", "peft"), f"{here} imports {name}"
+        assert name.split(".")[0] != "hf_gptq_cli", f"{here} imports {name}: the command line is on top"
         if here != "demo":
             assert name.split(".")[0] not in ("vllm", "vllm_plugin"), f"{here} imports {name}"
 
@@ -100,12 +100,22 @@ def test_the_vllm_plugin_uses_the_core_only(path: Path) -> None:
             assert room(name) in ("format", "nn"), f"{path.name} imports {name}"
 
 
+def test_help_loads_neither_pytorch_nor_the_library() -> None:
+    program = (
+        "import sys; from hf_gptq_cli import app; from typer.testing import CliRunner as R; "
+        "assert R().invoke(app, ['quantize', '--help']).exit_code == 0; "
+        "print(sorted({'torch', 'transformers', 'numpy', 'hf_gptq_plugin'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
 def test_kernels_is_no_python_package() -> None:
     assert list((ROOT / "kernels").rglob("*.py")) == []
 
 
 def test_nothing_in_the_package_unpickles() -> None:
-    for package in ("hf_gptq_plugin", "vllm_plugin"):
+    for package in ("hf_gptq_plugin", "hf_gptq_cli", "vllm_plugin"):
         for path in files(package):
             modules = {name.split(".")[0] for name in imports(path, package)}
             assert not modules & {"pickle", "dill", "cloudpickle", "shelve", "joblib"}, path
@@ -124,8 +134,8 @@ def test_what_the_wheel_ships(tmp_path: Path) -> None:
         names = archive.namelist()
         entry_points = next(archive.read(n).decode() for n in names if n.endswith("entry_points.txt"))
     top = {n.split("/")[0] for n in names}
-    assert {n for n in top if not n.endswith(".dist-info")} == {"hf_gptq_plugin", "vllm_plugin"}
+    assert {n for n in top if not n.endswith(".dist-info")} == {"hf_gptq_plugin", "hf_gptq_cli", "vllm_plugin"}
     assert "hf_gptq_plugin/_native/libhf_gptq.so" in names
     assert not any(n.endswith((".cpp", ".h", ".cu")) for n in names)
     assert "hf_gptq = vllm_plugin:register" in entry_points
-    assert "hf-gptq = hf_gptq_plugin.cli:main" in entry_points
+    assert "hf-gptq = hf_gptq_cli:main" in entry_points

@@ -6,7 +6,7 @@ import itertools
 import logging
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -27,6 +27,7 @@ from .experts import expert_hessians, own_memory
 from .plan import Plan
 from .products import dense_twin
 from .report import LayerReport
+from .sensitivity import Weights
 from .stream import Stream
 from .tune import TunedLayer, compute_dtype, output_loss, tune
 from .walk import Block, WalkError, WholeModel, find_stages, forward_replaced, linears
@@ -35,8 +36,9 @@ logger = logging.getLogger(__name__)
 
 
 def quantize_block(
-    block: Block, dense: Block, stream: Stream, exact: Stream | None, specs: dict[str, QuantSpec], plan: Plan
-) -> Iterator[LayerReport]:
+    block: Block, dense: Block, stream: Stream, exact: Stream | None, specs: dict[str, QuantSpec], weights: Weights,
+    plan: Plan,
+) -> Iterator[LayerReport]:  # fmt: skip
     """Quantize one block and send the streams through it.
 
     Args:
@@ -45,18 +47,19 @@ def quantize_block(
         stream: the windows as the quantized model carries them.
         exact: as the dense model does, where errors of earlier layers are to be made good.
         specs: of the layers to quantize, by full name.
+        weights: what tokens count, see `token_weights`.
         plan: how.
 
     Yields:
         A report per layer, as soon as it is solved.
     """
     with ExitStack() as streaming:
-        yield from _quantize_block(block, dense, stream, exact, specs, plan, streaming)
+        yield from _quantize_block(block, dense, stream, exact, specs, weights, plan, streaming)
 
 
 def _quantize_block(
-    block: Block, dense: Block, stream: Stream, exact: Stream | None, specs: dict[str, QuantSpec], plan: Plan,
-    streaming: ExitStack,
+    block: Block, dense: Block, stream: Stream, exact: Stream | None, specs: dict[str, QuantSpec], weights: Weights,
+    plan: Plan, streaming: ExitStack,
 ) -> Iterator[LayerReport]:  # fmt: skip
     # Names only: a dense layer is to be gone once it is replaced.
     everything = list(linears(block.module))
@@ -73,13 +76,15 @@ def _quantize_block(
     if exact is not None:
         exact.enter(dense_twin(replace(dense, repeated=block.repeated)), everything, everything)
     learning = plan.tuning.block_epochs > 0 and bool(targets) and not isinstance(block, WholeModel)
-    weights = {local: dense_weight(block.module.get_submodule(local)) for local in targets} if learning else {}
+    before = {local: dense_weight(block.module.get_submodule(local)) for local in targets} if learning else {}
+    counts = {local: weights[full] for local in units if (full := block.full(local)) in weights}
+    crossed = exact if plan.settings.propagation else None  # needed for what is learned afterwards, too
     phases = [[group] for group in groups] if plan.true_sequential else [groups]
     for phase in phases:
         done: list[str] = []
         solved: dict[str, QuantizedWeight] = {}
         for group in phase:
-            for names, hessian, note in _hessians(stream, exact, group, targets, plan):
+            for names, hessian, note in _hessians(stream, crossed, group, targets, counts, plan):
                 for local in names:
                     full, layer = block.full(local), block.module.get_submodule(local)
                     solved[local], report = solve_layer(full, layer, hessian, specs[full], plan.settings)
@@ -97,13 +102,13 @@ def _quantize_block(
         exact.leave()
     if learning:
         assert exact is not None
-        _learn(block, entered, exact, weights, plan)
+        _learn(block, entered, exact, before, plan)
         stream.enter(block, everything, everything)  # nothing that was kept holds any more
     stream.leave()
 
 
-def _learn(block: Block, entered: Iterable[Tensor], exact: Stream, weights: dict[str, Tensor], plan: Plan) -> None:
-    layers = {local: TunedLayer(block.module.get_submodule(local), weight) for local, weight in weights.items()}  # type: ignore[arg-type]
+def _learn(block: Block, entered: Iterable[Tensor], exact: Stream, dense: dict[str, Tensor], plan: Plan) -> None:
+    layers = {local: TunedLayer(block.module.get_submodule(local), weight) for local, weight in dense.items()}  # type: ignore[arg-type]
     targets, settings = exact.hiddens, plan.tuning
     tune([block], [layers], [{}], list(entered), output_loss(lambda w: targets[w]), settings.block_epochs, settings)
     for local, tuned in layers.items():
@@ -117,7 +122,7 @@ def _units(block: nn.Module, targets: Iterable[str]) -> set[str]:
 
 
 def _hessians(
-    stream: Stream, exact: Stream | None, group: list[str], targets: Iterable[str], plan: Plan
+    stream: Stream, exact: Stream | None, group: list[str], targets: Iterable[str], weights: Weights, plan: Plan
 ) -> Iterator[tuple[list[str], Hessian, str]]:
     """The Hessians of units that read the same tensor: names of the layers each is for, and a note for their reports.
 
@@ -127,24 +132,41 @@ def _hessians(
     mixtures = [name for name in group if isinstance(stream.submodule(name), Experts)]
     plain = [name for name in group if name not in mixtures]
     if plain:
-        yield plain, layer_hessian(stream, exact, plain[0]), ""
+        yield plain, layer_hessian(stream, exact, plain[0], _mean_weights(weights, plain)), ""
     for name in mixtures:
         experts, calls = stream.calls_of(name)
         wanted = {local.removeprefix(f"{name}.") for local in targets if local.startswith(f"{name}.")}
         dense = None if exact is None else exact.calls_of(name)
-        for parts, hessian, note in expert_hessians(experts, calls, dense, wanted, plan.min_expert_tokens):
+        for parts, hessian, note in expert_hessians(
+            experts, calls, dense, wanted, plan.min_expert_tokens, weights.get(name)
+        ):
             hessian.combine(processes.sum_in_place, processes.sum_of)
             yield [f"{name}.{part}" for part in parts], hessian, note
 
 
-def layer_hessian(stream: Stream, exact: Stream | None, layer: str) -> Hessian:
-    """The Hessian of what enters a layer of the block that the streams are in, over all processes."""
+def _mean_weights(weights: Weights, names: list[str]) -> list[Tensor] | None:
+    """What tokens count for layers that share a Hessian; None where one of them has no weights."""
+    if not all(name in weights for name in names):
+        return None
+    windows = zip(*(weights[name] for name in names), strict=True)
+    return [torch.stack(parts).mean(0) for parts in windows]
+
+
+def layer_hessian(stream: Stream, exact: Stream | None, layer: str, weights: Sequence[Tensor] | None = None) -> Hessian:
+    """The Hessian of what enters a layer of the block that the streams are in, over all processes.
+
+    Args:
+        stream, exact: see `quantize_block`.
+        layer: its name in the block.
+        weights: what the tokens of every window count, `[tokens]`; None for alike.
+    """
     hessian: Hessian | None = None
     twins = exact.inputs_of(layer) if exact is not None else itertools.repeat(None)
-    for x, dense in zip(stream.inputs_of(layer), twins, strict=False):
+    counted = weights if weights is not None else itertools.repeat(None)
+    for x, dense, counts in zip(stream.inputs_of(layer), twins, counted, strict=False):
         if x is not None:
             hessian = hessian or Hessian(x.shape[-1], x.device)
-            hessian.add(x, exact=dense)
+            hessian.add(x, dense, counts)
     hessian = hessian or Hessian(1)
     hessian.combine(processes.sum_in_place, processes.sum_of)
     return hessian

@@ -19,6 +19,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 from ..nn.experts import Expert, Experts
 from ..solve.hessian import Hessian
+from ..solve.linalg import total
 from .walk import LINEAR, WalkError, linears
 
 ROWS = 4096  # tokens that are handed to a Hessian at once
@@ -218,6 +219,7 @@ def expert_hessians(
     exact: tuple[Experts, list[Call]] | None,
     wanted: set[str],
     least: int | None = None,
+    weights: list[Tensor] | None = None,
 ) -> Iterator[tuple[list[str], Hessian, str]]:
     """The Hessians of an experts module's layers, one expert after the other.
 
@@ -234,6 +236,8 @@ def expert_hessians(
         exact: the module and the calls of the dense stream; None for no cross term.
         wanted: names below the module, e.g. "3.down_proj".
         least: tokens below which a layer leans on others; None for twice its in_features.
+        weights: what the tokens of every window `[T]` count in the module's output; None for alike. In an expert's
+            output they count by the square of what the router multiplies it with, too.
 
     Yields:
         Names of layers that share an input, its Hessian, and a note for their reports.
@@ -241,6 +245,7 @@ def expert_hessians(
     dense = list(exact[0]) if exact is not None else []
     everyone = _sampled(calls)
     shared: Hessian | None = None
+    counts = None if weights is None else list(torch.cat(weights).split([len(call[0]) for call in calls]))
     for index, expert in enumerate(experts):
         own = [(call[1] == index).any(dim=-1).nonzero().squeeze(-1) for call in calls]
         seen = sum(map(len, own))
@@ -250,10 +255,10 @@ def expert_hessians(
             if not names:
                 continue
             width = int(cast(nn.Linear, expert.get_submodule(leaves[0])).in_features)
-            hessian, note = _hessian(streams, own, width, last), ""
+            hessian, note = _hessian(streams, own, width, last, _routed(counts, calls, own, index)), ""
             if seen < (least or ENOUGH * width):
                 if last or shared is None:
-                    prior = _hessian(streams, everyone, width, last)
+                    prior = _hessian(streams, everyone, width, last, _chosen(counts, everyone))
                     shared = shared if last else prior
                 else:
                     prior = shared
@@ -272,14 +277,39 @@ def _sampled(calls: list[Call]) -> list[Tensor]:
     return rows
 
 
-def _hessian(streams: list[tuple[list[Call], Expert]], rows: list[Tensor], width: int, last: bool) -> Hessian:
+def _chosen(counts: list[Tensor] | None, rows: list[Tensor]) -> Tensor | None:
+    """What the chosen tokens of all windows count, `[T]` with a mean of 1."""
+    if counts is None:
+        return None
+    return _with_mean_1(torch.cat([count[r.to(count.device)] for count, r in zip(counts, rows, strict=True)]))
+
+
+def _routed(counts: list[Tensor] | None, calls: list[Call], rows: list[Tensor], index: int) -> Tensor | None:
+    """What the tokens sent to an expert count in its output."""
+    if counts is None:
+        return None
+    shares = [((call[1] == index) * call[2]).sum(-1).float().square() for call in calls]
+    return _chosen([count * share.to(count.device) for count, share in zip(counts, shares, strict=True)], rows)
+
+
+def _with_mean_1(values: Tensor) -> Tensor | None:
+    mean = total(values) / max(values.numel(), 1)
+    return values / mean if mean > 0 else None
+
+
+def _hessian(
+    streams: list[tuple[list[Call], Expert]], rows: list[Tensor], width: int, last: bool, weights: Tensor | None
+) -> Hessian:
     """Of an expert's first layers or of its last one, on the chosen tokens of each window."""
     hessian = Hessian(width, streams[0][0][0][0].device)
     gathered = [
         map(expert.hidden, _gathered(calls, rows)) if last else _gathered(calls, rows) for calls, expert in streams
     ]
-    for batch in zip(*gathered, strict=True):
-        hessian.add(*batch)
+    seen = 0
+    for x, *dense in zip(*gathered, strict=True):
+        counts = None if weights is None else weights[seen : seen + len(x)]
+        hessian.add(x, dense[0] if dense else None, counts)
+        seen += len(x)
     return hessian
 
 

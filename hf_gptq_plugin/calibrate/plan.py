@@ -23,7 +23,9 @@ class Plan:
         min_expert_tokens: experts that the router sends fewer tokens lean on all of their layer, see
             `expert_hessians`; None for twice a layer's in_features.
         generated: windows that the dense model writes itself, as a multiple of those given, see `generated_windows`.
-        seed: of what is drawn for them.
+        token_weights: "loss" lets tokens count by what the model's loss feels of them, see `sensitivity`; "uniform"
+            alike.
+        seed: of what is drawn for these two.
         tuning: what is learned after the solver.
         journal: folder that finished blocks are written to, and gone on from; None for no journal.
         low_memory: keep on disk whatever is not worked on: activations, and finished blocks where their weights were
@@ -37,6 +39,7 @@ class Plan:
     block_name: str | None = None
     min_expert_tokens: int | None = None
     generated: float = 0.0
+    token_weights: str = "uniform"
     seed: int = 0
     tuning: TuneSettings = field(default_factory=TuneSettings)
     journal: Path | None = None

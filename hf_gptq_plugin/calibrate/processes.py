@@ -52,7 +52,9 @@ def sum_in_place(tensor: Tensor) -> Tensor:
 
 def sum_of(number: int) -> int:
     """The sum over all processes of an integer."""
-    if count() == 1:
-        return number
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return int(sum_in_place(torch.tensor([number], dtype=torch.int64, device=device)))
+    return number if count() == 1 else int(sum_in_place(torch.tensor([number], dtype=torch.int64, device=device())))
+
+
+def device() -> str:
+    """Where tensors that are to be summed must lie."""
+    return "cuda" if count() > 1 and dist.get_backend() == "nccl" else "cpu"

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..solve.linalg import dense_linear
@@ -37,9 +39,22 @@ def _products(module: nn.Module) -> Iterator[tuple[nn.Linear, Callable[[Tensor],
             yield layer, _own_product(layer)
 
 
+class _Product(torch.autograd.Function):
+    """`x · weightᵀ` of a weight that takes no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return dense_linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return dense_linear(gradients[0], ctx.weight.T), None
+
+
 def _own_product(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        out = dense_linear(x, layer.weight)
+        out = dense_linear(x, layer.weight) if layer.weight.requires_grad else _Product.apply(x, layer.weight)
         return out if layer.bias is None else out + layer.bias
 
     return forward

@@ -120,7 +120,7 @@ def _gradients(
     def forward(window: int) -> tuple[float, Tensor, list[Tensor]]:
         entered = [hiddens[window]]
         for block, handed in zip(blocks, weights, strict=True):
-            with torch.no_grad(), _handing(handed), _computing(dtype, entered[-1].device):
+            with torch.no_grad(), _handing(handed), computing(dtype, entered[-1].device):
                 entered.append(block.run(entered[-1], window))
         value, gradient = loss(entered.pop(), window)
         return value, gradient, entered
@@ -153,7 +153,7 @@ def _block_gradients(
     """From the gradient by a block's output those by its input, its weights and its vectors, for one window."""
     leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
     x = entered.detach().requires_grad_()
-    with torch.enable_grad(), _handing(leaves), _computing(dtype, x.device):
+    with torch.enable_grad(), _handing(leaves), computing(dtype, x.device):
         out = block.run(x, window)
     leaves |= vectors
     slope_in, *found = torch.autograd.grad(out, [x, *leaves.values()], slope.to(out.dtype), allow_unused=True)
@@ -199,7 +199,8 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def _computing(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+def computing(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Multiply matrices in a dtype while the context lasts."""
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
         yield
 
@@ -272,7 +273,7 @@ def model_loss(
     def logits(hidden: Tensor, window: int) -> Tensor:
         replayed.hidden = hidden
         try:
-            with _computing(compute_dtype(hidden.device), hidden.device):
+            with computing(compute_dtype(hidden.device), hidden.device):
                 return model(**text_inputs(model, windows[window])).logits
         finally:
             del replayed.hidden

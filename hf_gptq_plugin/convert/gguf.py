@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..format.checkpoint import TensorInfo
 from ..format.grid import QuantizedWeight
 from ..format.spec import CheckpointError
-from .gguf_blocks import BLOCK, SIZES, TYPES, Choice, blocks, choose, permuted_rows, rotary_order
+from .gguf_blocks import BLOCK, SIZES, TYPES, Choice, blocks, choose, rotary_order
 from .gguf_meta import architecture, number, rope_factors, write_config, write_tokenizer
-from .source import Source, load
+from .order import moved
+from .source import Move, Source
 from .stream import Converted, read_module, relative_error
 
 # llama.cpp's numbers of the commonest type, for general.file_type.
@@ -136,7 +136,12 @@ def _planned(source: Source, arch: str, kind: str) -> Iterator[_Tensor]:
     import gguf
 
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(numbers[arch], int(number(source.config, "num_hidden_layers")))
+    count = int(number(source.config, "num_hidden_layers"))
+    if count > len(source.headers):  # the package would list names for all of them first
+        raise CheckpointError(
+            f"config.json: num_hidden_layers={count} is more than the checkpoint's {len(source.headers)} tensors"
+        )
+    names = gguf.get_tensor_name_map(numbers[arch], count)
     heads = int(number(source.config, "num_attention_heads"))
     kv_heads = int(number(source.config, "num_key_value_heads", heads))
     mixed = {"q_proj": heads, "k_proj": kv_heads} if arch == "llama" else {}
@@ -174,12 +179,12 @@ def _planned(source: Source, arch: str, kind: str) -> Iterator[_Tensor]:
 def _written(source: Source, tensor: _Tensor) -> tuple[np.ndarray, Converted | None]:
     """A tensor's bytes, and for a quantized module how they compare with the source."""
     if not tensor.quantized:
-        return _dense(source.headers[tensor.source], tensor), None
+        return _dense(source.dense(tensor.source), tensor), None
     import gguf
 
     weight: QuantizedWeight = read_module(source, tensor.source)
     if tensor.order is not None:
-        weight = permuted_rows(weight, tensor.order)
+        weight = moved(weight, Move(rows=tensor.order))
     if tensor.type == "F16":
         half = torch.cat([weight.rows(rows).dequantize(torch.float16) for rows in weight.slabs()])
         error = relative_error(weight, lambda rows: half[rows].float())
@@ -194,8 +199,7 @@ def _written(source: Source, tensor: _Tensor) -> tuple[np.ndarray, Converted | N
     return data, Converted(tensor.source, not error, error, " and ".join(lost) if error else "")
 
 
-def _dense(info: TensorInfo, tensor: _Tensor) -> np.ndarray:
-    value = load(info, tensor.source)
+def _dense(value: Tensor, tensor: _Tensor) -> np.ndarray:
     if tensor.order is not None:
         value = value[tensor.order]
     if tensor.type == "BF16":

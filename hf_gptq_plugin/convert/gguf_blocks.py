@@ -97,13 +97,6 @@ def _blocks(weight: QuantizedWeight, kind: str) -> Tensor:
     return torch.cat(parts, -1).reshape(rows, -1)
 
 
-def permuted_rows(weight: QuantizedWeight, order: Tensor) -> QuantizedWeight:
-    """The weight with output feature `order[i]` in place `i`."""
-    return QuantizedWeight(
-        weight.codes[order], weight.scales[:, order], weight.zeros[:, order], weight.group, weight.spec
-    )
-
-
 def rotary_order(rows: int, heads: int) -> Tensor:
     """Where llama.cpp wants the rows of Llama's query and key projections: pairs that rotate together are neighbours.
 

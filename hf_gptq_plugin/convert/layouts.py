@@ -341,7 +341,12 @@ def pack_quantized_specs(config: Mapping[str, Any]) -> dict[str, tuple[list[str]
             )
         except ValueError as error:
             raise CheckpointError(f"compressed-tensors config_groups.{name}.weights: {error}") from None
-        found[name] = (list(group.get("targets") or []), spec)
+        targets = group.get("targets") or []
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            raise CheckpointError(
+                f"compressed-tensors config_groups.{name}.targets={targets!r} must be a list of names"
+            )
+        found[name] = (targets, spec)
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,21 @@ _LOOKED_AT = 8
 
 
 @dataclass(frozen=True)
+class Move:
+    """How the channels of one module change places; see `order`.
+
+    Args:
+        rows: new output `i` is old output `rows[i]`; None where outputs stay.
+        columns: the same for inputs.
+        axis: of outputs in a matrix that is not quantized; 1 in Transformers' Conv1D.
+    """
+
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    axis: int = 0
+
+
+@dataclass(frozen=True)
 class Source:
     """A checkpoint on disk.
 
@@ -33,6 +48,7 @@ class Source:
         headers: all tensors by name.
         modules: quantized modules: name to tensors by short name.
         specs: per quantized module.
+        moves: per module whose channels are to change places as it is read.
     """
 
     folder: Path
@@ -42,6 +58,15 @@ class Source:
     headers: dict[str, TensorInfo]
     modules: dict[str, dict[str, TensorInfo]]
     specs: dict[str, QuantSpec]
+    moves: Mapping[str, Move] = field(default_factory=dict)
+
+    def dense(self, name: str) -> Tensor:
+        """A tensor that belongs to no quantized module, its channels moved."""
+        value = load(self.headers[name], name)
+        move = self.moves.get(name.rpartition(".")[0])
+        if move is not None and move.rows is not None:
+            value = value.index_select(move.axis if value.dim() > 1 else 0, move.rows)
+        return value
 
     def tensors(self, module: str) -> dict[str, Tensor]:
         """The tensors of a quantized module by short name."""

@@ -18,7 +18,8 @@ from ..format.checkpoint import write_json, written_whole
 from ..format.grid import QuantizedWeight, natural_groups
 from ..format.spec import CheckpointError, QuantSpec
 from .layouts import Dense, Layout, layout
-from .source import INDEX, Source, load
+from .order import moved
+from .source import INDEX, Source
 
 SHARD = 1_000_000_000  # bytes
 # What goes along: no checkpoints of other frameworks, no model card, which describes the source.
@@ -79,7 +80,7 @@ def convert(
         belonging = {f"{module}.{leaf}" for module, leaves in source.modules.items() for leaf in leaves}
         for name in sorted(source.headers, key=lambda n: (source.headers[n].file, n)):
             if name not in belonging:
-                value = load(source.headers[name], name)
+                value = source.dense(name)
                 yield name, value.to(dtype) if target == "dense" and value.is_floating_point() else value
         for module in source.modules:
             weight = read_module(source, module)
@@ -120,6 +121,8 @@ def convert(
 def read_module(source: Source, module: str) -> QuantizedWeight:
     """A quantized module, its spec saying no more than it needs: in act-order and asymmetric only where it is.
 
+    Its channels are moved as `source.moves` says.
+
     Raises:
         CheckpointError: tensors that do not fit the spec.
     """
@@ -127,6 +130,8 @@ def read_module(source: Source, module: str) -> QuantizedWeight:
     if isinstance(kind, Dense):
         raise CheckpointError(f"{module} is dense; there are no codes to convert")
     weight = kind.read(module, source.tensors(module), source.specs[module])
+    if module in source.moves:
+        weight = moved(weight, source.moves[module])
     spec = weight.spec
     trivial = torch.equal(weight.group, natural_groups(weight.group.numel(), spec.group_size))
     middle = bool((weight.zeros == 2 ** (spec.bits - 1)).all())
@@ -160,15 +165,13 @@ def relative_error(weight: QuantizedWeight, given: Callable[[slice], Tensor]) ->
         weight: `[N, K]`.
         given: for some rows, what they became, fp32 `[rows, K]`. Only some rows are in memory at a time.
     """
-    difference = size = 0.0
-    same = True
-    for rows in weight.slabs():
-        wanted, now = weight.rows(rows).dequantize(), given(rows)
-        same = same and torch.equal(wanted, now)
-        difference += float((now - wanted).double().square().sum())
-        size += float(wanted.double().square().sum())
-    if same:
+    if all(torch.equal(weight.rows(rows).dequantize(), given(rows)) for rows in weight.slabs()):
         return 0.0
+    difference = size = 0.0
+    for rows in weight.slabs():
+        wanted = weight.rows(rows).dequantize()
+        difference += float(torch.linalg.vector_norm(given(rows) - wanted, dtype=torch.float64)) ** 2
+        size += float(torch.linalg.vector_norm(wanted, dtype=torch.float64)) ** 2
     return math.sqrt(difference / size) if size else math.inf
 
 

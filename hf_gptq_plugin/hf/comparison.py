@@ -9,14 +9,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..calibrate.numbers import amount, size
+from ..calibrate.numbers import amount, counted, size
 from ..calibrate.page_style import CSS
 from ..calibrate.plots import Bar, Scale, bar_chart, nice, shorten, tag
 from ..convert.inspect import Findings, inspect
 from .bench import Speed, speed
 from .evaluate import perplexity, text_windows
 
-_WIDTH, _HEIGHT = 960.0, 340.0
+_WIDTH, _NARROW, _HEIGHT = 960.0, 360.0, 340.0
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ def page(rows: Sequence[Row], protocol: dict[str, Any]) -> str:
         rows: at least one.
         protocol: text, windows, seqlen.
     """
-    how = f"{protocol['windows'] or 'all'} windows of {protocol['seqlen']} tokens of {protocol['text']}"
+    windows = counted(protocol["windows"], "window") if protocol["windows"] else "all windows"
+    how = f"{windows} of {protocol['seqlen']} tokens of {protocol['text']}"
     timings = [row.speed for row in rows if row.speed is not None]
     speeds = ""
     if timings:
@@ -113,7 +114,8 @@ def page(rows: Sequence[Row], protocol: dict[str, Any]) -> str:
             f'<section><h2>Speed</h2><p class="hint">{escape(where)}; batch 1, prompts of {timings[0].prompt} tokens, '
             f'{timings[0].new} written</p><div class="pair">{pair}</div></section>'
         )
-    sizes = bar_chart([Bar(row.name, row.size, size(row.size)) for row in rows], "Size of all weights", _WIDTH)
+    sizes = bar_chart([Bar(row.name, row.size, size(row.size)) for row in rows], "Size of all weights")
+    bits = bar_chart([Bar(row.name, row.bits, f"{row.bits:.2f}") for row in rows], "Bits per weight")
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Comparison</title>'
@@ -122,20 +124,27 @@ def page(rows: Sequence[Row], protocol: dict[str, Any]) -> str:
         f'<header><p class="over-line">Comparison</p><h1>{len(rows)} checkpoints</h1>'
         f'<p class="lead">Perplexity on {escape(how)}</p></header>\n'
         f'<section><h2>Perplexity against bits per weight</h2><p class="hint">Lower left is better. Bits count all '
-        f"that is in the files: codes, scales, zeros, embeddings.</p>{scatter(rows)}</section>\n"
-        f"<section><h2>Size</h2>{sizes}</section>\n{speeds}\n{_table(rows)}\n</main></body></html>\n"
+        f"that is in the files: codes, scales, zeros, embeddings.</p>{scatter(rows)}{scatter(rows, True)}</section>\n"
+        f'<section><h2>Size</h2><div class="pair"><div><h3>Files</h3>{sizes}</div>'
+        f"<div><h3>Bits per weight</h3>{bits}</div></div></section>\n{speeds}\n{_table(rows)}\n</main></body></html>\n"
     )
 
 
-def scatter(rows: Sequence[Row]) -> str:
-    """Perplexity over bits per weight, one named mark for each checkpoint."""
+def scatter(rows: Sequence[Row], narrow: bool = False) -> str:
+    """Perplexity over bits per weight, one named mark for each checkpoint.
+
+    Args:
+        rows: at least one.
+        narrow: for a phone.
+    """
     finite = [row for row in rows if row.perplexity < float("inf")]
     if not finite:
         return '<p class="hint">No perplexity is finite.</p>'
     low, high = min(row.perplexity for row in finite), max(row.perplexity for row in finite)
     scale = Scale(low, high, True).padded() if high / low >= 8 else _linear(low, high)
     widest = max(row.bits for row in finite) * 1.08
-    left, right, top, bottom = 56.0, _WIDTH - 24, 26.0, _HEIGHT - 36
+    width = _NARROW if narrow else _WIDTH
+    left, right, top, bottom = 56.0, width - 24, 26.0, _HEIGHT - 36
 
     def at(row: Row) -> tuple[float, float]:
         return left + row.bits / widest * (right - left), bottom - scale(row.perplexity) * (bottom - top)
@@ -148,23 +157,23 @@ def scatter(rows: Sequence[Row]) -> str:
         y = bottom - scale(value) * (bottom - top)
         out.append(tag("line", x1=left, x2=right, y1=y, y2=y, class_="grid"))
         out.append(text(left - 8, y + 4, f"{value:.4g}", "end", "tick"))
-    for bits in range(0, int(widest) + 1, 1 if widest < 9 else 2 if widest < 18 else 4):
+    for bits in range(0, int(widest) + 1, (1 if widest < 9 else 2 if widest < 18 else 4) * (2 if narrow else 1)):
         out.append(text(left + bits / widest * (right - left), bottom + 16, str(bits), "middle", "tick"))
     taken: list[tuple[float, float]] = []
     for row in sorted(finite, key=lambda r: at(r)[0]):
         x, y = at(row)
         title = f"{row.name}\nperplexity {row.perplexity:.4f}\n{row.bits:.2f} bits per weight, {size(row.size)}"
         mark = tag("circle", tag("title", escape(title)), cx=x, cy=y, r=5, class_="dot main")
-        label = shorten(row.name, 30)
+        label = shorten(row.name, 16 if narrow else 30)
         end = x > (left + right) / 2
         place = y + 4
         while any(abs(place - other_y) < 14 and abs(x - other_x) < 200 for other_x, other_y in taken):
             place += 14
         taken.append((x, place))
         out += [mark, text(x - 10 if end else x + 10, place, label, "end" if end else "start", "label")]
-    box = f"0 0 {_WIDTH:.0f} {_HEIGHT:.0f}"
+    box, class_ = f"0 0 {width:.0f} {_HEIGHT:.0f}", f"chart {'narrow' if narrow else 'wide'}"
     return tag(
-        "svg", "".join(out), viewBox=box, role="img", aria_label="Perplexity over bits per weight", class_="chart"
+        "svg", "".join(out), viewBox=box, role="img", aria_label="Perplexity over bits per weight", class_=class_
     )
 
 

@@ -217,6 +217,7 @@ class GptqQuantizer(HfQuantizer):
             block_name=config.block_name_to_quantize,
             min_expert_tokens=config.min_expert_tokens,
             generated=config.generated,
+            token_weights=config.token_weights,
             seed=config.seed,
             tuning=config.tuning,
             journal=None if config.journal is None else Path(config.journal),

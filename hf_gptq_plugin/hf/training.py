@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
@@ -28,7 +29,7 @@ from ..nn.linear import QuantLinear
 from ..train.checkpointing import disable_checkpointing, enable_checkpointing
 from ..train.layers import require_rank
 from ..train.loop import TrainingError, TrainSettings, mean_loss, train
-from ..train.methods import METHODS, attach, export, targeted, trained
+from ..train.methods import METHODS, attach, export, narrowest, targeted, trained
 from .saving import save_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ def run(
     model: str, out: Path, method: str, data: Data, settings: TrainSettings, quantization: Mapping[str, Any],
     target_modules: list[str] | None = None, options: Mapping[str, Any] | None = None, dtype: Any = torch.float32,
     progress: Callable[[int, float], None] | None = None, checkpointing: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Outcome:  # fmt: skip
     """Train MODEL by one method and write the result to OUT.
 
@@ -113,6 +115,7 @@ def run(
         dtype: of the arithmetic.
         progress: see `train`.
         checkpointing: compute activations again in the backward pass, block by block: less memory, more time.
+        tell: called with a sentence before every part that takes time.
 
     Where `torch.distributed` is initialized, processes share the windows of every step, and the first one writes.
 
@@ -124,26 +127,37 @@ def run(
         raise ValueError(f"method={method!r} is not known; use one of {', '.join(TRAINABLE)}")
     if out.is_file():
         raise ValueError(f"OUT={str(out)!r} is a file; name a folder")
+    if out.exists() and Path(model).exists() and out.samefile(model):
+        raise ValueError(f"OUT={str(out)!r} is MODEL itself, which would be overwritten; name another folder")
     options = dict(options or {})
     tokenizer = AutoTokenizer.from_pretrained(model)
     windows, held_out = _windows(data, tokenizer, settings.seed)
+    tell(
+        f"{len(windows)} windows of up to {data.seqlen} tokens to train on, {settings.batch} at each of "
+        f"{settings.steps} steps; {len(held_out)} held out to evaluate on."
+    )
     state = out.with_name(f"{out.name}.training")
     base = state / "base"
+    job = json.dumps([model, method, options, target_modules, str(dtype), dict(quantization)], default=str)
     with ExitStack() as stack:
-        loaded, made = _quantized(model, base, tokenizer, quantization, dtype, stack)
+        loaded, made = _quantized(model, base, tokenizer, quantization, dtype, stack, tell)
+        _require_length(loaded, data.seqlen)
         torch.manual_seed(settings.seed)
         given = _attached(loaded, method, target_modules, options)
         if checkpointing:
             enable_checkpointing(given, use_reentrant=False)
-        before = mean_loss(given, held_out)
-        losses = train(given, windows, settings, state, progress)
-        after = mean_loss(given, held_out)
         trainable = sum(p.numel() for p in given.parameters() if p.requires_grad)
+        layers = sum(name.endswith(".lora_A") for name, _ in given.named_modules()) or len(trained(loaded))
+        tell(f"{method}: {trainable / 1e6:.2f} M numbers learn in {layers} layers. Evaluating the base.")
+        before = mean_loss(given, held_out)
+        tell(f"Held-out loss before: {before:.4f} per token. An interrupted training goes on from {state}.")
+        losses = train(given, windows, settings, state, progress, job)
+        after = mean_loss(given, held_out)
+        tell(f"Held-out loss after: {after:.4f}. Writing {out}, and loading it again to compare logits.")
         wanted = _logits(given, held_out[0])
         if checkpointing:
             disable_checkpointing(given)
         adapter = out / ADAPTER if method == "lora" or METHODS[method].exported == "adapter" else None
-        layers = sum(name.endswith(".lora_A") for name, _ in given.named_modules()) or len(trained(loaded))
         if processes.rank() == 0:
             _write(given, loaded, method, options, out, adapter, made, tokenizer, model)
         processes.wait()
@@ -178,12 +192,14 @@ def _windows(data: Data, tokenizer: Any, seed: int) -> tuple[list[Tensor], list[
 
 
 def _quantized(
-    model: str, base: Path, tokenizer: Any, quantization: Mapping[str, Any], dtype: Any, stack: ExitStack
-) -> tuple[Any, bool]:
+    model: str, base: Path, tokenizer: Any, quantization: Mapping[str, Any], dtype: Any, stack: ExitStack,
+    tell: Callable[[str], None],
+) -> tuple[Any, bool]:  # fmt: skip
     """The quantized model, and whether its checkpoint was made here."""
     source = open_source(model) if Path(model).is_dir() else None
     kind = "gptq" if source is None else source.layout
     if source is not None and kind in ("awq", "compressed-tensors"):
+        tell(f"{model} is {kind}: converting it to GPTQ.")
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         convert(source, temporary / "gptq", "gptq_v2")
         return AutoModelForCausalLM.from_pretrained(temporary / "gptq", dtype=dtype), True
@@ -194,13 +210,39 @@ def _quantized(
         kind = "dense"
     if kind != "dense":
         raise ValueError(f"{model} is {kind}; training starts from GPTQ, AWQ, compressed-tensors or a dense model")
-    if not (base / "config.json").exists():  # else an interrupted run has already quantized it
-        config = GPTQConfig(tokenizer=tokenizer, **quantization)
-        quantized = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype="auto")
-        if processes.rank() == 0:
-            save_checkpoint(quantized, base, tokenizer=tokenizer)
-        processes.wait()
+    config = GPTQConfig(tokenizer=tokenizer, **quantization)
+    asked = json.dumps([model, dict(quantization)], default=str)
+    record = base / "asked.json"
+    if (base / "config.json").exists():  # an interrupted run has already quantized it
+        if record.read_text(encoding="utf-8") != asked:
+            raise TrainingError(
+                f"{base} is a model that an interrupted training has quantized from other arguments; repeat those to "
+                f"go on with it, or remove {base.parent} to begin anew"
+            )
+        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype), True
+    tell(f"{model} is dense: quantizing it to {config.bits} bits by {config.method}.")
+    journal = base.with_name("journal")
+    if config.method == "gptq":
+        config.journal = str(journal)
+    quantized = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype="auto")
+    if processes.rank() == 0:
+        with written_whole(base) as staging:
+            save_checkpoint(quantized, staging, tokenizer=tokenizer)
+            (staging / record.name).write_text(asked, encoding="utf-8")
+        shutil.rmtree(journal, ignore_errors=True)
+    processes.wait()
     return AutoModelForCausalLM.from_pretrained(base, dtype=dtype), True
+
+
+def _require_length(model: Any, seqlen: int) -> None:
+    """Check that windows are no longer than what the model was made for.
+
+    Raises:
+        ValueError: they are.
+    """
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(most, int) and seqlen > most:
+        raise ValueError(f"seqlen={seqlen} is more than the {most} tokens that the model was made for; shorten it")
 
 
 def _attached(model: Any, method: str, targets: list[str] | None, options: dict[str, Any]) -> Any:
@@ -214,8 +256,7 @@ def _attached(model: Any, method: str, targets: list[str] | None, options: dict[
         raise ValueError(f"method 'lora' has no option {min(unknown)!r}; its options: rank, gamma")
     rank = options.get("rank", 16)
     layers = targeted(model, targets)
-    for layer in layers.values():
-        require_rank(rank, layer)
+    require_rank(rank, narrowest(layers))
     config = peft.LoraConfig(
         r=rank, lora_alpha=options.get("gamma", 2.0) * rank, target_modules=sorted(layers),
         task_type="CAUSAL_LM",

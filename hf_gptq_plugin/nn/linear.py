@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import native
 from ..format.checkpoint import check_values, zero_format
 from ..format.grid import QuantizedWeight, natural_groups
 from ..format.spec import QuantSpec
-from .ops import KernelWeight, dequantize, linear
+from .ops import KernelWeight, PreparedWeight, dequantize, linear
 
 
 class _Dequantized(Tensor):
@@ -140,6 +142,7 @@ class QuantLinear(nn.Linear):
                 self.qweight.data = packed.qweight
                 self.perm = packed.perm
         self.finalized = True
+        self.__dict__.pop("_prepared", None)
 
     @property
     def kernel_weight(self) -> KernelWeight:
@@ -169,7 +172,24 @@ class QuantLinear(nn.Linear):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
-        return linear(x, self.kernel_weight, bias)
+        prepared = self._prepare()
+        y = None if prepared is None else prepared.multiply(x, bias)
+        return linear(x, self.kernel_weight, bias) if y is None else y
+
+    def _prepare(self) -> PreparedWeight | None:
+        """What is kept for calls outside of training and tracing, or None where it cannot be."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not self.finalized:
+            return None
+        own = self._parameters
+        tensors = (own["qweight"], own["scales"], own["qzeros"], own["g_idx"], self._buffers["perm"])
+        kept = self.__dict__.get("_prepared")
+        if kept is None or any(map(operator.is_not, tensors, kept[0])):
+            on_cpu = native.library() is not None and all(
+                t is None or (type(t) in (Tensor, nn.Parameter) and t.is_cpu) for t in tensors
+            )
+            prepared = PreparedWeight(self.kernel_weight) if on_cpu and self.qweight.dim() != 4 else None
+            kept = self.__dict__["_prepared"] = (tensors, prepared)
+        return kept[1]
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A dense `nn.Linear` with the dequantized weight."""
@@ -224,6 +244,9 @@ class QuantLinear(nn.Linear):
             self.g_idx = _frozen(self._stored_g_idx())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.finalize(name=prefix.rstrip("."))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_prepared"}
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

@@ -157,6 +157,47 @@ def linear(x: Tensor, weight: KernelWeight, bias: Tensor | None = None) -> Tenso
     return torch.ops.hf_gptq.linear(x, bias, *weight.arguments)
 
 
+class PreparedWeight:
+    """A weight ready for the CPU kernel, for a caller that multiplies by it again and again.
+
+    Checking and describing a weight, and PyTorch's way to an op that is written in Python, take longer than the product
+    of a small layer with one token.
+    """
+
+    def __init__(self, weight: KernelWeight) -> None:
+        """`weight` must be for the CPU and name its `in_features`.
+
+        Raises:
+            ValueError: shapes or dtypes that do not belong together.
+        """
+        self._described, self._tensors = _describe(weight.in_features, *weight.arguments)
+        present = [t for t in self._tensors if t is not None]
+        self._pointers = [(t.data_ptr, t.data_ptr()) for t in present]
+        # Copies, made of tensors that are not contiguous, would not follow their values.
+        self._follows = all(a is b for a, b in zip(self._tensors, weight.arguments[:5], strict=True))
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """What `linear` gives, or None where it must be asked: something watches ops (gradients, tracing, a profiler),
+        x is not a plain tensor on the CPU in a dtype of the kernels, or the weight's memory has been exchanged."""
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or type(x) is not Tensor
+            or x.dtype not in native.DTYPES
+            or not x.is_cpu
+            or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or torch._C._get_tracing_state() is not None
+            or torch.autograd._profiler_enabled()
+            or not self._follows
+        ):
+            return None
+        for address, known in self._pointers:
+            if address() != known:
+                return None
+        return _multiply(x, bias, self._described)
+
+
 def linear_transposed(x: Tensor, weight: KernelWeight, in_features: int) -> Tensor:
     """`x @ W`, what carries a gradient from a layer's output back to its input.
 
@@ -250,23 +291,36 @@ def _linear_cpu(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
     library = native.library()
     if library is None or x.dtype not in native.DTYPES:
         return _linear_reference(x, bias, *weight)
-    in_features = x.shape[-1]
-    described, keep = _describe(in_features, *weight)
-    rows = x.reshape(-1, in_features)
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
+    described, keep = _describe(x.shape[-1], *weight)
+    out = _multiply(x, bias, described)
+    del keep
+    return out
+
+
+def _multiply(x: Tensor, bias: Tensor | None, described: native.Weight) -> Tensor:
+    library = native.library()
+    if library is None:
+        raise native.NativeError(f"the native library is gone: {native.status().detail}")
+    in_features, out_features = described.K, described.N
+    if x.shape[-1] != in_features:
+        raise ValueError(f"x has shape {tuple(x.shape)}; the weight has in_features={in_features}")
+    rows, count, stride = x, x.numel() // in_features, in_features
+    if not x.is_contiguous():
+        rows = x.reshape(-1, in_features)
+        if rows.stride(-1) != 1:
+            rows = rows.contiguous()
+        stride = rows.stride(0)
     if bias is not None:
-        if bias.shape != (described.N,):
-            raise ValueError(f"bias has shape {tuple(bias.shape)}; the weight has out_features={described.N}")
+        if bias.shape != (out_features,):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; the weight has out_features={out_features}")
         bias = bias.to(x.dtype).contiguous()
-    out = x.new_empty((*x.shape[:-1], described.N))
+    out = x.new_empty((*x.shape[:-1], out_features))
     native.check(
         library.hf_gptq_linear(
-            ctypes.byref(described), rows.data_ptr(), native.DTYPES[x.dtype], rows.shape[0], rows.stride(0),
+            ctypes.byref(described), rows.data_ptr(), native.DTYPES[x.dtype], count, stride,
             native.pointer(bias), out.data_ptr(),
         )
     )  # fmt: skip
-    del keep
     return out
 
 

@@ -19,8 +19,8 @@ class SolveError(RuntimeError):
 
 
 class Hessian:
-    """Running `H = (1/T) Σ x xᵀ` over `T` tokens, and `C = (1/T) Σ x (x* - x)ᵀ` where `x*` is what `x` would be had no
-    layer before been quantized.
+    """Running `H = (1/T) Σ w x xᵀ` over `T` tokens of weights `w`, and `C = (1/T) Σ w x (x* - x)ᵀ` where `x*` is what
+    `x` would be had no layer before been quantized.
 
     Args:
         in_features: `K`.
@@ -35,21 +35,28 @@ class Hessian:
         self._divided = False
         self._factor: Factor | None = None
 
-    def add(self, x: Tensor, exact: Tensor | None = None) -> None:
+    def add(self, x: Tensor, exact: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Add inputs.
 
         Args:
             x: `[..., K]`. bf16 is multiplied as it is, everything else in fp32.
             exact: `x*`, `[..., K]`; at every call or at none. In bf16 `x* - x` is rounded to bf16, which changes
                 nothing where the two are alike.
+            weights: `[T]`, what every token counts; 1 by default. Their mean over all calls should be 1, since `H` is
+                divided by the number of tokens.
         """
         self._require_open()
         rows = self._rows(x)
+        off = None if exact is None else self._rows(exact) - rows
+        if weights is not None:
+            roots = weights.to(rows.device).sqrt()[:, None]
+            rows = (rows * roots).to(rows.dtype)
+            off = None if off is None else (off * roots).to(rows.dtype)
         add_gram(self._sum, rows)
-        if exact is not None:
+        if off is not None:
             if self._cross is None:
                 self._cross = torch.zeros_like(self._sum)
-            add_gram(self._cross, rows, self._rows(exact) - rows)
+            add_gram(self._cross, rows, off)
         self.tokens += rows.shape[0]
 
     def lean_on(self, prior: Hessian, tokens: int) -> None:

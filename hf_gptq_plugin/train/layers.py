@@ -343,7 +343,7 @@ def require_rank(rank: int, layer: QuantLinear) -> None:
     if type(rank) is not int or not 1 <= rank <= most:
         raise ValueError(
             f"rank={rank!r} must be an integer from 1 to {most}, the smaller side of a layer "
-            f"[{layer.out_features}, {layer.in_features}]"
+            f"[{layer.out_features}, {layer.in_features}]; target_modules can leave such layers out"
         )
 
 

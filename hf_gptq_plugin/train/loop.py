@@ -43,7 +43,7 @@ class TrainSettings:
         warmup: share of the steps in which the rate rises.
         clip: largest norm of all gradients together.
         seed: of the order of windows, and of dropout.
-        save_every: steps between two saves of the state.
+        save_every: steps between two saves of the state, each written once the next step's loss is known to be finite.
         optimizer: one of `OPTIMIZERS`.
         subspace: rank of Q-GaLore's projection.
         gradients: one of `GRADIENTS`; "int8-block" rounds them to int8 in blocks of 256 with a scale of their own, at
@@ -59,7 +59,7 @@ class TrainSettings:
     warmup: float = 0.1
     clip: float = 1.0
     seed: int = 0
-    save_every: int = 25
+    save_every: int = 10
     optimizer: str = "adamw"
     subspace: int = 64
     gradients: str = "float"
@@ -90,7 +90,7 @@ class TrainSettings:
 
 def train(
     model: Any, windows: Sequence[Tensor], settings: TrainSettings, folder: Path | None = None,
-    progress: Callable[[int, float], None] | None = None,
+    progress: Callable[[int, float], None] | None = None, job: str = "",
 ) -> list[float]:  # fmt: skip
     """Minimise the next-token loss.
 
@@ -102,13 +102,15 @@ def train(
         windows: token ids, int64 `[tokens]` each.
         settings: how.
         folder: where the state is kept; the same job goes on from there.
-        progress: called with the number of steps done and the step's mean loss.
+        progress: called with the number of steps done and the step's mean loss, first with those of an earlier process.
+        job: what else must be the same for a state to be gone on from, beside windows, settings and what learns.
 
     Returns:
         The loss of every step, those of an earlier process included.
 
     Raises:
-        TrainingError: a loss that is not finite; the state before the step is kept.
+        TrainingError: a loss that is not finite, or a state of another job. The last state from which a finite loss
+            came is kept, and the same job with another rate, warm-up or clip goes on from it.
         ValueError: nothing to train, or no windows.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -118,8 +120,11 @@ def train(
         raise ValueError("there are no windows to train on")
     optimizer = _optimizer(model, settings)
     rates = [group["lr"] for group in optimizer.param_groups]
-    state = _State(folder, _job(named, windows, settings), model, named, optimizer)
+    state = _State(folder, named, windows, settings, job, model, optimizer)
     losses = state.read()
+    if losses and progress is not None:
+        progress(len(losses), losses[-1])
+    saved = len(losses)
     rounding = _rounding(named, settings)
     if rounding is not None:
         rounding.steps = len(losses)
@@ -138,18 +143,20 @@ def train(
             rounding.advance()
         norm = float(torch.nn.utils.clip_grad_norm_(list(named.values()), settings.clip))
         if not math.isfinite(loss) or not math.isfinite(norm):
-            state.write(losses)
             raise TrainingError(
-                f"step {step + 1} of {settings.steps}: the loss is {loss} and its gradient's norm {norm}; the state "
-                "before it is kept. Use a lower learning rate, more warm-up, or look for damaged windows"
+                f"step {step + 1} of {settings.steps}: the loss is {loss} and its gradient's norm {norm}. "
+                f"{state.stopped(saved)}. Use a lower learning rate or more warm-up, or look for damaged windows"
             )
+        if step % settings.save_every == 0 and step > saved:
+            state.write(losses)
+            saved = step
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * settings.factor(step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         advance(model)
         losses.append(loss)
-        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+        if step + 1 == settings.steps:
             state.write(losses)
         if progress is not None:
             progress(step + 1, loss)
@@ -236,25 +243,48 @@ def mean_loss(model: Any, windows: Sequence[Tensor]) -> float:
     return sum(values) / len(values)
 
 
-def _job(named: dict[str, nn.Parameter], windows: Sequence[Tensor], settings: TrainSettings) -> str:
+def _job(
+    named: dict[str, nn.Parameter],
+    windows: Sequence[Tensor],
+    settings: TrainSettings,
+    job: str,
+    left_out: Sequence[str],
+) -> str:
     """What must be the same for a state to be gone on from."""
     digest = hashlib.sha256()
     for window in windows:
         digest.update(window.numpy().tobytes())
     shapes = {name: list(p.shape) for name, p in named.items()}
-    kept = {k: v for k, v in asdict(settings).items() if k != "save_every"}
-    return hashlib.sha256(json.dumps([digest.hexdigest(), shapes, kept]).encode()).hexdigest()
+    kept = {k: v for k, v in asdict(settings).items() if k not in left_out}
+    return hashlib.sha256(json.dumps([digest.hexdigest(), shapes, kept, job]).encode()).hexdigest()
 
 
 class _State:
     """What training needs to go on, in one safetensors file: parameters, Adam's moments, codes, losses."""
 
     def __init__(
-        self, folder: Path | None, job: str, model: nn.Module, named: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
+        self, folder: Path | None, named: dict[str, nn.Parameter], windows: Sequence[Tensor], settings: TrainSettings,
+        job: str, model: nn.Module, optimizer: torch.optim.Optimizer,
     ) -> None:  # fmt: skip
         self._path = None if folder is None else folder / STATE
-        self._job, self._model, self._named, self._optimizer = job, model, named, optimizer
+        # Beside the state of a training whose loss was not finite: it goes on at other rates, too.
+        self._mark = None if folder is None else folder / "not-finite"
+        self._job = _job(named, windows, settings, job, ["save_every"])
+        self._mended = _job(named, windows, settings, job, ["save_every", "rate", "warmup", "clip"])
+        self._model, self._named, self._optimizer = model, named, optimizer
+
+    def stopped(self, saved: int) -> str:
+        """Note that the loss was not finite. Returns what is kept, as a sentence."""
+        if self._path is None or self._mark is None:
+            return "No state is kept"
+        if not saved:
+            return f"It was so before the first state was saved in {self._path.parent}: begin anew"
+        if process() == 0:
+            self._mark.touch()
+        return (
+            f"{self._path.parent} keeps the state after step {saved}, the last from which a finite loss came: the same "
+            "job with another rate goes on from there; without that folder it begins anew"
+        )
 
     def write(self, losses: list[float]) -> None:
         """Save, beside and then renamed."""
@@ -270,23 +300,27 @@ class _State:
         tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         beside = self._path.with_suffix(".part")
-        save_file(tensors, beside, metadata={"job": self._job})
+        save_file(tensors, beside, metadata={"job": self._job, "mended": self._mended})
         os.replace(beside, self._path)
+        if self._mark is not None:
+            self._mark.unlink(missing_ok=True)
 
     def read(self) -> list[float]:
         """Take up an earlier state. Returns its losses; none where there is no state, or it is of another job."""
         if self._path is None or not self._path.exists():
             return []
         with safe_open(self._path, framework="pt") as handle, torch.no_grad():
-            if (handle.metadata() or {}).get("job") != self._job:
+            found = handle.metadata() or {}
+            mended = self._mark is not None and self._mark.exists() and found.get("mended") == self._mended
+            if found.get("job") != self._job and not mended:
                 raise TrainingError(
-                    f"{self._path} is the state of another training (other data, settings or layers); remove it or "
-                    "name another folder"
+                    f"{self._path.parent} is the state of another training (another model, data, settings or layers): "
+                    "repeat that one's arguments to go on with it, remove the folder, or name another"
                 )
             parts: dict[str, dict[str, dict[str, Tensor]]] = {}
             for key in handle.keys():
-                kind, found, name = key.partition("|")
-                if found:
+                kind, bar, name = key.partition("|")
+                if bar:
                     kind, slash, rest = kind.partition("/")
                     parts.setdefault(name, {}).setdefault(kind, {})[slash + rest] = handle.get_tensor(key)
             for name, p in self._named.items():

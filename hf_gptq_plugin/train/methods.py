@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..nn.linear import QuantLinear
-from .layers import LearnedCodes, LearnedGrid, LowRankCodes, PooledLora
+from .layers import LearnedCodes, LearnedGrid, LowRankCodes, PooledLora, require_rank
 
 Made = LearnedGrid | LearnedCodes | LowRankCodes | PooledLora
 
@@ -78,6 +78,8 @@ def attach(
     if trained(model):
         raise ValueError(f"{next(iter(trained(model)))} already learns; export the model before attaching again")
     targets = targeted(model, target_modules)
+    if "rank" in options:  # before anything is changed
+        require_rank(options["rank"], narrowest(targets))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, layer in targets.items():
@@ -107,6 +109,11 @@ def targeted(model: nn.Module, wanted: Sequence[str] | str | None) -> dict[str, 
         if not any(name == part or name.endswith(f".{part}") for name in found):
             raise ValueError(f"target_modules names {part!r}; the quantized layers are {', '.join(suffixes)}")
     return {n: layer for n, layer in found.items() if any(n == part or n.endswith(f".{part}") for part in wanted)}
+
+
+def narrowest(layers: Mapping[str, QuantLinear]) -> QuantLinear:
+    """The layer that leaves least room for a rank."""
+    return min(layers.values(), key=lambda layer: min(layer.in_features, layer.out_features))
 
 
 def trained(model: nn.Module) -> dict[str, Made]:

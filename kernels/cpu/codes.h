@@ -23,23 +23,31 @@
 namespace hf_gptq {
 namespace {
 
-// The codes of a Run in steps.
+// The codes of a Run, or of a part of one, in steps.
 struct Stretch {
   int64_t begin, end;  // steps
   int64_t code;        // the first that step `begin` decodes; later steps follow on
   int64_t group;
+  int64_t valid_begin, valid_end;  // codes of the run; others that are decoded meet zeros in x
 };
 
-// sum + codes * x for steps of kCodes codes.
-template <int kCodes>
-HF_GPTQ_INLINE VecF multiply_add(VecF codes, VecF x, VecF sum) {
-  return kCodes == 1 ? fmadd(codes, x, sum) : fmadd_pairs(codes, x, sum);
-}
+// Codes of a stretch where nothing bounds them.
+constexpr int64_t kUnbounded = INT64_MAX;
+
+// sum + codes * x of one step.
+struct FloatProducts {
+  static HF_GPTQ_INLINE VecF multiply_add(VecF codes, VecF x, VecF sum) {
+    return fmadd(codes, x, sum);
+  }
+};
 
 template <int kWidth>
 struct Floats {
+  using Products = FloatProducts;
   static constexpr int kBits = kWidth;
   static constexpr int kCodes = 1;  // per step
+  static constexpr bool kFixed = false;
+  static constexpr int64_t kMostCodes = kUnbounded;
 
   static int64_t steps(const Run& run) { return run.end - run.begin; }
   static int64_t first(const Run& run) { return run.begin; }
@@ -93,11 +101,20 @@ struct PairTable {
   }
 };
 
+struct PairProducts {
+  static HF_GPTQ_INLINE VecF multiply_add(VecF codes, VecF x, VecF sum) {
+    return fmadd_pairs(codes, x, sum);
+  }
+};
+
 // kSymmetric: 2 or 4 bits whose zeros are all 2^(bits-1).
 template <int kWidth, bool kSymmetric>
 struct Pairs {
+  using Products = PairProducts;
   static constexpr int kBits = kWidth;
   static constexpr int kCodes = 2;
+  static constexpr bool kFixed = false;
+  static constexpr int64_t kMostCodes = kUnbounded;
   static constexpr int kUnit = codes_per_unit(kBits);
   static constexpr int kUnitWords = words_per_unit(kBits);
   static constexpr int kHalf = kUnit / 2;  // steps per unit

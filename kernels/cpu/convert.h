@@ -81,6 +81,20 @@ HF_GPTQ_INLINE float round_to(float x, int dtype) {
   return x;
 }
 
+// dst[i] = src[i], i < kCount, a multiple of 8.
+template <int kCount>
+HF_GPTQ_INLINE void fp16_to_floats(const uint16_t* src, float* dst) {
+#if defined(HF_GPTQ_SIMD_AVX512F) || defined(HF_GPTQ_SIMD_AVX2)
+  HF_GPTQ_UNROLL
+  for (int i = 0; i < kCount; i += 8) {
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i));
+    _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(h));
+  }
+#else
+  for (int i = 0; i < kCount; ++i) dst[i] = fp16_to_float(src[i]);
+#endif
+}
+
 // dst[i] = src[first + i], i < count; exact.
 inline void to_float(const void* src, int dtype, int64_t first, int64_t count, float* dst) {
   if (dtype == HF_GPTQ_FP32) {

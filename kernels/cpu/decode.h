@@ -48,18 +48,10 @@ inline BlockWords block_words(const hf_gptq_weight& w, int64_t block, uint32_t* 
   return {copy, kBlockColumns};
 }
 
-// scale[c] and zero[c] of the 16 columns of a block in group g; columns beyond N get finite values.
+// zero[c] of the 16 columns of a block in group g, from qzeros; columns beyond N get finite values.
 template <int kBits>
-void load_group(const hf_gptq_weight& w, int64_t g, int64_t block, float* scale, float* zero) {
+void load_zeros(const hf_gptq_weight& w, int64_t g, int64_t block, float* zero) {
   const int64_t column = block * kBlockColumns;
-  const int64_t left = w.N - column;
-  if (left < kBlockColumns) memset(scale, 0, kBlockColumns * sizeof(float));
-  to_float(w.scales, w.scale_dtype, g * w.N + column, left < kBlockColumns ? left : kBlockColumns,
-           scale);
-  if (!w.qzeros) {
-    for (int c = 0; c < kBlockColumns; ++c) zero[c] = 1 << (kBits - 1);
-    return;
-  }
   // Eight codes are kBits whole bytes. The row is read no further than its last word.
   const int64_t row_bytes = packed_words(w.N, kBits) * sizeof(uint32_t);
   const uint8_t* row = reinterpret_cast<const uint8_t*>(w.qzeros) + g * row_bytes;
@@ -82,6 +74,35 @@ void load_group(const hf_gptq_weight& w, int64_t g, int64_t block, float* scale,
   for (int c = 0; c < kBlockColumns; ++c) {
     const uint32_t field = pieces[c] >> (c % kPerPiece * kBits) & ((1u << kBits) - 1);
     zero[c] = static_cast<float>(static_cast<int32_t>(field) + w.zero_offset);
+  }
+}
+
+// The scales of a block in group g; 0 beyond N.
+inline void load_scales(const hf_gptq_weight& w, int64_t g, int64_t block, float* scale) {
+  const int64_t column = block * kBlockColumns;
+  const int64_t left = w.N - column;
+  if (left < kBlockColumns) memset(scale, 0, kBlockColumns * sizeof(float));
+  to_float(w.scales, w.scale_dtype, g * w.N + column, left < kBlockColumns ? left : kBlockColumns,
+           scale);
+}
+
+// scale[c] and zero[c] of the 16 columns of a block in group g; columns beyond N get finite values.
+// Short where a stream comes by for every group: whole blocks of scales in fp16, no zeros.
+template <int kBits>
+HF_GPTQ_INLINE void load_group(const hf_gptq_weight& w, int64_t g, int64_t block, float* scale,
+                               float* zero) {
+  if (w.scale_dtype == HF_GPTQ_FP16 && (block + 1) * kBlockColumns <= w.N) {
+    const uint16_t* half = static_cast<const uint16_t*>(w.scales) + g * w.N + block * kBlockColumns;
+    fp16_to_floats<kBlockColumns>(half, scale);
+  } else {
+    load_scales(w, g, block, scale);
+  }
+  if (w.qzeros) {
+    load_zeros<kBits>(w, g, block, zero);
+  } else {
+    HF_GPTQ_UNROLL
+    for (int v = 0; v < kBlockVectors; ++v)
+      store(zero + v * kLanes, splat(static_cast<float>(1 << (kBits - 1))));
   }
 }
 

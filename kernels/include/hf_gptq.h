@@ -123,7 +123,18 @@ HF_GPTQ_API void hf_gptq_set_parallel_for(hf_gptq_parallel_for_t parallel_for);
 //   for each run:  sum = 0;  for each i of the run, upwards:  sum = fma(x, code - zero, sum)
 //                  total = fma(sum, scale, total)
 //   y = round_to_nearest_even(total + bias)
-// avx512f and avx2 give the same bits; "portable" rounds product and sum of each fma separately.
+// avx512f and, for fp32 activations, avx2 give the same bits; "portable" rounds product and sum of
+// each fma separately.
+//
+// "avx2" takes bf16 and fp16 activations as integers. A run is cut into parts of 256 codes, counted
+// from the beginning of its first unit (below). For each part, with e the least integer >= -126 for
+// which every |x| < 2^(e + 15):
+//   high = rint(x / 2^e);  low = rint((x / 2^e - high) * 2^15)
+//   sum = fma(fp32(sum of low * (code - zero)), 2^-15, fp32(sum of high * (code - zero))) * 2^e
+//   total = fma(sum, scale, total)
+// The sums of integers are exact. bf16 is 8 bits wide, so that x is exact down to 2^-22 of the
+// largest of its part. A part that holds infinities is the sum of their signs * (code - zero),
+// times infinity; one that holds a NaN is NaN.
 //
 // "avx512bf16" takes bf16 activations two at a time; a code - zero is exact in bf16 too. With a
 // unit of U codes, 16, 32, 8, 4 for 2, 3, 4, 8 bits, the sum of a run is
@@ -131,8 +142,8 @@ HF_GPTQ_API void hf_gptq_set_parallel_for(hf_gptq_parallel_for_t parallel_for);
 //     for j = 0 .. U/2 - 1:  with i = u * U + j:
 //       sum = fma(x of i + U/2, code - zero, sum);  sum = fma(x of i, code - zero, sum)
 // where x is 0 for codes that are not the run's, and the fma takes subnormal numbers for zero and
-// rounds subnormal results to zero. A weight whose runs divide units so often that there are more
-// than K pairs is computed as by avx512f; that does not depend on x.
+// rounds subnormal results to zero. Here and with "avx2", a weight whose runs divide units so often
+// that there are more than K pairs is computed as by avx512f; that does not depend on x.
 //
 // A row of y has the same bits whatever M is and whatever the other rows are (payloads of NaN
 // excepted).

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, inputs, load
 from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -26,19 +26,6 @@ from hf_gptq_plugin.solve.gptq import SolveSettings
 from hf_gptq_plugin.solve.hessian import Hessian
 
 Rows = dict[str, list[torch.Tensor]]
-
-
-def inputs(model: Any, window: list[int]) -> dict[str, torch.Tensor]:
-    """A window as a model reads it: a decoder behind an encoder reads it moved by one behind its start token."""
-    ids = {"input_ids": torch.tensor([window])}
-    if model.config.is_encoder_decoder:
-        ids["decoder_input_ids"] = torch.tensor([[model.config.decoder_start_token_id, *window[:-1]]])
-    return ids
-
-
-def load(kind: str, path: Path, **kwargs: Any) -> Any:
-    auto = getattr(transformers, ARCHITECTURES[kind].auto)
-    return auto.from_pretrained(path, dtype=torch.float32, **kwargs).eval()
 
 
 def linear_inputs(model: nn.Module, windows: list[list[int]]) -> Rows:
@@ -65,13 +52,16 @@ def calibration_inputs() -> Iterator[tuple[Rows, Rows]]:
     dense: Rows = {}
     add, solve = Hessian.add, blocks.solve_layer
 
-    def spied_add(self: Hessian, x: torch.Tensor, exact: torch.Tensor | None = None) -> None:
+    def spied_add(
+        self: Hessian, x: torch.Tensor, exact: torch.Tensor | None = None, weights: torch.Tensor | None = None
+    ) -> None:
         assert exact is not None
         pair = seen.setdefault(id(self), ([], []))
         pair[0].append(x.flatten(0, -2).clone())
         pair[1].append(exact.flatten(0, -2).clone())
         kept.append(self)  # so that no id is given twice
-        add(self, x, exact)
+        assert weights is None or len(weights) == len(pair[0][-1])
+        add(self, x, exact, weights)
 
     def spied_solve(name: str, layer: nn.Module, hessian: Hessian, *args: Any) -> Any:
         quantized[name], dense[name] = seen[id(hessian)]
@@ -102,7 +92,14 @@ def quantized(tiny: Callable[..., Path], windows: list[list[int]]) -> Callable[[
         if kind not in made:
             rules = ARCHITECTURES[kind].rules
             config = GPTQConfig(
-                bits=4, group_size=32, dataset=windows[:4], samples=4, seqlen=24, dynamic=rules, generated=0
+                bits=4,
+                group_size=32,
+                dataset=windows[:4],
+                samples=4,
+                seqlen=24,
+                dynamic=rules,
+                generated=0,
+                propagation=0.5,
             )
             with calibration_inputs() as (rows, dense_rows):
                 model = load(kind, tiny(kind), quantization_config=config)

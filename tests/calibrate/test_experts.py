@@ -119,11 +119,12 @@ def combine(x: Tensor) -> Tensor:
     return torch.sigmoid(first) * second
 
 
-def mean_outer(left: Tensor, right: Tensor) -> Tensor:
+def mean_outer(left: Tensor, right: Tensor, weights: Tensor | None = None) -> Tensor:
+    counts = torch.ones(len(left)) if weights is None else weights
     total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64)
-    for a, b in zip(left, right, strict=True):
-        total += torch.outer(a, b)
-    return total / len(left)
+    for a, b, count in zip(left, right, counts.double(), strict=True):
+        total += count * torch.outer(a, b)
+    return total / counts.double().sum()
 
 
 def close(actual: Tensor | None, expected: Tensor) -> None:
@@ -131,9 +132,10 @@ def close(actual: Tensor | None, expected: Tensor) -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize(("sample", "taken"), [(10, range(10)), (4, range(0, 10, 2))])
 def test_hessians_are_those_of_the_tokens_sent_to_an_expert(
-    sample: int, taken: range, monkeypatch: pytest.MonkeyPatch
+    sample: int, taken: range, counted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(moe, "ROWS", 4)
     monkeypatch.setattr(moe, "SAMPLE", sample)
@@ -141,12 +143,13 @@ def test_hessians_are_those_of_the_tokens_sent_to_an_expert(
     index = [torch.tensor([[0, 1], [1, 0], [0, 1], [1, 0], [0, 1]]), torch.tensor([[1, 0]] * 3 + [[1, 2]] * 2)]
     x = [torch.randn(5, 6, dtype=torch.float64) for _ in index]
     exact = [t + 0.1 * torch.randn_like(t) for t in x]
-    calls = [(a, i, torch.ones(5, 2)) for a, i in zip(x, index, strict=True)]
+    calls = [(a, i, torch.rand(5, 2) + 0.1) for a, i in zip(x, index, strict=True)]
+    weights = [torch.rand(10)] if counted else None  # of one window, in which the module runs twice
     # The dense model's router chooses otherwise; its choice must play no part.
     other = [(a, (i + 1) % 3, torch.ones(5, 2)) for a, i in zip(exact, index, strict=True)]
     wanted = {f"{e}.{leaf}" for e in range(3) for leaf in "abc"} - {"1.b"}
     seen = []
-    for names, hessian, note in moe.expert_hessians(quantized, calls, (dense, other), wanted, least=8):
+    for names, hessian, note in moe.expert_hessians(quantized, calls, (dense, other), wanted, 8, weights):
         e, last = int(names[0][0]), names[0].endswith("c")
         seen += names
 
@@ -155,13 +158,17 @@ def test_hessians_are_those_of_the_tokens_sent_to_an_expert(
             return (list(quantized)[e].hidden(mine), list(dense)[e].hidden(true)) if last else (mine, true)
 
         mine, true = rows((torch.cat(index) == e).any(1))
-        mean, cross = mean_outer(mine, mine), mean_outer(mine, true - mine)
+        sent = torch.cat(index) == e
+        share = (torch.cat([call[2] for call in calls]) * sent).sum(1) ** 2
+        counts = weights[0][sent.any(1)] * share[sent.any(1)] if weights is not None else None
+        mean, cross = mean_outer(mine, mine, counts), mean_outer(mine, true - mine, counts)
         assert hessian.tokens == len(mine) == {0: 8, 1: 10, 2: 2}[e]
         if e == 2:  # as many tokens as the layer has inputs are borrowed
             every, exactly = rows(list(taken))
             width = 5 if last else 6
-            mean = (2 * mean + width * mean_outer(every, every)) / (2 + width)
-            cross = (2 * cross + width * mean_outer(every, exactly - every)) / (2 + width)
+            counts = weights[0][list(taken)] if weights is not None else None
+            mean = (2 * mean + width * mean_outer(every, every, counts)) / (2 + width)
+            cross = (2 * cross + width * mean_outer(every, exactly - every, counts)) / (2 + width)
             assert note == f"the router sent 2 tokens here; leans on {len(taken)} of all that entered the layer"
         else:
             assert note == ""

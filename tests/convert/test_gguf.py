@@ -185,6 +185,45 @@ def test_transformers_reads_the_same_weights(
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "model", "fields", "types"),
+    [
+        ("llama", {"hidden_size": 64, "intermediate_size": 96}, {}, {"Q4_0"}),
+        ("llama", {"hidden_size": 64, "intermediate_size": 96}, {"sym": False}, {"Q4_1"}),
+        ("qwen3", {"head_dim": 32}, {"bits": 8}, {"Q8_0"}),
+        ("qwen2", {}, {"bits": 8}, {"Q8_0"}),
+    ],
+)
+def test_llama_cpp_computes_the_same(
+    quantized: Make, tmp_path: Path, kind: str, model: dict[str, Any], fields: dict[str, Any], types: set[str]
+) -> None:
+    cpp = pytest.importorskip("xllamacpp", reason="the extra 'test-llama-cpp' has llama.cpp")
+    folder = quantized(kind, {**model, "initializer_range": 0.2}, **fields)
+    write_gguf(open_source(folder), tmp_path / "m.gguf")
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    assert types == {t.tensor_type.name for t in reader.tensors} - {"F16", "F32"}
+    parameters = cpp.CommonParams()
+    parameters.model.path = str(tmp_path / "m.gguf")
+    parameters.n_ctx, parameters.n_parallel = 64, 1
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
+    server = cpp.Server(parameters)
+    ours: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    differences, size = [], []
+    for text in ("hello world", "x = [1, 2, 3]", "The end.", "a", "hell", "Wales", "10 + 10", "why?", "( )", "\n\n"):
+        ids = tokenizer(text)["input_ids"]
+        answer = server.handle_completions({"prompt": text, "max_tokens": 1, "temperature": 0.0, "logprobs": 20})
+        assert answer["usage"]["prompt_tokens"] == len(ids)
+        # It tells nothing of a token that is only part of a character.
+        expected = ours(input_ids=torch.tensor([ids])).logits[0, -1].detach().log_softmax(-1)
+        for place in (answer["choices"][0]["logprobs"] or {"content": []})["content"]:
+            differences += [float(expected[each["id"]]) - each["logprob"] for each in place["top_logprobs"]]
+            size.append(float(expected.std()))
+    assert len(size) >= 3
+    # llama.cpp rounds activations to 8 bits in blocks of 32, and keeps keys and values in float16.
+    assert torch.tensor(differences).square().mean().sqrt() < 0.1 * min(size)
+
+
 def test_what_is_lost_is_said(quantized: Make, tmp_path: Path) -> None:
     folder = quantized("llama", sym=False)
     done, _ = write_gguf(open_source(folder), tmp_path / "out")
@@ -226,6 +265,7 @@ def test_refusals_leave_nothing(quantized: Make, tiny: Make, tmp_path: Path) -> 
     refused("BloomForCausalLM cannot be written as GGUF", config(architectures=["BloomForCausalLM"]))
     refused("longrope", config(rope_parameters={"rope_type": "longrope"}))
     refused("hidden_size=True must be a number", config(hidden_size=True, head_dim=None))
+    refused("num_hidden_layers=2000000000 is more than", config(num_hidden_layers=2_000_000_000))
     refused("hidden_act='gelu'", config(hidden_act="gelu"))
     refused("holds a WordPiece tokenizer", tokenizer(model={"type": "WordPiece"}))
     refused("splits texts by", tokenizer(pre_tokenizer={"type": "Whitespace"}))

@@ -136,6 +136,10 @@ def test_configs_round() -> None:
         ),
         ({"format": "pack-quantized", "config_groups": {"g": {"weights": {"num_bits": 5}}}}, "bits=5"),
         (
+            {"format": "pack-quantized", "config_groups": {"g": {"weights": {"num_bits": 4}, "targets": [["Linear"]]}}},
+            "must be a list of names",
+        ),
+        (
             {"format": "pack-quantized", "config_groups": {"g": {"weights": {"num_bits": 4, "type": "float"}}}},
             "type='float'",
         ),

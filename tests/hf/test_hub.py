@@ -47,7 +47,7 @@ from pathlib import Path
 sys.setswitchinterval(0.005)
 import huggingface_hub.utils._http as http
 http.time.sleep = lambda seconds: None
-from hf_gptq_plugin.cli import main
+from hf_gptq_cli import main
 codes = []
 for command in json.loads(Path(sys.argv[1]).read_text()):
     sys.argv = ["hf-gptq", *command]

@@ -166,9 +166,8 @@ def test_offload_and_save_again(kind: str, checkpoint: Path, tmp_path: Path) -> 
 
 def test_quantize_an_offloaded_model(tiny: Tiny, windows: list[list[int]], tmp_path: Path) -> None:
     config = dict(bits=4, group_size=32, dataset=windows, samples=8, seqlen=32)
-    plain = load(
-        tiny("llama"), quantization_config=GPTQConfig(**config, generated=0)
-    )  # an offloaded one writes no text
+    # An offloaded one writes no text, and takes no backward pass.
+    plain = load(tiny("llama"), quantization_config=GPTQConfig(**config, generated=0, token_weights="uniform"))
     device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
     model = load(
@@ -456,10 +455,11 @@ def test_low_memory_leaves_blocks_on_disk(tiny: Callable[..., Path], windows: li
 
 
 def test_low_memory_refuses_what_contradicts_it(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
-    for name in ("model_epochs", "generated"):
-        assert getattr(GPTQConfig(preset="best"), name) > 0 == getattr(GPTQConfig(preset="best", low_memory=True), name)
-        with pytest.raises(ValueError, match=f"{name}=1 needs the whole model at once, and low_memory=True"):
-            GPTQConfig(low_memory=True, **{name: 1})
+    for name, asked, without in (("model_epochs", 1, 0), ("generated", 1, 0), ("token_weights", "loss", "uniform")):
+        assert getattr(GPTQConfig(preset="best"), name) != without
+        assert getattr(GPTQConfig(preset="best", low_memory=True), name) == without
+        with pytest.raises(ValueError, match=f"{name}={asked!r} needs the whole model at once, and low_memory=True"):
+            GPTQConfig(low_memory=True, **{name: asked})
     config = GPTQConfig(group_size=32, dataset=windows, samples=8, low_memory=True)
     with pytest.raises(ValueError, match="device_map='auto' and low_memory=True both say where blocks go"):
         AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config=config, device_map="auto")

@@ -11,8 +11,10 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import nn
 
+from hf_gptq_plugin import native
 from hf_gptq_plugin.format.grid import QuantizedWeight, natural_groups
 from hf_gptq_plugin.format.spec import BITS, CheckpointError, QuantSpec
+from hf_gptq_plugin.nn import ops
 from hf_gptq_plugin.nn.linear import QuantLinear
 
 
@@ -141,3 +143,36 @@ def test_values_that_cannot_be_are_refused(leaf: str, value: float, message: str
     getattr(layer, leaf).data.flatten()[0] = value
     with pytest.raises(CheckpointError, match=message):
         layer.finalize(name="a.b")
+
+
+@pytest.mark.skipif(native.library() is None, reason="a shorter way to the native kernel, which is absent")
+def test_outside_of_training_the_kernel_is_called_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as the op, also after what exchanges the layer's tensors or their memory."""
+    layer = QuantLinear.from_quantized(quantized(QuantSpec(4, 32, sym=False)), torch.randn(40))
+    x = torch.randn(3, 5, 100)
+    expected = layer(x).detach()  # gradients are recorded: through the op
+    original, answers = ops.PreparedWeight.multiply, []
+
+    def multiply(*arguments: object) -> torch.Tensor | None:
+        answers.append(original(*arguments))
+        return answers[-1]
+
+    monkeypatch.setattr(ops.PreparedWeight, "multiply", multiply)
+    with torch.no_grad():
+        for view in (x, x.transpose(0, 1), x[:, :1], x[0, 0], x[:0]):
+            assert torch.equal(layer(view), ops.linear(view, layer.kernel_weight, layer.bias))
+        assert len(answers) == 5 and all(answer is not None for answer in answers)
+        assert torch.equal(copy.deepcopy(layer)(x), expected)
+
+        doubled = QuantLinear.from_quantized(layer.quantized_weight(), layer.bias)
+        doubled(x)
+        doubled.scales.data = layer.scales.data * 2
+        assert torch.equal(doubled(x), ops.linear(x, doubled.kernel_weight, layer.bias))
+        assert not torch.equal(doubled(x), expected)
+        doubled.scales.copy_(layer.scales)  # in place, where the layer now looks
+        assert torch.equal(doubled(x), expected)
+        with pytest.raises(ValueError, match="the weight has in_features=100"):
+            layer(torch.randn(2, 99))
+        with torch.profiler.profile() as profile:
+            layer(x)
+    assert any("hf_gptq::linear" in event.name for event in profile.events())

@@ -18,6 +18,21 @@ def test_mean_over_tokens() -> None:
     torch.testing.assert_close(hessian.mean().double(), rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_that_count_differently(dtype: torch.dtype) -> None:
+    x, exact, weights = torch.randn(9, 4).to(dtype), torch.randn(9, 4).to(dtype), torch.rand(9) * 4
+    hessian = Hessian(4)
+    for rows in (slice(0, 3), slice(3, 9)):
+        hessian.add(x[rows], exact[rows], weights[rows])
+    truth, cross = torch.zeros(4, 4, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.float64)
+    for token, other, weight in zip(x.double(), exact.double(), weights.double(), strict=True):
+        truth += weight * torch.outer(token, token) / 9
+        cross += weight * torch.outer(token, other - token) / 9
+    close = dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else dict(rtol=0.03, atol=0.05)
+    torch.testing.assert_close(hessian.mean().double(), truth, **close)
+    torch.testing.assert_close(hessian.mean_cross().double(), cross, **close)
+
+
 def test_bf16_inputs_are_summed_in_fp32() -> None:
     x = torch.randn(4096, 4).bfloat16()
     hessian = Hessian(4)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import torch
+import transformers
 
 
 @dataclass(frozen=True)
@@ -179,3 +183,17 @@ MIXTURES: dict[str, Mapping[str, Any]] = {
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     ),
 }  # fmt: skip
+
+
+def inputs(model: Any, window: list[int]) -> dict[str, torch.Tensor]:
+    """A window as a model reads it: a decoder behind an encoder reads it moved by one behind its start token."""
+    ids = {"input_ids": torch.tensor([window])}
+    if model.config.is_encoder_decoder:
+        ids["decoder_input_ids"] = torch.tensor([[model.config.decoder_start_token_id, *window[:-1]]])
+    return ids
+
+
+def load(kind: str, path: Path, **kwargs: Any) -> Any:
+    """A tiny model in fp32, by the class that its architecture asks for."""
+    auto = getattr(transformers, ARCHITECTURES[kind].auto)
+    return auto.from_pretrained(path, dtype=torch.float32, **kwargs).eval()

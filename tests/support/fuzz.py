@@ -30,12 +30,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from safetensors.torch import save
 
-from hf_gptq_plugin.cli import app as cli
-from hf_gptq_plugin.cli import main
+from hf_gptq_cli import app as cli
+from hf_gptq_cli import main
+from hf_gptq_cli.app import user_errors
 from hf_gptq_plugin.convert.gguf import write_gguf
 from hf_gptq_plugin.convert.inspect import inspect
 from hf_gptq_plugin.convert.layouts import TARGETS, layout
-from hf_gptq_plugin.convert.source import open_source
+from hf_gptq_plugin.convert.order import natural_order
+from hf_gptq_plugin.convert.source import Source, open_source
 from hf_gptq_plugin.convert.stream import convert
 from hf_gptq_plugin.format.grid import QuantizedWeight, natural_groups
 from hf_gptq_plugin.format.spec import QuantSpec
@@ -43,7 +45,7 @@ from hf_gptq_plugin.hf.adapter import check_adapter
 
 LIMIT = 20  # seconds per case, on a busy machine
 WIDTH, HEADS = 64, 2
-USER_ERRORS = sys.modules["hf_gptq_plugin.cli.app"].USER_ERRORS
+USER_ERRORS = user_errors()
 Files = dict[str, bytes]
 
 # What takes the place of a value in JSON.
@@ -83,7 +85,8 @@ def checkpoints() -> list[Files]:
         "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "hidden_act": "silu",
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "auto_map": {"AutoModel": "modeling_x.X"},
     }  # fmt: skip
-    names = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (64, 64), "mlp.down_proj": (64, 96)}
+    names = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (64, 64)}
+    names |= {"mlp.gate_proj": (96, 64), "mlp.up_proj": (96, 64), "mlp.down_proj": (64, 96)}
     vocabulary = {chr(ord("A") + i): i for i in range(38)}
     tokenizer = {
         "model": {"type": "BPE", "vocab": vocabulary, "merges": [["A", "B"]]},
@@ -290,12 +293,16 @@ class Fuzz:
         folder = put(mutated(self.rng.choice(self.sources), self.rng), self.root / "case")
         self.case("inspect a checkpoint", lambda: inspect(folder))
         target = self.rng.choice([*TARGETS, "gguf"])
-        out = self.root / "out"
+        out, natural = self.root / "out", self.rng.random() < 0.5
+
+        def source() -> Source:
+            return natural_order(open_source(folder)).source if natural else open_source(folder)
+
         if target == "gguf":
-            self.case("convert to gguf", lambda: write_gguf(open_source(folder), out / "m.gguf"), ("out",))
+            self.case("convert to gguf", lambda: write_gguf(source(), out / "m.gguf"), ("out",))
         else:
             shard = self.rng.choice([10**9, 5000])
-            self.case("convert a checkpoint", lambda: convert(open_source(folder), out, target, shard), ("out",))
+            self.case("convert a checkpoint", lambda: convert(source(), out, target, shard), ("out",))
         shutil.rmtree(folder)
 
     def gguf_file(self) -> None:

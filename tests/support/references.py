@@ -238,3 +238,36 @@ def product_of_pairs(
         total = fused(sum_, scales[g].astype(np.float32), total)
         start = end
     return total
+
+
+def product_of_integers(
+    x: np.ndarray, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, group: np.ndarray, order: np.ndarray,
+    bits: int,
+) -> np.ndarray:  # fmt: skip
+    """y `[N]` in float32 of one row as AVX2 sums 16-bit activations: as integers under one power of two, by parts.
+
+    x `[K]` float32 that are bf16 or fp16, finite; codes `[N, K]`, scales and zeros `[G, N]`, group `[K]`, order `[K]`.
+    """
+    unit = {2: 16, 3: 32, 4: 8, 8: 4}[bits]
+    features = len(order)
+    total = np.zeros(codes.shape[0], dtype=np.float32)
+    start = 0
+    while start < features:
+        end = start
+        while end < features and group[order[end]] == group[order[start]]:
+            end += 1
+        g = group[order[start]]
+        for first in range(start // unit * unit, end, 256):
+            inputs = order[max(first, start) : min(first + 256, end)]
+            values = x[inputs].astype(np.float64)
+            exponent = int(np.frexp(np.abs(values).max())[1]) - 15 if values.any() else -126
+            exponent = max(exponent, -126)
+            scaled = np.ldexp(values, -exponent)
+            high = np.rint(scaled)
+            low = np.rint((scaled - high) * 2**15)
+            differences = codes[:, inputs].astype(np.int64) - zeros[g].astype(np.int64)[:, None]
+            sums = [(differences @ part.astype(np.int64)).astype(np.float32).astype(np.float64) for part in (high, low)]
+            value = np.ldexp((sums[0] + sums[1] * 2.0**-15).astype(np.float32), exponent)
+            total = fused(value.astype(np.float32), scales[g].astype(np.float32), total)
+        start = end
+    return total

@@ -37,7 +37,7 @@ def run_shell(block: Block) -> None:
         if words[0] != "hf-gptq":
             subprocess.run(line, shell=True, check=True)
             continue
-        from hf_gptq_plugin.cli import main as command_line
+        from hf_gptq_cli import main as command_line
 
         sys.argv = words
         try:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from hf_gptq_plugin.cli import main
-from hf_gptq_plugin.cli.plan import size
+from hf_gptq_cli import main
+from hf_gptq_cli.plan import size
 from hf_gptq_plugin.convert.source import open_source
+from hf_gptq_plugin.train.loop import STATE
 
 
 @pytest.fixture(scope="module")
@@ -81,30 +84,70 @@ def test_chats_from_a_dense_model_begun_with_hqq(hf_gptq: Any, model: Path, chat
 
 
 def test_processes_end_with_one_result(hf_gptq: Any, model: Path, chats: Path, tmp_path: Path) -> None:
-    arguments = ("train", model, tmp_path / "two", "--data", chats, "--method", "affine", "--start", "rtn", *SETTINGS)
-    environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29000 + os.getpid() % 300),
-    }  # fmt: skip
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "hf_gptq_plugin.cli", *map(str, arguments)],
-            env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    printed = []
-    for child in children:
-        out, err = child.communicate(timeout=600)
-        assert child.returncode == 0, err
-        printed.append(out)
-    assert printed[1] == ""  # the first tells
-    two = json.loads(printed[0].splitlines()[-1])
+    """By `torchrun`: the curve of one process, told once, written once."""
+    arguments = (
+        "train", model, tmp_path / "two", "--data", chats, "--method", "affine", "--quantize-by", "rtn", *SETTINGS,
+    )  # fmt: skip
+    found = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
+            "--master-port", str(29000 + os.getpid() % 300), "-m", "hf_gptq_cli", *map(str, arguments),
+        ],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    two = json.loads(found.stdout)  # one object: the first process alone tells
     code, out, err = hf_gptq(*arguments[:2], tmp_path / "one", *arguments[3:])
     assert code == 0, err
     one = json.loads(out.splitlines()[-1])
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4) and two["after"] < two["before"]
-    assert not (tmp_path / "two.training").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    written = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("one", "two")]
+    assert written[0] == written[1] and "model.safetensors" in written[0]
+
+
+def test_going_on_after_a_kill(hf_gptq: Any, model: Path, chats: Path, tmp_path: Path) -> None:
+    """Killed without warning: the same command ends with the same curve and bytes."""
+    arguments = ("--data", chats, "--method", "affine", "--start", "rtn", *SETTINGS, "--save-every", 2)
+
+    def whole(name: str) -> list[float]:
+        code, out, err = hf_gptq("train", model, tmp_path / name, *arguments)
+        assert code == 0, err
+        return json.loads(out.splitlines()[-1])["losses"]
+
+    wanted = whole("whole")
+    state = tmp_path / "killed.training" / STATE
+    command = ["-m", "hf_gptq_cli", "train", model, tmp_path / "killed", *arguments]
+    with subprocess.Popen(
+        [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+    ) as child:  # fmt: skip
+        while not state.exists() and child.poll() is None:
+            time.sleep(0.005)
+        child.kill()
+        out, _ = child.communicate(timeout=600)
+    assert child.returncode == -signal.SIGKILL and out == ""
+    assert not (tmp_path / "killed").exists() and state.exists()
+    assert whole("killed") == wanted
+    made, same = (tmp_path / name / "model.safetensors" for name in ("killed", "whole"))
+    assert made.read_bytes() == same.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+def test_what_would_lose_something(hf_gptq: Any, model: Path, chats: Path, tmp_path: Path) -> None:
+    def train(*arguments: object) -> str:
+        code, _, err = hf_gptq("train", *SETTINGS, "--data", chats, "--method", "affine", "--start", "rtn", *arguments)
+        assert code == 1
+        return err
+
+    assert "is MODEL itself, which would be overwritten" in train(model, model)
+    assert "seqlen=200 is more than the 128 tokens" in train(model, tmp_path / "long", "--seqlen", 200)
+    base = tmp_path / "other.training" / "base"
+    base.mkdir(parents=True)
+    (base / "config.json").write_text("{}")
+    (base / "asked.json").write_text("[]")
+    assert "has quantized from other arguments" in train(model, tmp_path / "other")
 
 
 def test_plan(hf_gptq: Any, model: Path) -> None:

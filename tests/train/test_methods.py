@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,21 +122,45 @@ def test_going_on_gives_the_same_curve(
 
 
 def test_a_loss_that_is_not_finite(load: Load, corpus: list[torch.Tensor], tmp_path: Path) -> None:
+    """What is kept is the state before the step that broke the model, not the one after it."""
     model = load()
     attach(model, "affine")
-    seen: list[torch.Tensor] = []
+    seen: dict[int, list[torch.Tensor]] = {}
 
     def progress(done: int, loss: float) -> None:
+        seen[done] = [p.detach().clone() for p in model.parameters() if p.requires_grad]
         if done == 3:
-            seen.extend(p.detach().clone() for p in model.parameters() if p.requires_grad)
             model.model.norm.weight.fill_(float("nan"))
 
-    with pytest.raises(TrainingError, match=r"step 4 of 8: the loss is nan"):
-        train(model, corpus, TrainSettings(steps=8), tmp_path, progress)
+    settings = TrainSettings(steps=8, save_every=1)
+    with pytest.raises(TrainingError, match=r"step 4 of 8: the loss is nan .* the state after step 2, the last from"):
+        train(model, corpus, settings, tmp_path, progress)
     kept = load_file(tmp_path / STATE)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert all(torch.equal(kept[f"parameter.{n}"], value) for n, value in zip(names, seen, strict=True))
-    assert len(kept["losses"]) == 3
+    assert all(torch.equal(kept[f"parameter.{n}"], value) for n, value in zip(names, seen[2], strict=True))
+    assert len(kept["losses"]) == 2
+    model = load()
+    attach(model, "affine")
+    with pytest.raises(TrainingError, match="the state of another training"):
+        train(model, corpus, replace(settings, rate=1e-4, batch=2), tmp_path)
+    losses = train(model, corpus, replace(settings, rate=1e-4), tmp_path)
+    assert losses[:2] == kept["losses"].tolist() and len(losses) == 8
+    with pytest.raises(TrainingError, match="the state of another training"):  # it is in order again
+        train(model, corpus, settings, tmp_path)
+
+
+def test_a_rate_that_breaks_the_model_at_once(load: Load, corpus: list[torch.Tensor], tmp_path: Path) -> None:
+    def run(rate: float, job: str = "") -> list[float]:
+        model = load()
+        attach(model, "qa-lora", ["q_proj", "down_proj"])
+        return train(model, corpus, TrainSettings(steps=4, rate=rate), tmp_path, job=job)
+
+    with pytest.raises(TrainingError, match=r"step 2 of 4: .* It was so before the first state was saved .*begin anew"):
+        run(1e36)
+    assert not (tmp_path / STATE).exists()
+    assert len(run(1e-3)) == 4
+    with pytest.raises(TrainingError, match="another model, data"):
+        run(1e-3, "another base")
 
 
 def test_what_is_refused(load: Load, corpus: list[torch.Tensor], tiny: Callable[..., Path]) -> None:

@@ -119,7 +119,7 @@ ZERO_2 = {
 
 
 def test_a_deepspeed_configuration_loads(tmp_path: Path) -> None:
-    """As far as it goes without DeepSpeed: the configuration of the README is read and completed by accelerate."""
+    """As far as it goes without DeepSpeed: the configuration is read by accelerate. `test_deepspeed.py` runs it."""
     from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
     path = tmp_path / "zero2.json"

@@ -114,7 +114,7 @@ def written(
 
 
 def convert(source: Path, target: Path, layout: str) -> Path:
-    command = "import sys; from hf_gptq_plugin.cli import main; sys.argv[0] = 'hf-gptq'; main()"
+    command = "import sys; from hf_gptq_cli import main; sys.argv[0] = 'hf-gptq'; main()"
     arguments = ["convert", str(source), str(target), "--to", layout]
     done = subprocess.run([sys.executable, "-c", command, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -8,14 +8,13 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from .. import native
 from .app import CHECK_FAILED, Json, console, folder_of, print_json
 
 _NAMES = 6  # patterns of names that are shown per kind of module
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(help="Folder, GGUF file, or Hub name.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder, GGUF file, or Hub name.")],
     values: Annotated[bool, typer.Option(help="Read scales and group indices too, not only headers.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -29,7 +28,8 @@ def inspect(
 
     hf-gptq inspect ./model.gguf --json
     """
-    from ..convert.inspect import inspect as look
+    from hf_gptq_plugin import native
+    from hf_gptq_plugin.convert.inspect import inspect as look
 
     found = look(folder_of(model), values)
     gptq = found.layout in ("gptq", "gptq_v2")

@@ -10,13 +10,17 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .app import DEFAULT, Dtype, Json, console, torch_dtype
+from .app import Dtype, Json, console, torch_dtype
+from .choices import DEFAULT
 
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 def plan(
-    model: Annotated[Path, typer.Argument(help="Folder: GPTQ, or dense (to be quantized). Its weights are not read.")],
+    model: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="Folder: GPTQ, or dense (to be quantized). Its weights are not read."),
+    ],
     budget: Annotated[str, typer.Option(help="Memory that there is: 24GB, 16GiB, 800MB.")],
     methods: Annotated[
         str | None, typer.Option(help="lora, qa-lora, affine, eetq, l4q, shadow, ste, with commas; all by default.")
@@ -45,7 +49,7 @@ def plan(
 
     Example: hf-gptq plan ./smollm2-4bit --budget 8GB --seqlen 2048 --rank 64
     """
-    from ..hf.planning import tune_memory_budget
+    from hf_gptq_plugin.hf.planning import tune_memory_budget
 
     found = tune_memory_budget(
         model, size(budget), dtype=torch_dtype(dtype), bits=bits, group_size=group_size, seqlen=seqlen,

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..convert.gguf_blocks import TYPES
-from ..convert.layouts import TARGETS as LAYOUTS
 from .app import Json, console, folder_of, print_json, torch_dtype
+from .choices import GGUF_TYPES, LAYOUTS
+
+if TYPE_CHECKING:
+    from hf_gptq_plugin.convert.order import Reordering
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; for gguf a file ending in .gguf, or a folder.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder to write; for gguf a file ending in .gguf, or a folder.")
+    ],
     to: Annotated[str, typer.Option(help=f"One of {', '.join((*LAYOUTS, 'gguf'))}.")],
     shard_size: Annotated[float, typer.Option("--shard-size", "--shard", help="Largest file, in GB.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="Of dense weights: bfloat16, float16, float32.")] = "bfloat16",
     gguf_type: Annotated[
-        str, typer.Option(help=f"Of gguf's quantized tensors: {', '.join(TYPES)}; auto takes the smallest that fits.")
+        str,
+        typer.Option(help=f"Of gguf's quantized tensors: {', '.join(GGUF_TYPES)}; auto takes the smallest that fits."),
     ] = "auto",
+    natural: Annotated[
+        bool,
+        typer.Option(
+            "--natural-order",
+            help="Take modules out of act-order (desc_act) where their inputs can change places exactly.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write a quantized checkpoint in another reader's layout, or its weights dense; what is lost is said.
@@ -33,12 +45,15 @@ def convert(
     hf-gptq convert ./model-awq ./model-gptq --to gptq_v2
 
     hf-gptq convert ./model-gptq ./model.gguf --to gguf
+
+    hf-gptq convert ./model-act-order ./model-gptq --to gptq_v2 --natural-order
     """
     from tqdm.auto import tqdm
 
-    from ..convert.gguf import file_of, write_gguf
-    from ..convert.source import open_source
-    from ..convert.stream import convert as rewrite
+    from hf_gptq_plugin.convert.gguf import file_of, write_gguf
+    from hf_gptq_plugin.convert.order import natural_order
+    from hf_gptq_plugin.convert.source import open_source
+    from hf_gptq_plugin.convert.stream import convert as rewrite
 
     kept = torch_dtype(dtype)
     if kept == "auto":
@@ -47,9 +62,14 @@ def convert(
         raise ValueError(f"--shard-size={shard_size} must be a number of GB above 0")
     source = open_source(folder_of(model))
     notes: list[str] = []
+    order = natural_order(source) if natural else None
+    if order is not None:
+        source = order.source
+        notes += _told(order)
     with tqdm(total=len(source.modules), desc="Converting", unit="layer", disable=as_json) as bar:
         if to == "gguf":
-            done, notes = write_gguf(source, out, gguf_type, lambda outcome: bar.update() and None)
+            done, more = write_gguf(source, out, gguf_type, lambda outcome: bar.update() and None)
+            notes += more
         else:
             shard = max(int(shard_size * 1e9), 1)
             done = rewrite(source, out, to, shard, kept, lambda outcome: bar.update() and None)
@@ -58,12 +78,15 @@ def convert(
     size = sum(file.stat().st_size for file in written)
     if as_json:
         modules = [vars(outcome) for outcome in done]
-        print_json({"from": source.layout, "to": to, "bytes": size, "notes": notes, "modules": modules})
+        report = {"from": source.layout, "to": to, "bytes": size, "notes": notes, "modules": modules}
+        if order is not None:
+            report |= {"natural": order.natural, "act_order": order.kept}
+        print_json(report)
         return
     if source.layout != source.label:
         console.print(f"The source is labelled {source.label}, and its zero points are {source.layout}: read as such.")
     for note in notes:
-        console.print(f"Note: {note}.")
+        console.print(f"Note: {note}.", highlight=False)
     if lossy:
         for reason in dict.fromkeys(outcome.note for outcome in lossy):
             of_it = [outcome for outcome in lossy if outcome.note == reason]
@@ -73,5 +96,24 @@ def convert(
                 f"weight, in {worst.module}."
             )
     else:
-        console.print(f"All {len(done)} modules are what they were, bit for bit in float32.")
+        but = ", but for the order of channels" if order is not None and order.natural else ""
+        console.print(f"All {len(done)} modules are what they were, bit for bit in float32{but}.")
     console.print(f"{out} holds {size / 1e6:.1f} MB as {to}.")
+
+
+def _told(order: Reordering) -> list[str]:
+    """What became natural, and what stays in act-order and why."""
+    from hf_gptq_plugin.convert.inspect import patterns
+
+    if not (order.natural or order.kept):
+        return ["no module is in act-order"]
+    told = []
+    if order.natural:
+        told.append(
+            f"{len(order.natural)} modules leave act-order: {', '.join(patterns(order.natural))}. Where their inputs "
+            "changed places, adapters trained on the source do not fit"
+        )
+    for reason in dict.fromkeys(order.kept.values()):
+        names = [name for name, why in order.kept.items() if why == reason]
+        told.append(f"{len(names)} modules stay in act-order, {', '.join(patterns(names))}: {reason}")
+    return told

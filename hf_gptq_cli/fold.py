@@ -12,9 +12,11 @@ from .app import Dtype, Json, console, print_json, torch_dtype
 
 
 def fold(
-    base: Annotated[str, typer.Argument(help="Folder or Hub name of a GPTQ checkpoint.")],
-    adapter: Annotated[str, typer.Argument(help="Folder or Hub name of a LoRA adapter trained on it.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or Hub name of a GPTQ checkpoint.")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="Folder or Hub name of a LoRA adapter trained on it.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     calibration: Annotated[str, typer.Option(help="Text or chats: a file, or the name of a data set.")],
     samples: Annotated[int, typer.Option(help="Windows; an eighth is kept back to compare.")] = 32,
     seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
@@ -26,7 +28,7 @@ def fold(
 
     Example: hf-gptq fold ./smollm2-4bit ./tuned/adapter ./folded --calibration corpus.txt
     """
-    from ..hf.folding import run
+    from hf_gptq_plugin.hf.folding import run
 
     found = run(base, adapter, out, calibration, samples, seqlen, seed, torch_dtype(dtype))
     if as_json:

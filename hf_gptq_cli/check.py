@@ -16,8 +16,8 @@ def doctor(as_json: Json = False) -> None:
 
     Example: hf-gptq doctor --json
     """
-    from .. import native
-    from ..diagnose import findings
+    from hf_gptq_plugin import native
+    from hf_gptq_plugin.diagnose import findings
 
     rows = findings()
     broken = any(row.state == "broken" for row in rows)
@@ -35,7 +35,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 def demo(
-    folder: Annotated[Path, typer.Argument(help="Folder for what is made.")] = Path("hf-gptq-demo"),
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder for what is made.")] = Path("hf-gptq-demo"),
     samples: Annotated[int, typer.Option(help="Calibration windows of 512 tokens.")] = 32,
     windows: Annotated[int, typer.Option(help="Held-out windows of 1024 tokens.")] = 6,
     steps: Annotated[int, typer.Option(help="Training steps of the adapter.")] = 8,
@@ -44,6 +44,6 @@ def demo(
 
     Example: hf-gptq demo ./demo --samples 16
     """
-    from ..demo import run
+    from hf_gptq_plugin.demo import run
 
     run(folder, samples, windows, steps, console)

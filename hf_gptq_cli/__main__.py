@@ -1,4 +1,4 @@
-"""`python -m hf_gptq_plugin.cli`, for torchrun."""
+"""`python -m hf_gptq_cli`, for torchrun."""
 
 from . import main
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..calibrate import processes
-from ..config import METHODS as QUANTIZERS
-from ..config import PRESETS
-from ..train.loop import TrainSettings
-from .app import DEFAULT, Dtype, Json, console, print_json, torch_dtype
+from .app import Dtype, Json, console, print_json, torch_dtype
+from .choices import DEFAULT, METHODS, PRESETS, TRAINING
+
+if TYPE_CHECKING:
+    from hf_gptq_plugin.hf.training import Outcome
 
 
 def train(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name: GPTQ, AWQ, compressed-tensors, or dense.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; adapters go to OUT/adapter.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder or Hub name: GPTQ, AWQ, compressed-tensors, or dense.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; adapters go to OUT/adapter.")],
     data: Annotated[str, typer.Option(help="Text or chats: a file, or the name of a data set.")],
     method: Annotated[str, typer.Option(help="lora, qa-lora, affine, eetq, ste, shadow or l4q.")] = "lora",
     held_out: Annotated[
@@ -32,6 +34,9 @@ def train(
     rate: Annotated[float | None, typer.Option(help="Learning rate; the method's own by default.")] = None,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which the rate rises.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Of windows and their order.")] = 0,
+    save_every: Annotated[
+        int, typer.Option(help="Steps between two states that an interrupted training goes on from.")
+    ] = TRAINING["save_every"],
     rank: Annotated[int | None, typer.Option(help="Of lora, qa-lora and l4q.", rich_help_panel="Method")] = None,
     gamma: Annotated[
         float | None, typer.Option(help="Factor of lora, qa-lora and l4q (lora_alpha / r).", rich_help_panel="Method")
@@ -44,13 +49,13 @@ def train(
     optimizer: Annotated[str, typer.Option(help="adamw, or q-galore for whole matrices.")] = "adamw",
     subspace: Annotated[
         int, typer.Option(help="Rank of the gradients' projection.", rich_help_panel="q-galore")
-    ] = TrainSettings.subspace,
+    ] = TRAINING["subspace"],
     gradients: Annotated[
         str, typer.Option(help="float, or int8-block: rounded in blocks of 256.", rich_help_panel="Gradients")
     ] = "float",
     gradient_warmup: Annotated[
         int, typer.Option(help="Steps before int8-block begins.", rich_help_panel="Gradients")
-    ] = TrainSettings.gradient_warmup,
+    ] = TRAINING["gradient_warmup"],
     gradient_modules: Annotated[
         str | None,
         typer.Option(help="Layers that int8-block is for: parts of names, with commas.", rich_help_panel="Gradients"),
@@ -62,7 +67,10 @@ def train(
         bool, typer.Option(help="Compute activations again in the backward pass: less memory, more time.")
     ] = False,
     start: Annotated[
-        str, typer.Option(help=f"One of {', '.join(QUANTIZERS)}.", rich_help_panel="Dense models")
+        str,
+        typer.Option(  # torchrun would take --start for an abbreviation of its own options
+            "--start", "--quantize-by", help=f"One of {', '.join(METHODS)}.", rich_help_panel="Dense models"
+        ),
     ] = DEFAULT["method"],
     sym: Annotated[
         bool, typer.Option("--sym/--asym", help="Symmetric or asymmetric grid.", rich_help_panel="Dense models")
@@ -80,13 +88,15 @@ def train(
     """Train on a quantized base and write what vLLM serves: a GPTQ checkpoint, or an adapter for one.
 
     A dense MODEL is quantized first, on --data. Interrupted, the same command goes on (OUT.training). Under torchrun,
-    processes share the windows of every step.
+    processes share the windows of every step; --start is spelled --quantize-by there.
 
     Example: hf-gptq train ./smollm2-4bit ./tuned --method affine --data corpus.txt --steps 50
     """
     from tqdm.auto import tqdm
 
-    from ..hf.training import TRAINABLE, Data, run, usual_rate
+    from hf_gptq_plugin.calibrate import processes
+    from hf_gptq_plugin.hf.training import TRAINABLE, Data, run, usual_rate
+    from hf_gptq_plugin.train.loop import TrainSettings
 
     if method not in TRAINABLE:
         raise ValueError(f"--method={method!r} is not known; use one of {', '.join(TRAINABLE)}")
@@ -94,7 +104,7 @@ def train(
         steps=steps, batch=batch, rate=usual_rate(method, optimizer) if rate is None else rate, warmup=warmup,
         seed=seed, optimizer=optimizer, subspace=subspace, gradients=gradients, gradient_warmup=gradient_warmup,
         gradient_modules=() if gradient_modules is None else tuple(n.strip() for n in gradient_modules.split(",")),
-        exchange=exchange,
+        exchange=exchange, save_every=save_every,
     )  # fmt: skip
     asked = {"rank": rank, "gamma": gamma, "every": every, "cap": cap, "decay": decay}
     options = {name: value for name, value in asked.items() if value is not None}
@@ -103,25 +113,52 @@ def train(
     if start == "gptq":
         quantization |= {"preset": preset, "dataset": data}
     processes.join()
-    with tqdm(total=steps, desc="Training", unit="step", disable=as_json or processes.rank() > 0) as bar:
+    quiet = as_json or processes.rank() > 0
+    bar: Any = None
 
-        def progress(done: int, loss: float) -> None:
-            bar.update(done - bar.n)
-            bar.set_postfix_str(f"loss {loss:.4f}")
+    def tell(text: str) -> None:
+        if not quiet:
+            console.print(text, soft_wrap=True, highlight=False)
 
+    def progress(done: int, loss: float) -> None:
+        nonlocal bar
+        bar = bar or tqdm(initial=done - 1, total=steps, desc="Training", unit="step", disable=quiet)
+        bar.update(done - bar.n)
+        bar.set_postfix_str(f"loss {loss:.4f}")
+        if done == steps:
+            bar.close()
+
+    try:
         found = run(
             model, out, method, Data(data, held_out, samples, seqlen), settings, quantization, names, options,
-            torch_dtype(dtype), progress, checkpointing,
+            torch_dtype(dtype), progress, checkpointing, tell,
         )  # fmt: skip
+    finally:
+        if bar is not None:
+            bar.close()  # an error is told on a line of its own
     if processes.rank() > 0:
         return
     if as_json:
         print_json(vars(found))
         return
-    console.print(
-        f"{found.method}: {found.parameters / 1e6:.2f} M numbers in {found.layers} layers; held-out loss "
-        f"{found.before:.4f} before, {found.after:.4f} after."
-    )
-    console.print(f"Loaded again, logits are the trained model's to {found.difference:.1e} of the largest.")
-    lora = "" if found.adapter is None else f" --enable-lora --lora-modules tuned={found.adapter}"
-    console.print(f"vllm serve {found.folder} --quantization hf_gptq{lora}", soft_wrap=True, highlight=False)
+    tell(f"Loaded again, logits are the trained model's to {found.difference:.1e} of the largest.")
+    tell(f"Held-out loss {found.before:.4f} before, {found.after:.4f} after.")
+    if not found.after < found.before:
+        tell(
+            "It has not improved: train for longer, on more windows, or at a lower --rate, and hold out text that is "
+            "like what is trained on."
+        )
+    tell(f"vllm serve {found.folder} --quantization hf_gptq{'' if found.adapter is None else _lora(found, rank)}")
+
+
+# Ranks that vLLM makes room for; more than the first must be asked for.
+_VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
+
+
+def _lora(found: Outcome, rank: int | None) -> str:
+    """vLLM's options for the adapter."""
+    asked = 16 if rank is None else rank
+    room = next((each for each in _VLLM_RANKS if each >= asked), asked)
+    wide = "" if room == _VLLM_RANKS[0] else f" --max-lora-rank {room}"
+    # One place more than there are adapters: vLLM 0.32 on the CPU gives requests without one the last place's weights.
+    return f" --enable-lora --max-loras 2{wide} --lora-modules tuned={found.adapter}"

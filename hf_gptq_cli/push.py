@@ -11,8 +11,10 @@ from .app import Json, console, print_json
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="Folder of a GPTQ checkpoint.")],
-    repo: Annotated[str, typer.Argument(help="Repository on the Hub: name or owner/name; made where it is missing.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a GPTQ checkpoint.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="Repository on the Hub: name or owner/name; made where it is missing.")
+    ],
     private: Annotated[
         bool, typer.Option(help="Make a new repository private; refuse an existing public one.")
     ] = False,
@@ -36,7 +38,7 @@ def push(
 
     hf-gptq push ./smollm2-4bit team/smollm2-4bit --private --revision 4bit-g64
     """
-    from ..hf.push import folder_card, published_files, push_folder
+    from hf_gptq_plugin.hf.push import folder_card, published_files, push_folder
 
     if dry_run:
         card = folder_card(folder, repo, base_model, {"license": license} if license else None)

@@ -11,14 +11,13 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..calibrate.sources import read_text
 from .app import CHECK_FAILED, DeviceMap, Dtype, Json, console, folder_of, print_json, torch_dtype
 
 _HARNESS = "lm-evaluation-harness"
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name, quantized or not.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name, quantized or not.")],
     text: Annotated[Path | None, typer.Option(help="Text file.")] = None,
     windows: Annotated[int, typer.Option(help="Windows, from the beginning; 0 for all.")] = 8,
     seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
@@ -56,7 +55,8 @@ def evaluate(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..hf.evaluate import harness, perplexity, sliding_windows
+    from hf_gptq_plugin.calibrate.sources import read_text
+    from hf_gptq_plugin.hf.evaluate import harness, perplexity, sliding_windows
 
     if text is None and not tasks:
         raise ValueError("nothing to evaluate on: name a file with --text, or tasks with --tasks")
@@ -94,8 +94,10 @@ def evaluate(
 
 
 def verify(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name.")],
-    reference: Annotated[str, typer.Argument(help="Folder or Hub name of what it should be like.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name.")],
+    reference: Annotated[
+        str, typer.Argument(metavar="REFERENCE", help="Folder or Hub name of what it should be like.")
+    ],
     text: Annotated[Path, typer.Option(help="Text file.")],
     windows: Annotated[int, typer.Option(help="Windows, from the beginning; 0 for all.")] = 8,
     seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
@@ -119,7 +121,8 @@ def verify(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..hf.evaluate import compared, text_windows
+    from hf_gptq_plugin.calibrate.sources import read_text
+    from hf_gptq_plugin.hf.evaluate import compared, text_windows
 
     pieces = text_windows(AutoTokenizer.from_pretrained(reference), read_text(text), seqlen, windows or None)
     first, second = (
@@ -143,7 +146,7 @@ def verify(
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name.")],
     reference: Annotated[str | None, typer.Option(help="Another one to time after it, e.g. the dense model.")] = None,
     prompt: Annotated[int, typer.Option(help="Tokens per prompt.")] = 128,
     new: Annotated[int, typer.Option(help="Tokens to write.")] = 32,
@@ -159,7 +162,7 @@ def bench(
     """
     from transformers import AutoModelForCausalLM
 
-    from ..hf.bench import speed
+    from hf_gptq_plugin.hf.bench import speed
 
     found = {}
     for name in dict.fromkeys([model, *([reference] if reference else [])]):
@@ -182,7 +185,9 @@ def bench(
 
 
 def compare(
-    models: Annotated[list[str], typer.Argument(help="Folders or Hub names, of one model; the dense one too.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODELS", help="Folders or Hub names, of one model; the dense one too.")
+    ],
     text: Annotated[Path, typer.Option(help="Text file.")],
     out: Annotated[Path, typer.Option(help="Page to write.")] = Path("comparison.html"),
     windows: Annotated[int, typer.Option(help="Windows, from the beginning; 0 for all.")] = 8,
@@ -198,7 +203,8 @@ def compare(
 
     Example: hf-gptq compare ./smollm2 ./smollm2-4bit ./smollm2-3bit --text held-out.txt --out comparison.html
     """
-    from ..hf.comparison import measure, page, to_dict
+    from hf_gptq_plugin.calibrate.sources import read_text
+    from hf_gptq_plugin.hf.comparison import measure, page, to_dict
 
     if out.is_dir():
         raise ValueError(f"--out={str(out)!r} is a folder; name a file")

@@ -7,20 +7,11 @@ import math
 import os
 import sys
 import traceback
-from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-
-from ..calibrate.journal import JournalError
-from ..calibrate.sources import CalibrationError
-from ..calibrate.walk import WalkError
-from ..config import GPTQConfig
-from ..native import NativeError
-from ..solve.hessian import SolveError
-from ..train.loop import TrainingError
 
 TRACEBACK = "HF_GPTQ_TRACEBACK"  # environment variable: show where an unforeseen error happened
 # Exit codes beside 0; 2, for a command line that cannot be read, is the parser's.
@@ -37,14 +28,6 @@ app = typer.Typer(
 )
 console = Console(stderr=False)
 
-# What a user can mend. Other errors are told in one line too, with how to see where they came from.
-USER_ERRORS = (
-    CalibrationError, JournalError, WalkError, SolveError, NativeError, TrainingError, ValueError, OSError, ImportError,
-)  # fmt: skip
-
-# Defaults of options are those of the fields of GPTQConfig that they set.
-DEFAULT = {name: field.default for name, field in signature(GPTQConfig).parameters.items()}
-
 Dtype = Annotated[
     str, typer.Option(help="dtype of the unquantized parts and of the arithmetic: float32, bfloat16, float16, auto.")
 ]
@@ -52,14 +35,19 @@ DeviceMap = Annotated[str, typer.Option(help="Where the model is loaded, e.g. cp
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
-def main() -> None:
-    """Entry point: errors are one line on stderr and exit code 1."""
+def main(arguments: list[str] | None = None, name: str = "hf-gptq") -> None:
+    """Entry point: errors are one line on stderr and exit code 1.
+
+    Args:
+        arguments: what follows the command's name; by default the process's own.
+        name: of the command, for help.
+    """
     try:
-        app(standalone_mode=True)
-    except USER_ERRORS as error:
-        _told(f"{type(error).__name__}: {error}")
+        app(arguments, prog_name=name, standalone_mode=True)
     except Exception as error:
-        _unexpected(error)
+        if not isinstance(error, user_errors()):
+            _unexpected(error)
+        _told(f"{type(error).__name__}: {error}")
     except BaseException as error:
         # A library written in Rust that gives up on its input raises an exception that is no Exception.
         if type(error).__name__ != "PanicException":
@@ -67,13 +55,26 @@ def main() -> None:
         _unexpected(error)
 
 
-def _told(message: str) -> None:
+def user_errors() -> tuple[type[Exception], ...]:
+    """What a user can mend. Other errors are told in one line too, with how to see where they came from."""
+    from hf_gptq_plugin.calibrate.journal import JournalError
+    from hf_gptq_plugin.calibrate.sources import CalibrationError
+    from hf_gptq_plugin.calibrate.walk import WalkError
+    from hf_gptq_plugin.native import NativeError
+    from hf_gptq_plugin.solve.hessian import SolveError
+    from hf_gptq_plugin.train.loop import TrainingError
+
+    own = (CalibrationError, JournalError, WalkError, NativeError, SolveError, TrainingError)
+    return (*own, ValueError, OSError, ImportError)
+
+
+def _told(message: str) -> NoReturn:
     Console(stderr=True).print("[bold red]error:[/] ", end="")
     Console(stderr=True, highlight=False).print(message, markup=False, soft_wrap=True)
     sys.exit(FAILED)
 
 
-def _unexpected(error: BaseException) -> None:
+def _unexpected(error: BaseException) -> NoReturn:
     """Usually a damaged file that another library stumbles over; else a defect, whose traceback is asked for."""
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)

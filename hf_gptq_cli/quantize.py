@@ -10,20 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
-from ..calibrate import processes
-from ..calibrate.sources import NAMED, read_text
-from ..config import METHODS, PRESETS, GPTQConfig
-from ..solve.gptq import ORDERS
-from ..solve.scales import METHODS as SEARCHES
-from .app import DEFAULT, DeviceMap, Dtype, Json, console, print_json, torch_dtype
+from .app import DeviceMap, Dtype, Json, console, print_json, torch_dtype
+from .choices import DATASETS, DEFAULT, METHODS, ORDERS, PRESETS, SEARCHES, TOKEN_WEIGHTS
 
 _PRESETS = "Steps of the preset, one by one"
 _SOLVER = "Solver"
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="Folder or Hub name of the dense model.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write the checkpoint to.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub name of the dense model.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write the checkpoint to.")],
     bits: Annotated[int, typer.Option(help="Width of a code: 2, 3, 4 or 8.")] = DEFAULT["bits"],
     group_size: Annotated[int, typer.Option(help="Input features per scale; -1 for one group.")] = DEFAULT[
         "group_size"
@@ -32,7 +28,7 @@ def quantize(
     desc_act: Annotated[bool, typer.Option(help="Let groups follow the solve order (g_idx).")] = DEFAULT["desc_act"],
     calibration: Annotated[
         str,
-        typer.Option(help=f"File (.txt, .json, .jsonl, .csv, .parquet), or name of a data set: {', '.join(NAMED)}."),
+        typer.Option(help=f"File (.txt, .json, .jsonl, .csv, .parquet), or name of a data set: {', '.join(DATASETS)}."),
     ] = "wikitext2",
     method: Annotated[
         str, typer.Option(help=f"One of {', '.join(METHODS)}; all but gptq use no calibration data.")
@@ -50,6 +46,13 @@ def quantize(
         float | None,
         typer.Option(
             help="Windows that the model writes itself, as a multiple of the samples; 0 with --low-memory.",
+            rich_help_panel=_PRESETS,
+        ),
+    ] = None,
+    token_weights: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What tokens count in a layer's error: {' or '.join(TOKEN_WEIGHTS)}; uniform with --low-memory.",
             rich_help_panel=_PRESETS,
         ),
     ] = None,
@@ -113,19 +116,22 @@ def quantize(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..calibrate.report import Perplexity
-    from ..hf.evaluate import perplexity, text_windows
-    from ..hf.report import write_report
-    from ..hf.saving import save_checkpoint
+    from hf_gptq_plugin.calibrate import processes
+    from hf_gptq_plugin.calibrate.report import Perplexity
+    from hf_gptq_plugin.calibrate.sources import read_text
+    from hf_gptq_plugin.config import GPTQConfig
+    from hf_gptq_plugin.hf.evaluate import perplexity, text_windows
+    from hf_gptq_plugin.hf.report import write_report
+    from hf_gptq_plugin.hf.saving import save_checkpoint
 
     start = time.perf_counter()
     processes.join()
     dataset = calibration if method == "gptq" else None
     config = GPTQConfig(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, dataset=dataset, samples=samples, seqlen=seqlen,
-        seed=seed, method=method, preset=preset, generated=generated, propagation=propagation, descent=descent,
-        refit=refit,        block_epochs=block_epochs, model_epochs=model_epochs, order=order,
-        scale_search=scale_search, damp_percent=damp_percent, format=checkpoint_format, lm_head=lm_head,
+        seed=seed, method=method, preset=preset, generated=generated, token_weights=token_weights,
+        propagation=propagation, descent=descent, refit=refit, block_epochs=block_epochs, model_epochs=model_epochs,
+        order=order, scale_search=scale_search, damp_percent=damp_percent, format=checkpoint_format, lm_head=lm_head,
         low_memory=low_memory,
     )  # fmt: skip
     journal = out.with_name(f"{out.name}.journal")

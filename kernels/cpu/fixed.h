@@ -1,0 +1,251 @@
+// 16-bit activations as integers: what AVX2 multiplies fastest. Internal linkage, see isa.h.
+//
+// vpmaddwd adds 16 products of 16-bit integers to eight sums, where an fma does eight. So up to 256
+// activations that meet one scale become integers under one power of two, of 15 bits and a sign:
+//
+//   x = (high + low / 2^15) * 2^e,   2^14 <= max |high| < 2^15,  |low| <= 2^14
+//
+// bf16 has 8 significant bits, so that low is 0 but for numbers 2^7 times smaller than the largest:
+// a list names the steps that need it. What is below 2^-31 of the largest is rounded away. Sums of
+// integers are exact, whatever their order.
+//
+// A step multiplies two codes and two activations, which lie as those of Pairs (codes.h).
+#ifndef HF_GPTQ_CPU_FIXED_H_
+#define HF_GPTQ_CPU_FIXED_H_
+
+#include "codes.h"
+
+namespace hf_gptq {
+namespace {
+
+// The packed activations of a slab (linear_job.h).
+struct FixedRows {
+  float* high;      // LinearJob::x
+  float* low;       // as high
+  float* scales;    // 2^e for each (row block, stretch, row)
+  int32_t* sums;    // for each (row block, stretch): of high for each row, then of low
+  uint8_t* list;    // for each row block, for each stretch from its first step on: steps with a low
+  int32_t* listed;  // how many, for each (row block, stretch)
+};
+
+#if defined(HF_GPTQ_SIMD_AVX2)
+
+typedef uint16_t VecH __attribute__((vector_size(4 * kLanes)));
+
+struct FixedProducts {
+  static HF_GPTQ_INLINE VecF multiply_add(VecF codes, VecF x, VecF sum) {
+    // _mm256_add_epi32(_mm256_madd_epi16(codes, x), sum), for which GCC computes the products of
+    // many sums first and has no registers left for the sums.
+    VecF products;
+    __asm__ volatile(
+        "vpmaddwd %[x], %[codes], %[products]\n\t"
+        "vpaddd %[products], %[sum], %[sum]"
+        : [sum] "+x"(sum), [products] "=&x"(products)
+        : [codes] "x"(codes), [x] "x"(x));
+    return sum;
+  }
+  // Sums of the high and of the low parts, in fp32.
+  static HF_GPTQ_INLINE VecF value(VecF high, VecF low) {
+    return fmadd(_mm256_cvtepi32_ps((__m256i)low), splat(0x1p-15f),
+                 _mm256_cvtepi32_ps((__m256i)high));
+  }
+};
+
+template <int kWidth>
+struct Fixed {
+  using Products = FixedProducts;
+  static constexpr int kBits = kWidth;
+  static constexpr int kCodes = 2;
+  static constexpr bool kFixed = true;
+  static constexpr int kUnit = codes_per_unit(kBits);
+  static constexpr int kUnitWords = words_per_unit(kBits);
+  static constexpr int kHalf = kUnit / 2;
+  // Codes of a stretch: sums of 256 products of 15 and 8 bits and a sign fit 32 bits, and a list's
+  // entry 8.
+  static constexpr int64_t kMostCodes = 256;
+  static constexpr uint32_t kMask = ((uint32_t{1} << kBits) - 1) * 0x10001u;
+
+  static int64_t first(const Run& run) { return run.begin / kUnit * kUnit; }
+  static int64_t steps(const Run& run) {
+    return (ceil_div(run.end, kUnit) * kUnit - first(run)) / 2;
+  }
+
+  // The codes of step j of a unit, one in each half of a lane. With 3 bits `unit` is what
+  // arrange() makes of it.
+  static HF_GPTQ_INLINE VecU pair(const VecU (&unit)[kUnitWords], int j) {
+    const int r = j * kBits / 16;
+    const int shift = j * kBits % 16;
+    VecH half = (VecH)unit[kUnitWords == 1 ? 0 : r];
+    if (shift > 0) half >>= shift;
+    if (shift + kBits > 16) half |= (VecH)unit[(r + 1) % kUnitWords] << (16 - shift);
+    return shift + kBits == 16 ? (VecU)half : (VecU)half & kMask;
+  }
+
+  // With 3 bits the second half of a unit begins 48 bits after the first: brings the two beside
+  // each other, 16 bits of each in a lane.
+  static HF_GPTQ_INLINE void arrange(VecU (&unit)[kUnitWords]) {
+    if constexpr (kUnitWords == 3) {
+      const VecU a = unit[0], b = unit[1], c = unit[2];
+      unit[0] = (a & 0xffffu) | (b & 0xffff0000u);
+      unit[1] = (a >> 16) | (c << 16);
+      unit[2] = (b & 0xffffu) | (c & 0xffff0000u);
+    }
+  }
+
+  // Calls sink(i, codes) for steps i = 0 .. steps-1 from code `code` on; `zero`, integers in the
+  // halves of lanes, is subtracted.
+  template <bool kSubtract, int kBlocks, class Sink>
+  static HF_GPTQ_INLINE void walk(const hf_gptq_weight& w, const uint32_t* const (&words)[kBlocks],
+                                  int64_t row_stride, int64_t code, int64_t steps,
+                                  const VecU (&zero)[kBlocks * kBlockVectors], Sink&& sink) {
+    constexpr int kVectors = kBlocks * kBlockVectors;
+    // Rows ahead of the one in use to prefetch: 2 KiB per block in the blocked layout.
+    constexpr int64_t kPrefetchRows = 32;
+    const int64_t rows = packed_words(w.K, kBits);
+    for (int64_t step = 0; step < steps; step += kHalf) {
+      const int64_t row = code_word(code + 2 * step, kBits);
+      VecU unit[kVectors][kUnitWords];
+      HF_GPTQ_UNROLL
+      for (int b = 0; b < kBlocks; ++b) {
+        HF_GPTQ_UNROLL
+        for (int r = 0; r < kUnitWords; ++r) {
+          // The last unit of a column may have fewer words; what is read twice meets zeros in x.
+          const int64_t at = kUnitWords == 1 ? row : min64(row + r, rows - 1);
+          const uint32_t* word = words[b] + at * row_stride;
+          __builtin_prefetch(word + kPrefetchRows * row_stride);
+          HF_GPTQ_UNROLL
+          for (int v = 0; v < kBlockVectors; ++v) {
+            unit[b * kBlockVectors + v][r] = load(word + v * kLanes);
+          }
+        }
+      }
+      HF_GPTQ_UNROLL
+      for (int i = 0; i < kVectors; ++i) arrange(unit[i]);
+      HF_GPTQ_UNROLL
+      for (int j = 0; j < kHalf; ++j) {
+        VecF values[kVectors];
+        HF_GPTQ_UNROLL
+        for (int i = 0; i < kVectors; ++i) {
+          const VecU codes = pair(unit[i], j);
+          values[i] = (VecF)(kSubtract ? (VecU)((VecH)codes - (VecH)zero[i]) : codes);
+        }
+        sink(step + j, values);
+      }
+    }
+  }
+
+  // The zeros as integers in both halves of a lane.
+  static HF_GPTQ_INLINE VecU halves(VecF zero) {
+    const VecU whole = (VecU)_mm256_cvtps_epi32(zero);
+    return whole | whole << 16;
+  }
+
+  template <int kBlocks, class Sink>
+  static HF_GPTQ_INLINE void decode(const hf_gptq_weight& w,
+                                    const uint32_t* const (&words)[kBlocks], int64_t row_stride,
+                                    int64_t code, int64_t steps,
+                                    const VecF (&zero)[kBlocks * kBlockVectors], Sink&& sink) {
+    VecU integers[kBlocks * kBlockVectors];
+    HF_GPTQ_UNROLL
+    for (int i = 0; i < kBlocks * kBlockVectors; ++i) integers[i] = halves(zero[i]);
+    walk<true, kBlocks>(w, words, row_stride, code, steps, integers, sink);
+  }
+
+  // The codes of one step, in both halves of each lane, of one vector of columns.
+  static HF_GPTQ_INLINE VecU one(const uint32_t* words, int64_t row_stride, int64_t rows,
+                                 int64_t code, int64_t step) {
+    const int64_t unit = code + 2 * (step / kHalf * kHalf);
+    if constexpr (kUnitWords == 1) {
+      const VecU word = load(words + code_word(unit, kBits) * row_stride);
+      return (VecU)((VecH)word >> static_cast<int>(step % kHalf * kBits)) & kMask;
+    }
+    auto field = [&](int64_t k) __attribute__((always_inline)) {
+      const int64_t row = min64(code_word(k, kBits), rows - 1);
+      const int shift = code_shift(k, kBits);
+      VecU c = load(words + row * row_stride) >> shift;
+      if (kBits == 3 && shift + kBits > 32) {
+        c |= load(words + min64(row + 1, rows - 1) * row_stride) << (32 - shift);
+      }
+      return c & ((1u << kBits) - 1);
+    };
+    return field(unit + step % kHalf) | field(unit + step % kHalf + kHalf) << 16;
+  }
+
+  // sum - zero * sum_x.
+  static HF_GPTQ_INLINE VecF less_zeros(VecF sum, VecF zero, int32_t sum_x) {
+    return (VecF)_mm256_sub_epi32(
+        (__m256i)sum, _mm256_mullo_epi32(_mm256_cvtps_epi32(zero), _mm256_set1_epi32(sum_x)));
+  }
+
+  // x of one row, in fp32 and in the order of the codes, as integers: the steps of one stretch, of
+  // which step i goes to high[i * stride] and low[i * stride].
+  static void pack(const float* x, const Stretch& s, float* high, float* low, int64_t stride,
+                   float* scale, int32_t* sum_high, int32_t* sum_low) {
+    alignas(32) float v[kMostCodes + 8] = {};
+    alignas(32) int16_t parts[2][kMostCodes + 16];
+    const int64_t count = 2 * (s.end - s.begin);
+    const int64_t width = ceil_div(count, 16) * 16;
+    memset(v, 0, width * sizeof(float));
+    copy_floats(x + s.valid_begin, s.valid_end - s.valid_begin, v + (s.valid_begin - s.code));
+    __m256i most = _mm256_setzero_si256();
+    for (int64_t i = 0; i < width; i += 8) {
+      const __m256i bits = _mm256_load_si256(reinterpret_cast<const __m256i*>(v + i));
+      most = _mm256_max_epi32(most, _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)));
+    }
+    alignas(32) uint32_t lanes[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), most);
+    uint32_t largest = 0;
+    for (uint32_t lane : lanes) largest = lane > largest ? lane : largest;
+    int exponent = static_cast<int>(largest >> 23) - 127 - 14;
+    if (exponent < -126) exponent = -126;
+    *scale = bits_float(static_cast<uint32_t>(exponent + 127) << 23);
+    float inverse = bits_float(static_cast<uint32_t>(127 - exponent) << 23);
+    if (largest >= 0x7f800000u) {
+      // An infinity is 1 times infinity, beside which the others are nothing.
+      for (int64_t i = 0; i < width; ++i) {
+        const uint32_t bits = float_bits(v[i]);
+        v[i] = (bits & 0x7fffffffu) == 0x7f800000u ? bits_float((bits & 0x80000000u) | 0x3f800000u)
+                                                   : 0.0f;
+      }
+      *scale = bits_float(largest);
+      inverse = 1.0f;
+    }
+    __m256i sums[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (int64_t i = 0; i < width; i += 16) {
+      __m256i integers[2][2];
+      for (int h = 0; h < 2; ++h) {
+        const __m256 scaled = _mm256_mul_ps(_mm256_load_ps(v + i + 8 * h), _mm256_set1_ps(inverse));
+        integers[0][h] = _mm256_cvtps_epi32(scaled);
+        const __m256 rest = _mm256_sub_ps(scaled, _mm256_cvtepi32_ps(integers[0][h]));
+        integers[1][h] = _mm256_cvtps_epi32(_mm256_mul_ps(rest, _mm256_set1_ps(32768.0f)));
+      }
+      for (int p = 0; p < 2; ++p) {
+        sums[p] = _mm256_add_epi32(sums[p], _mm256_add_epi32(integers[p][0], integers[p][1]));
+        const __m256i packed =
+            _mm256_permute4x64_epi64(_mm256_packs_epi32(integers[p][0], integers[p][1]), 0xd8);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(parts[p] + i), packed);
+      }
+    }
+    int32_t* const totals[2] = {sum_high, sum_low};
+    float* const out[2] = {high, low};
+    for (int p = 0; p < 2; ++p) {
+      alignas(32) int32_t sum[8];
+      _mm256_store_si256(reinterpret_cast<__m256i*>(sum), sums[p]);
+      *totals[p] = sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7];
+      for (int64_t unit = 0; unit < count; unit += kUnit) {
+        for (int64_t j = 0; j < kHalf; ++j) {
+          const uint16_t lower = static_cast<uint16_t>(parts[p][unit + j]);
+          const uint16_t upper = static_cast<uint16_t>(parts[p][unit + j + kHalf]);
+          out[p][(unit / 2 + j) * stride] = bits_float(lower | uint32_t{upper} << 16);
+        }
+      }
+    }
+  }
+};
+
+#endif
+
+}  // namespace
+}  // namespace hf_gptq
+
+#endif  // HF_GPTQ_CPU_FIXED_H_

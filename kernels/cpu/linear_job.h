@@ -1,0 +1,93 @@
+// What the two ways to compute a product share. Internal linkage, see isa.h.
+//
+// x is packed in blocks of `rows` rows: row m of step i at (i * rows + m % rows) of block m / rows.
+// Rows that fill up the last block are zero.
+#ifndef HF_GPTQ_CPU_LINEAR_JOB_H_
+#define HF_GPTQ_CPU_LINEAR_JOB_H_
+
+#include "fixed.h"
+#include "parallel.h"
+#include "scratch.h"
+
+namespace hf_gptq {
+namespace {
+
+// Register blocking: kTileRows x kTileBlocks blocks of accumulators in tile(), and in stream() as
+// many blocks as hide the latency of the fma chain.
+#if defined(HF_GPTQ_EMULATE)
+// Every vector is two: what is fast elsewhere would take minutes to compile.
+constexpr int kTileRows = 3, kTileBlocks = 2;
+constexpr int kStreamRows = 2;
+constexpr int stream_blocks(int /*rows*/) { return 2; }
+#elif defined(HF_GPTQ_SIMD_AVX512F)
+constexpr int kTileRows = 12, kTileBlocks = 2;
+constexpr int kStreamRows = 8;
+constexpr int stream_blocks(int rows) { return rows <= 4 ? 4 : 2; }
+#elif defined(HF_GPTQ_SIMD_AVX2)
+constexpr int kTileRows = 6, kTileBlocks = 1;
+constexpr int kStreamRows = 4;
+constexpr int stream_blocks(int rows) { return rows <= 2 ? 2 : 1; }
+#else
+constexpr int kTileRows = 3, kTileBlocks = 1;
+constexpr int kStreamRows = 2;
+constexpr int stream_blocks(int /*rows*/) { return 1; }
+#endif
+
+// Rows up to which integer activations are streamed, a row block after the other for each column
+// block: decoding them takes less time than a panel's way through memory.
+constexpr int kFixedStreamRows = 4 * kStreamRows;
+
+constexpr int kTileColumns = kTileBlocks * kBlockColumns;
+constexpr int kTileVectors = kTileColumns / kLanes;
+constexpr int kGroupBlocks = 8;
+constexpr int kGroupPanels = kGroupBlocks / kTileBlocks;
+// A panel takes kChunk * kTileColumns * 4 bytes, 16 KiB at most.
+constexpr int kChunk = 128;
+// Runs per chunk: bounds the scales kept beside a chunk.
+constexpr int kChunkRuns = 8;
+// Row blocks of one task: 240 rows, whose chunk of x stays in L2.
+constexpr int64_t kTaskRowBlocks = 240 / kTileRows;
+// Row blocks packed at a time: bounds the memory for x.
+constexpr int64_t kSlabRowBlocks = 4 * kTaskRowBlocks;
+// Tasks wanted, so that an unknown number of threads finishes together.
+constexpr int64_t kWantedTasks = 64;
+// Runs ahead of the one in use whose scales and zeros stream() prefetches.
+constexpr int64_t kPrefetchRuns = 4;
+// Multiply-adds that are worth waking a thread for.
+constexpr int64_t kWantedWork = int64_t{1} << 18;
+
+struct Stretches {
+  const Stretch* data;
+  int64_t count;
+  int64_t steps;  // of all
+};
+
+struct LinearJob {
+  const LinearArguments& a;
+  Stretches stretches;
+  int rows;           // rows per row block
+  int64_t row_begin;  // first row of the slab
+  int64_t row_count;  // rows in the slab
+  const float* x;     // packed slab
+  FixedRows fixed;    // for Codes::kFixed
+  int64_t task_row_blocks;
+};
+
+HF_GPTQ_INLINE int64_t grain_for(int64_t work_per_task) {
+  return ceil_div(kWantedWork, work_per_task);
+}
+
+// Adds the bias to `count` columns of row m and writes them. total has count rounded up to a block.
+void write_row(const LinearArguments& a, int64_t m, int64_t column, int64_t count, float* total) {
+  if (a.bias) {
+    float bias[kTileColumns];
+    to_float(a.bias, a.dtype, column, count, bias);
+    for (int64_t c = 0; c < count; ++c) total[c] += bias[c];
+  }
+  from_float(total, count, a.y, a.dtype, m * a.weight.N + column);
+}
+
+}  // namespace
+}  // namespace hf_gptq
+
+#endif  // HF_GPTQ_CPU_LINEAR_JOB_H_
