@@ -25,4 +25,5 @@ memory="not pytorch and not against_float64 or test_transposed_against_float64 a
 for isa in avx512f avx2 portable; do
   run "$isa" tests/nn/test_ops.py -k "$memory"
 done
+run avx2 tests/nn/test_fixed.py
 run avx2 tests/solve/test_linalg.py
