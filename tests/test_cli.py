@@ -380,7 +380,7 @@ def test_training_a_dense_model_quantizes_it_first(hf_gptq: Run, model: Path, te
     command = ("train", model, tmp_path / "out", "--data", text, "--samples", 12, "--seqlen", 48, "--steps", 2)
     result = hf_gptq(*command, "--method", "ste", "--group-size", 32, "--preset", "fast")
     assert result.code == 0, result.err
-    assert "held-out loss" in result.out and "vllm serve" in result.out
+    assert "Held-out loss" in result.out and "vllm serve" in result.out
     assert hf_gptq("inspect", tmp_path / "out").code == 0
     result = hf_gptq(*command, "--method", "lisa")
     assert result.code == 1 and "use one of lora, affine" in result.err
