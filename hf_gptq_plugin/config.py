@@ -29,11 +29,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "block_epochs": 0, "model_epochs": 0,
     },
     "balanced": {
-        "generated": 0.25, "token_weights": "loss", "propagation": 0.0, "descent": 2, "refit": True,
+        "generated": 0.25, "token_weights": "uniform", "propagation": 0.5, "descent": 2, "refit": True,
         "block_epochs": 0, "model_epochs": 0,
     },
 }  # fmt: skip
-PRESETS["best"] = {**PRESETS["balanced"], "generated": 1.0, "block_epochs": 2, "model_epochs": 2}
+PRESETS["best"] = {
+    **PRESETS["balanced"], "generated": 1.0, "token_weights": "loss", "block_epochs": 2, "model_epochs": 2,
+}  # fmt: skip
 
 METHODS = ("gptq", "rtn", "hqq")
 TOKEN_WEIGHTS = ("uniform", "loss")
@@ -76,8 +78,8 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         packing: "concat" joins samples and cuts them into windows (also True), "each" makes one window of every
             sample, cut off after seqlen tokens (also False); "auto" is "each" for token ids, "concat" for the rest.
         preset: "balanced" is the default; "fast" leaves out what comes before and after the column loop: text that
-            the model writes, weights of tokens, descent and refit; "best" is "balanced" and then learns by gradient
-            descent, for some times as long. The fields below override it one by one.
+            the model writes, the dense model's forward pass, descent and refit; "best" weighs tokens and then learns by
+            gradient descent, for some times as long. The fields below override it one by one.
         generated: windows that the dense model writes itself and that are used beside the samples, as a multiple of
             their number; needs the model in memory. A text shows what its own domain asks of the weights, this what
             all others do. Models that do not write text are calibrated without. See `calibrate.generate`.
@@ -98,7 +100,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
             interrupted. It can be deleted once the model is saved.
         low_memory: keep on disk whatever is not worked on: the model's blocks and the activations. For models that
             are larger than memory. Presets leave out what needs all of the model then (generated, token_weights,
-            model_epochs), and "balanced" and "best" have propagation=0.5 instead.
+            model_epochs).
         min_expert_tokens: a layer of a mixture's expert that the router sends fewer calibration tokens leans on all
             tokens of its layer as well, as though they had been sent to it; None for twice its in_features.
         **stock: see `transformers.GPTQConfig`. An unknown name raises TypeError.
@@ -157,10 +159,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
             raise ValueError(f"preset={preset!r} is not known; use one of {', '.join(PRESETS)}")
         self.preset = preset
         asked = (generated, token_weights, propagation, descent, refit, block_epochs, model_epochs)
-        usual = PRESETS[preset]
-        if low_memory:
-            # Where tokens all count alike, it pays to make earlier layers' errors good.
-            usual = {**usual, **_WHOLE_MODEL, "propagation": 0.5 if usual["token_weights"] == "loss" else 0.0}
+        usual = {**PRESETS[preset], **(_WHOLE_MODEL if low_memory else {})}
         for name, value in zip(_STEPS, asked, strict=True):
             setattr(self, name, usual[name] if value is None else value)
         self.journal = None if journal is None else str(journal)

@@ -42,7 +42,7 @@ class SolveSettings:
     order: str = "hessian"
     scale_search: str = "mse"
     blocksize: int = 128
-    propagation: float = 0.0
+    propagation: float = 0.5
     descent: int = 2
     refit: bool = True
     scales_dtype: torch.dtype = torch.float16

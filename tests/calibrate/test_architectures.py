@@ -99,7 +99,7 @@ def quantized(tiny: Callable[..., Path], windows: list[list[int]]) -> Callable[[
                 seqlen=24,
                 dynamic=rules,
                 generated=0,
-                propagation=0.5,
+                token_weights="loss",
             )
             with calibration_inputs() as (rows, dense_rows):
                 model = load(kind, tiny(kind), quantization_config=config)

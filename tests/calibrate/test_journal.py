@@ -25,7 +25,6 @@ from hf_gptq_plugin.calibrate.journal import Journal, JournalError, fingerprint
 def quantize(kind: str, path: Path, windows: list[list[int]], **fields: Any) -> Any:
     auto = getattr(transformers, getattr(ARCHITECTURES.get(kind), "auto", "AutoModelForCausalLM"))
     rules = getattr(ARCHITECTURES.get(kind), "rules", {})
-    fields = {"propagation": 0.5, **fields}  # both streams are interrupted
     config = GPTQConfig(bits=3, group_size=32, dataset=windows, samples=len(windows), dynamic=rules, **fields)
     return auto.from_pretrained(path, dtype=torch.float32, quantization_config=config)
 
@@ -55,11 +54,11 @@ def test_goes_on_after_any_layer(
     if low_memory and kind == "mixtral":
         pytest.skip("Transformers offloads fused experts only into an offload_folder of the caller's")
     path = tiny(kind)
-    usual: dict[str, Any] = {"generated": 0, "token_weights": "uniform"} if low_memory else {}
+    usual: dict[str, Any] = {"generated": 0} if low_memory else {"token_weights": "loss"}
     undisturbed = quantize(kind, path, windows, **usual)
     wanted, reports = saved(undisturbed, tmp_path / "undisturbed"), undisturbed.hf_quantizer.reports
     solve = blocks.solve_layer
-    fields = {"journal": str(tmp_path / "journal"), "low_memory": low_memory}
+    fields = {"journal": str(tmp_path / "journal"), "low_memory": low_memory, **usual}
     # Each attempt gets a third of the layers further, so that blocks are left finished, begun and untouched.
     allowed = -(-len(reports) // 3)
     interruptions = 0
@@ -100,9 +99,7 @@ for name in ("write_tensor", "save_file"):
 import torch, json
 from transformers import AutoModelForCausalLM
 from hf_gptq_plugin import GPTQConfig
-config = GPTQConfig(
-    bits=3, group_size=32, dataset=json.loads(sys.argv[3]), samples=8, propagation=0.5, journal=sys.argv[4]
-)
+config = GPTQConfig(bits=3, group_size=32, dataset=json.loads(sys.argv[3]), samples=8, journal=sys.argv[4])
 AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, quantization_config=config)
 """
 

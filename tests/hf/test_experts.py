@@ -102,7 +102,7 @@ def lopsided(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("fields", [{"propagation": 0.5}, {"true_sequential": False}])
+@pytest.mark.parametrize("fields", [{}, {"propagation": 0.0, "true_sequential": False}])
 def test_an_expert_that_never_fires(
     fields: dict[str, Any], lopsided: Path, windows: list[list[int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -196,8 +196,7 @@ def test_offloaded_experts(checkpoint: Path, tiny: Tiny, windows: list[list[int]
     device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
     loaded = load(checkpoint, device_map=device_map, offload_folder=tmp_path / "a")
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
-    # An offloaded model writes no text, and takes no backward pass.
-    expected = logits(quantize(tiny("mixtral"), windows, generated=0, token_weights="uniform"))
+    expected = logits(quantize(tiny("mixtral"), windows, generated=0))  # an offloaded model writes no text
     config = GPTQConfig(bits=4, group_size=32, dataset=windows, samples=8, seqlen=32)
     made = load(tiny("mixtral"), quantization_config=config, device_map=device_map, offload_folder=tmp_path / "b")
     torch.testing.assert_close(logits(made), expected, rtol=1e-5, atol=1e-5)
