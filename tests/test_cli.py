@@ -333,6 +333,7 @@ def test_every_command_has_an_example() -> None:
 
 
 def test_completion(hf_gptq: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")  # there may be no shell above this process
     script = hf_gptq("--show-completion", "bash")
     assert script.code == 0 and "_HF_GPTQ_COMPLETE" in script.out
     done = subprocess.run(
