@@ -34,6 +34,27 @@ struct Stretch {
 // Codes of a stretch where nothing bounds them.
 constexpr int64_t kUnbounded = INT64_MAX;
 
+// Loads the words of a unit that begins in row `row` of `rows`, for each vector of each block.
+template <int kUnitWords, int kBlocks, int kVectors>
+HF_GPTQ_INLINE void load_unit(const uint32_t* const (&words)[kBlocks], int64_t row, int64_t rows,
+                              int64_t row_stride, VecU (&unit)[kVectors][kUnitWords]) {
+  static_assert(kVectors == kBlocks * kBlockVectors, "a unit for each vector");
+  HF_GPTQ_UNROLL
+  for (int b = 0; b < kBlocks; ++b) {
+    HF_GPTQ_UNROLL
+    for (int r = 0; r < kUnitWords; ++r) {
+      // The last unit of a column may have fewer words; what is read twice meets zeros in x.
+      const int64_t at = kUnitWords == 1 ? row : min64(row + r, rows - 1);
+      const uint32_t* word = words[b] + at * row_stride;
+      __builtin_prefetch(word + kPrefetchRows * row_stride);
+      HF_GPTQ_UNROLL
+      for (int v = 0; v < kBlockVectors; ++v) {
+        unit[b * kBlockVectors + v][r] = load(word + v * kLanes);
+      }
+    }
+  }
+}
+
 // sum + codes * x of one step.
 struct FloatProducts {
   static HF_GPTQ_INLINE VecF multiply_add(VecF codes, VecF x, VecF sum) {
@@ -163,8 +184,6 @@ struct Pairs {
                                     const VecF (&zero)[kBlocks * kBlockVectors], Sink&& sink) {
     static_assert(kBlockVectors == 1, "a vector of pairs is one block");
     static constexpr PairTable<kBits, kLookup && kSymmetric> kTable;
-    // Rows ahead of the one in use to prefetch: 2 KiB per block in the blocked layout.
-    constexpr int64_t kPrefetchRows = 32;
     const int64_t rows = packed_words(w.K, kBits);
     VecU table;
     memcpy(&table, kTable.entries, sizeof table);
@@ -174,17 +193,7 @@ struct Pairs {
     for (int64_t step = 0; step < steps; step += kHalf) {
       const int64_t row = code_word(code + 2 * step, kBits);
       VecU unit[kBlocks][kUnitWords];
-      HF_GPTQ_UNROLL
-      for (int b = 0; b < kBlocks; ++b) {
-        HF_GPTQ_UNROLL
-        for (int r = 0; r < kUnitWords; ++r) {
-          // The last unit of a column may have fewer words; what is read twice meets zeros in x.
-          const int64_t at = kUnitWords == 1 ? row : min64(row + r, rows - 1);
-          const uint32_t* word = words[b] + at * row_stride;
-          __builtin_prefetch(word + kPrefetchRows * row_stride);
-          unit[b][r] = load(word);
-        }
-      }
+      load_unit(words, row, rows, row_stride, unit);
       HF_GPTQ_UNROLL
       for (int j = 0; j < kHalf; ++j) {
         VecF values[kBlocks];

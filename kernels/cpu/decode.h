@@ -18,6 +18,9 @@ constexpr float magic(int place) { return static_cast<float>(int32_t{1} << (23 -
 constexpr uint32_t magic_bits(int place) { return static_cast<uint32_t>(150 - place) << 23; }
 constexpr int places(int bits) { return 23 / bits < 3 ? 23 / bits : 3; }
 
+// Rows ahead of the one in use to prefetch: 2 KiB per block in the blocked layout.
+constexpr int64_t kPrefetchRows = 32;
+
 // The words of one block: word (r, n % 16) at words[r * row_stride + n % 16].
 struct BlockWords {
   const uint32_t* words;
@@ -131,8 +134,6 @@ HF_GPTQ_INLINE void decode(const uint32_t* const (&words)[kBlocks], int64_t row_
   constexpr int kUnit = codes_per_unit(kBits);
   constexpr int kUnitWords = words_per_unit(kBits);
   constexpr int kPlaces = places(kBits);
-  // Rows ahead of the one in use to prefetch: 2 KiB per block in the blocked layout.
-  constexpr int64_t kPrefetchRows = 32;
   constexpr uint32_t kMask = (uint32_t{1} << kBits) - 1;
   VecF biased[kPlaces][kVectors];
   HF_GPTQ_UNROLL

@@ -99,26 +99,11 @@ struct Fixed {
                                   int64_t row_stride, int64_t code, int64_t steps,
                                   const VecU (&zero)[kBlocks * kBlockVectors], Sink&& sink) {
     constexpr int kVectors = kBlocks * kBlockVectors;
-    // Rows ahead of the one in use to prefetch: 2 KiB per block in the blocked layout.
-    constexpr int64_t kPrefetchRows = 32;
     const int64_t rows = packed_words(w.K, kBits);
     for (int64_t step = 0; step < steps; step += kHalf) {
       const int64_t row = code_word(code + 2 * step, kBits);
       VecU unit[kVectors][kUnitWords];
-      HF_GPTQ_UNROLL
-      for (int b = 0; b < kBlocks; ++b) {
-        HF_GPTQ_UNROLL
-        for (int r = 0; r < kUnitWords; ++r) {
-          // The last unit of a column may have fewer words; what is read twice meets zeros in x.
-          const int64_t at = kUnitWords == 1 ? row : min64(row + r, rows - 1);
-          const uint32_t* word = words[b] + at * row_stride;
-          __builtin_prefetch(word + kPrefetchRows * row_stride);
-          HF_GPTQ_UNROLL
-          for (int v = 0; v < kBlockVectors; ++v) {
-            unit[b * kBlockVectors + v][r] = load(word + v * kLanes);
-          }
-        }
-      }
+      load_unit(words, row, rows, row_stride, unit);
       HF_GPTQ_UNROLL
       for (int i = 0; i < kVectors; ++i) arrange(unit[i]);
       HF_GPTQ_UNROLL
