@@ -64,9 +64,9 @@ def _quantize_block(
     # Names only: a dense layer is to be gone once it is replaced.
     everything = list(linears(block.module))
     targets = [local for local in everything if block.full(local) in specs]
-    units = _units(block.module, targets)
-    groups = find_stages(block, stream.hiddens[0], units) if units else []
-    uncalled = sorted(units - {local for group in groups for local in group})
+    stops = units(block.module, targets)
+    groups = find_stages(block, stream.hiddens[0], stops) if stops else []
+    uncalled = sorted(stops - {local for group in groups for local in group})
     if uncalled:
         raise WalkError(
             f"{block.full(uncalled[0])} is not called in the forward pass on the calibration text; exclude it with "
@@ -77,7 +77,7 @@ def _quantize_block(
         exact.enter(dense_twin(replace(dense, repeated=block.repeated)), everything, everything)
     learning = plan.tuning.block_epochs > 0 and bool(targets) and not isinstance(block, WholeModel)
     before = {local: dense_weight(block.module.get_submodule(local)) for local in targets} if learning else {}
-    counts = {local: weights[full] for local in units if (full := block.full(local)) in weights}
+    counts = {local: weights[full] for local in stops if (full := block.full(local)) in weights}
     crossed = exact if plan.settings.propagation else None  # needed for what is learned afterwards, too
     phases = [[group] for group in groups] if plan.true_sequential else [groups]
     for phase in phases:
@@ -115,9 +115,9 @@ def _learn(block: Block, entered: Iterable[Tensor], exact: Stream, dense: dict[s
         block.module.set_submodule(local, tuned.finished())
 
 
-def _units(block: nn.Module, targets: Iterable[str]) -> set[str]:
-    """What is stopped at to calibrate layers: themselves, or the experts module that they are part of."""
-    owners = [name for name, module in block.named_modules() if isinstance(module, Experts)]
+def units(root: nn.Module, targets: Iterable[str]) -> set[str]:
+    """What is stopped at to calibrate layers below `root`: themselves, or the experts module that they are part of."""
+    owners = [name for name, module in root.named_modules() if isinstance(module, Experts)]
     return {next((o for o in owners if local.startswith(f"{o}.")), local) for local in targets}
 
 

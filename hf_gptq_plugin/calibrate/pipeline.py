@@ -18,11 +18,10 @@ from tqdm.auto import tqdm
 
 from ..format.grid import QuantizedWeight
 from ..format.spec import QuantSpec
-from ..nn.experts import Experts
 from ..nn.linear import QuantLinear
 from ..version import __version__
 from . import processes
-from .blocks import layer_hessian, quantize_block, replace_layer, solve_layer
+from .blocks import layer_hessian, quantize_block, replace_layer, solve_layer, units
 from .chains import find_chains
 from .experts import layouts, refuse_unknown, routers, unfuse_experts
 from .generate import generated_windows
@@ -167,8 +166,7 @@ def _token_weights(
     """What tokens count in the layers' errors, by what is stopped at to calibrate them."""
     if plan.token_weights == "uniform":
         return {}
-    mixtures = [f"{n}." for n, module in model.named_modules() if isinstance(module, Experts)]
-    names = {next((m.removesuffix(".") for m in mixtures if name.startswith(m)), name) for name in specs}
+    names = units(model, specs)
     if plan.checkpoint.lm_head:
         names.add(output_embedding(model, plan)[0])
     return token_weights(model, [b for chain in chains for b in chain.blocks.values()], windows, names, plan.seed)

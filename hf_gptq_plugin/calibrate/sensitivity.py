@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 # What a backward pass may keep of the forward pass, over all threads; beyond, blocks are computed twice.
 _KEPT_BYTES = 4 << 30
 _TRIM_EVERY = 4  # windows
-_COPIES = 3  # tensors that are kept per output of a linear layer, about
+_COPIES = 3  # numbers that are kept per token and channel of a linear layer's wider side, about
 
 Weights = dict[str, list[Tensor]]
 
@@ -64,7 +64,7 @@ def token_weights(
         logger.info("%s is offloaded: all tokens count alike.", type(model).__name__)
         return {}
     found: Weights = {name: [] for name in sorted(names)}  # in one order in all processes
-    wide = sum(layer.weight.numel() // min(layer.weight.shape) for layer in linears(model).values())
+    wide = sum(max(layer.weight.shape) for layer in linears(model).values())
     at_once = torch.get_num_threads() if model.device.type == "cpu" else 1
     kept = _COPIES * 4 * wide * max(map(len, windows)) * min(at_once, len(windows))
     try:
