@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+from functools import partial
+
 import pytest
 import references
 import torch
+from weights import kernel_weight, product_by_rows, random_weight
 
 from hf_gptq_plugin import native
 from hf_gptq_plugin.format.grid import QuantizedWeight, natural_groups
@@ -20,32 +22,12 @@ pytestmark = pytest.mark.skipif(
 ROWS = (1, 3, 8, 23)  # one and several row blocks of both ways to compute a product
 
 
-def make(spec: QuantSpec, rows: int, columns: int, group: torch.Tensor) -> tuple[QuantizedWeight, KernelWeight]:
-    groups = int(group.max()) + 1
-    low, high = spec.zero_range
-    zeros = torch.randint(low, high + 1, (groups, rows), dtype=torch.int32)
-    if spec.sym:
-        zeros.fill_(2 ** (spec.bits - 1))
-    weight = QuantizedWeight(
-        codes=torch.randint(0, spec.maxq + 1, (rows, columns), dtype=torch.uint8),
-        scales=(torch.randn(groups, rows) * 0.02).half(),
-        zeros=zeros,
-        group=group,
-        spec=spec,
-    )
-    return weight, KernelWeight.from_canonical(**weight.pack(), spec=spec, in_features=columns)
+def make(spec: QuantSpec, rows: int, group: torch.Tensor) -> tuple[QuantizedWeight, KernelWeight]:
+    weight = random_weight(spec, rows, group)
+    return weight, kernel_weight(weight)
 
 
-def model(weight: QuantizedWeight, kernel: KernelWeight, x: torch.Tensor) -> torch.Tensor:
-    order = torch.arange(x.shape[-1]) if kernel.perm is None else kernel.perm.long()
-    rows = [
-        references.product_of_integers(
-            row.float().numpy(), weight.codes.numpy(), weight.scales.float().numpy(), weight.zeros.numpy(),
-            weight.group.numpy(), order.numpy(), weight.spec.bits,
-        )
-        for row in x
-    ]  # fmt: skip
-    return torch.from_numpy(np.stack(rows)).to(x.dtype)
+model = partial(product_by_rows, references.product_of_integers)
 
 
 def activations(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -75,7 +57,7 @@ def test_every_bit_of_the_sum(
     group = natural_groups(columns, group_size)
     if shuffled:
         group = group[torch.randperm(columns)].contiguous()
-    weight, canonical = make(spec, 37, columns, group)
+    weight, canonical = make(spec, 37, group)
     for kernel in (canonical, canonical.packed()):
         if shuffled and kernel is canonical:
             continue  # every code its own run: computed in fp32
@@ -87,7 +69,7 @@ def test_every_bit_of_the_sum(
 def test_groups_that_begin_within_a_unit() -> None:
     group = torch.tensor([0] * 37 + [1] * 51 + [2] * 40, dtype=torch.int32)
     for bits in BITS:
-        weight, kernel = make(QuantSpec(bits, 48, sym=False), 20, 128, group)
+        weight, kernel = make(QuantSpec(bits, 48, sym=False), 20, group)
         for rows in ROWS:
             x = activations(rows, 128, torch.bfloat16)
             assert torch.equal(ops.linear(x, kernel), model(weight, kernel, x)), (bits, rows)
@@ -96,20 +78,18 @@ def test_groups_that_begin_within_a_unit() -> None:
 def test_the_largest_sums_fit() -> None:
     """Every product as large as it can be, of either sign, at the length of a part."""
     for bits in BITS:
-        weight, kernel = make(
-            QuantSpec(bits, -1, sym=False, checkpoint_format="gptq"), 16, 256, natural_groups(256, -1)
-        )
+        weight, kernel = make(QuantSpec(bits, -1, sym=False, checkpoint_format="gptq"), 16, natural_groups(256, -1))
         for code, zero, sign in ((2**bits - 1, 1, 1.0), (0, 2**bits, 1.0), (0, 2**bits, -1.0)):
             weight.codes.fill_(code)
             weight.zeros.fill_(zero)
-            kernel = KernelWeight.from_canonical(**weight.pack(), spec=weight.spec, in_features=256)
+            kernel = kernel_weight(weight)
             for dtype, largest in ((torch.bfloat16, 255.0), (torch.float16, 2047.0)):
                 x = torch.full((5, 256), sign * largest, dtype=dtype)
                 assert torch.equal(ops.linear(x, kernel), model(weight, kernel, x)), (bits, code, dtype)
 
 
 def test_infinities_and_nan_reach_the_output() -> None:
-    weight, kernel = make(QuantSpec(4, 32), 20, 64, natural_groups(64, 32))
+    weight, kernel = make(QuantSpec(4, 32), 20, natural_groups(64, 32))
     x = torch.randn(6, 64).bfloat16()
     clean = ops.linear(x, kernel)
     x[1, 40], x[2, 3], x[3, 3] = float("inf"), float("-inf"), float("nan")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import references
 import torch
+import weights
 
 from hf_gptq_plugin import native
 from hf_gptq_plugin.format.grid import QuantizedWeight, natural_groups
@@ -47,31 +48,18 @@ def random_weight(
     spec: QuantSpec, rows: int, columns: int, order: str = "natural", dtype: torch.dtype = torch.float16
 ) -> tuple[QuantizedWeight, torch.Tensor]:
     """A random quantized weight, and the float64 matrix it stands for."""
-    groups = spec.groups(columns)
     group = natural_groups(columns, spec.group_size)
     if order == "shuffled":
         group = group[torch.randperm(columns)].contiguous()
-    low, high = spec.zero_range
-    zeros = torch.randint(low, high + 1, (groups, rows), dtype=torch.int32)
-    if spec.sym:
-        zeros.fill_(2 ** (spec.bits - 1))
-    weight = QuantizedWeight(
-        codes=torch.randint(0, spec.maxq + 1, (rows, columns), dtype=torch.uint8),
-        scales=(torch.randn(groups, rows) * 0.02).to(dtype),
-        zeros=zeros,
-        group=group,
-        spec=spec,
+    weight = weights.random_weight(spec, rows, group, dtype)
+    truth = references.dequantize(
+        weight.codes.numpy(), weight.scales.double().numpy(), weight.zeros.numpy(), group.numpy()
     )
-    truth = references.dequantize(weight.codes.numpy(), weight.scales.double().numpy(), zeros.numpy(), group.numpy())
     return weight, torch.from_numpy(truth)
 
 
 def layouts(weight: QuantizedWeight) -> dict[str, KernelWeight]:
-    columns = weight.codes.shape[1]
-    canonical = KernelWeight.from_canonical(
-        **{("g_idx" if k == "g_idx" else k): v for k, v in weight.pack().items()}, spec=weight.spec,
-        in_features=columns,
-    )  # fmt: skip
+    canonical = weights.kernel_weight(weight)
     return {"canonical": canonical, "packed": canonical.packed()}
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+from functools import partial
+
 import pytest
 import references
 import torch
+from weights import kernel_weight, product_by_rows, random_weight
 
 from hf_gptq_plugin import native
 from hf_gptq_plugin.format.grid import QuantizedWeight, natural_groups
@@ -19,34 +21,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def make(spec: QuantSpec, rows: int, columns: int, group: torch.Tensor) -> tuple[QuantizedWeight, KernelWeight]:
-    groups = spec.groups(columns)
-    low, high = spec.zero_range
-    zeros = torch.randint(low, high + 1, (groups, rows), dtype=torch.int32)
-    if spec.sym:
-        zeros.fill_(2 ** (spec.bits - 1))
-    weight = QuantizedWeight(
-        codes=torch.randint(0, spec.maxq + 1, (rows, columns), dtype=torch.uint8),
-        scales=(torch.randn(groups, rows) * 0.02).half(),
-        zeros=zeros,
-        group=group,
-        spec=spec,
-    )
-    tensors = weight.pack()
-    kernel = KernelWeight.from_canonical(**tensors, spec=spec, in_features=columns)
-    return weight, kernel
+def make(spec: QuantSpec, rows: int, group: torch.Tensor) -> tuple[QuantizedWeight, KernelWeight]:
+    weight = random_weight(spec, rows, group)
+    return weight, kernel_weight(weight)
 
 
-def model(weight: QuantizedWeight, kernel: KernelWeight, x: torch.Tensor) -> torch.Tensor:
-    order = torch.arange(x.shape[-1]) if kernel.perm is None else kernel.perm.long()
-    rows = [
-        references.product_of_pairs(
-            row.float().numpy(), weight.codes.numpy(), weight.scales.float().numpy(), weight.zeros.numpy(),
-            weight.group.numpy(), order.numpy(), weight.spec.bits,
-        )
-        for row in x
-    ]  # fmt: skip
-    return torch.from_numpy(np.stack(rows)).bfloat16()
+model = partial(product_by_rows, references.product_of_pairs)
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -60,7 +40,7 @@ def test_every_bit_of_the_sum(bits: int, sym: bool, columns: int, group_size: in
     group = natural_groups(columns, group_size)
     if shuffled:
         group = group[torch.randperm(columns)].contiguous()
-    weight, canonical = make(spec, 37, columns, group)
+    weight, canonical = make(spec, 37, group)
     for kernel in (canonical, canonical.packed()):
         if shuffled and kernel is canonical:
             continue  # every code its own run: computed as avx512f does
@@ -72,7 +52,7 @@ def test_every_bit_of_the_sum(bits: int, sym: bool, columns: int, group_size: in
 def test_groups_that_begin_within_a_unit() -> None:
     group = torch.tensor([0] * 37 + [1] * 51 + [2] * 40, dtype=torch.int32)
     for bits in BITS:
-        weight, kernel = make(QuantSpec(bits, 48, sym=False), 20, 128, group)
+        weight, kernel = make(QuantSpec(bits, 48, sym=False), 20, group)
         x = torch.randn(2, 128).bfloat16()
         # What is not the run's must not be touched, infinities included.
         x[0, 36] = float("inf")
@@ -83,7 +63,7 @@ def test_groups_that_begin_within_a_unit() -> None:
 
 
 def test_subnormal_activations_are_zeros() -> None:
-    _, kernel = make(QuantSpec(4, 32), 16, 64, natural_groups(64, 32))
+    _, kernel = make(QuantSpec(4, 32), 16, natural_groups(64, 32))
     x = torch.full((1, 64), 2.0**-130, dtype=torch.bfloat16)
     assert bool((ops.linear(x, kernel) == 0).all())
     assert bool((ops.linear(x * 2.0**10, kernel) != 0).any())

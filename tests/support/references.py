@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -205,6 +207,12 @@ def flush(a: np.ndarray) -> np.ndarray:
     return np.where(np.abs(a) < np.finfo(np.float32).tiny, np.float32(0), a)
 
 
+def runs(group: np.ndarray, order: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Where places `[start, end)` of `order [K]` follow each other in one group."""
+    edges = [i for i in range(1, len(order)) if group[order[i]] != group[order[i - 1]]]
+    return zip([0, *edges], [*edges, len(order)], strict=True)
+
+
 def product_of_pairs(
     x: np.ndarray, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, group: np.ndarray, order: np.ndarray,
     bits: int,
@@ -214,13 +222,8 @@ def product_of_pairs(
     x `[K]` float32 that are bf16, codes `[N, K]`, scales and zeros `[G, N]`, group `[K]`, order `[K]`.
     """
     unit = {2: 16, 3: 32, 4: 8, 8: 4}[bits]
-    features = len(order)
     total = np.zeros(codes.shape[0], dtype=np.float32)
-    start = 0
-    while start < features:
-        end = start
-        while end < features and group[order[end]] == group[order[start]]:
-            end += 1
+    for start, end in runs(group, order):
         g = group[order[start]]
 
         def step(sum_: np.ndarray, i: int, start: int = start, end: int = end, g: int = g) -> np.ndarray:
@@ -236,7 +239,6 @@ def product_of_pairs(
                 sum_ = step(sum_, first + j + unit // 2)
                 sum_ = step(sum_, first + j)
         total = fused(sum_, scales[g].astype(np.float32), total)
-        start = end
     return total
 
 
@@ -249,13 +251,8 @@ def product_of_integers(
     x `[K]` float32 that are bf16 or fp16, finite; codes `[N, K]`, scales and zeros `[G, N]`, group `[K]`, order `[K]`.
     """
     unit = {2: 16, 3: 32, 4: 8, 8: 4}[bits]
-    features = len(order)
     total = np.zeros(codes.shape[0], dtype=np.float32)
-    start = 0
-    while start < features:
-        end = start
-        while end < features and group[order[end]] == group[order[start]]:
-            end += 1
+    for start, end in runs(group, order):
         g = group[order[start]]
         for first in range(start // unit * unit, end, 256):
             inputs = order[max(first, start) : min(first + 256, end)]
@@ -269,5 +266,4 @@ def product_of_integers(
             sums = [(differences @ part.astype(np.int64)).astype(np.float32).astype(np.float64) for part in (high, low)]
             value = np.ldexp((sums[0] + sums[1] * 2.0**-15).astype(np.float32), exponent)
             total = fused(value.astype(np.float32), scales[g].astype(np.float32), total)
-        start = end
     return total
