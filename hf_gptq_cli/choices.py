@@ -26,6 +26,7 @@ TRAINING: dict[str, Any] = {"save_every": 10, "subspace": 64, "gradient_warmup":
 METHODS = ("gptq", "rtn", "hqq")
 PRESETS = ("fast", "balanced", "best")
 TOKEN_WEIGHTS = ("uniform", "loss")
+OUTPUT_HESSIANS = ("identity", "loss")
 ORDERS = ("hessian", "natural")
 SEARCHES = ("minmax", "mse", "percentile", "entropy")
 DATASETS = ("wikitext2", "c4", "c4-new", "ptb", "pile-10k", "ultrachat")

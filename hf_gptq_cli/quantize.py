@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from .app import DeviceMap, Dtype, Json, console, print_json, torch_dtype
-from .choices import DATASETS, DEFAULT, METHODS, ORDERS, PRESETS, SEARCHES, TOKEN_WEIGHTS
+from .choices import DATASETS, DEFAULT, METHODS, ORDERS, OUTPUT_HESSIANS, PRESETS, SEARCHES, TOKEN_WEIGHTS
 
 _PRESETS = "Steps of the preset, one by one"
 _SOLVER = "Solver"
@@ -56,15 +56,27 @@ def quantize(
             rich_help_panel=_PRESETS,
         ),
     ] = None,
+    output_hessian: Annotated[
+        str | None,
+        typer.Option(
+            help=f"How errors of a layer's outputs count together: {' or '.join(OUTPUT_HESSIANS)}; identity with "
+            "--low-memory.",
+            rich_help_panel=_PRESETS,
+        ),
+    ] = None,
     propagation: Annotated[
         float | None,
         typer.Option(help="How much of earlier layers' error a layer takes over, 0 to 1.", rich_help_panel=_PRESETS),
     ] = None,
-    descent: Annotated[
-        int | None, typer.Option(help="Rounds of coordinate descent on the codes.", rich_help_panel=_PRESETS)
-    ] = None,
     refit: Annotated[
         bool | None, typer.Option("--refit/--no-refit", help="Fit scales to the codes.", rich_help_panel=_PRESETS)
+    ] = None,
+    alternations: Annotated[
+        int | None,
+        typer.Option(help="Times that columns are solved again with refitted scales.", rich_help_panel=_PRESETS),
+    ] = None,
+    descent: Annotated[
+        int | None, typer.Option(help="Rounds of coordinate descent on the codes.", rich_help_panel=_PRESETS)
     ] = None,
     block_epochs: Annotated[
         int | None,
@@ -130,9 +142,9 @@ def quantize(
     config = GPTQConfig(
         bits=bits, group_size=group_size, sym=sym, desc_act=desc_act, dataset=dataset, samples=samples, seqlen=seqlen,
         seed=seed, method=method, preset=preset, generated=generated, token_weights=token_weights,
-        propagation=propagation, descent=descent, refit=refit, block_epochs=block_epochs, model_epochs=model_epochs,
-        order=order, scale_search=scale_search, damp_percent=damp_percent, format=checkpoint_format, lm_head=lm_head,
-        low_memory=low_memory,
+        output_hessian=output_hessian, propagation=propagation, refit=refit, alternations=alternations, descent=descent,
+        block_epochs=block_epochs, model_epochs=model_epochs, order=order, scale_search=scale_search,
+        damp_percent=damp_percent, format=checkpoint_format, lm_head=lm_head, low_memory=low_memory,
     )  # fmt: skip
     journal = out.with_name(f"{out.name}.journal")
     if method == "gptq":

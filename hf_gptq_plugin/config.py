@@ -18,35 +18,42 @@ __all__ = ["GPTQConfig"]
 
 _SOLVER = SolveSettings()  # the defaults of the fields below that are the solver's
 # What presets decide.
-_STEPS = ("generated", "token_weights", "propagation", "descent", "refit", "block_epochs", "model_epochs")
+_STEPS = (
+    "generated", "token_weights", "output_hessian", "propagation", "refit", "alternations", "descent", "block_epochs",
+    "model_epochs",
+)  # fmt: skip
 # Those that need all of the model in memory, and what they are without it.
-_WHOLE_MODEL: dict[str, Any] = {"generated": 0.0, "token_weights": "uniform", "model_epochs": 0}
+_WHOLE_MODEL: dict[str, Any] = {
+    "generated": 0.0, "token_weights": "uniform", "output_hessian": "identity", "model_epochs": 0,
+}  # fmt: skip
 
 # How much a calibration does: time for perplexity.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {
-        "generated": 0.0, "token_weights": "uniform", "propagation": 0.0, "descent": 0, "refit": False,
-        "block_epochs": 0, "model_epochs": 0,
+        "generated": 0.0, "token_weights": "uniform", "output_hessian": "identity", "propagation": 0.0, "refit": False,
+        "alternations": 0, "descent": 0, "block_epochs": 0, "model_epochs": 0,
     },
     "balanced": {
-        "generated": 0.25, "token_weights": "uniform", "propagation": 0.5, "descent": 2, "refit": True,
-        "block_epochs": 0, "model_epochs": 0,
+        "generated": 0.25, "token_weights": "uniform", "output_hessian": "identity", "propagation": 0.5, "refit": True,
+        "alternations": 3, "descent": 3, "block_epochs": 0, "model_epochs": 0,
     },
 }  # fmt: skip
 PRESETS["best"] = {
-    **PRESETS["balanced"], "generated": 1.0, "token_weights": "loss", "block_epochs": 2, "model_epochs": 2,
+    **PRESETS["balanced"], "generated": 1.0, "token_weights": "loss", "output_hessian": "loss", "alternations": 7,
+    "descent": 5, "block_epochs": 2, "model_epochs": 2,
 }  # fmt: skip
 
 METHODS = ("gptq", "rtn", "hqq")
 TOKEN_WEIGHTS = ("uniform", "loss")
+OUTPUT_HESSIANS = ("identity", "loss")
 PACKINGS = ("auto", "concat", "each")
 
 # What only a calibration needs. It is recorded under `meta`, never written as fields: readers would not know them,
 # and a tokenizer or a whole data set does not belong into a config.json.
 _CALIBRATION = (
     "tokenizer", "dataset", "method", "samples", "seqlen", "seed", "packing", "preset", "generated", "token_weights",
-    "order", "scale_search", "blocksize", "propagation", "descent", "refit", "block_epochs", "model_epochs",
-    "min_expert_tokens", "journal", "low_memory",
+    "output_hessian", "order", "scale_search", "blocksize", "propagation", "refit", "alternations", "descent",
+    "block_epochs", "model_epochs", "min_expert_tokens", "journal", "low_memory",
 )  # fmt: skip
 # Fields of the stock config that describe how others quantize or load; they say nothing about a checkpoint.
 _NOT_WRITTEN = (
@@ -86,12 +93,16 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         token_weights: "loss" lets every token count by how much the model's loss feels an error in what a layer
             returns for it, which takes one backward pass of the dense model, in memory; "uniform" lets all count
             alike. See `calibrate.sensitivity`.
+        output_hessian: "loss" lets errors of a layer's outputs count together as the model's loss feels them, found
+            by the same pass (of a few windows, where tokens count alike); "identity" lets each count by itself, all
+            alike. See `solve.joint`.
         order: "hessian" or "natural", see `SolveSettings`.
         scale_search: "mse", "minmax", "percentile" or "entropy", see `choose_scales`.
         blocksize: columns per lazy batch of the solver.
         propagation: 0 to 1, see `refine.propagate`.
-        descent: rounds, see `refine.descend`.
         refit: see `refine.refit_scales`.
+        alternations: times that columns are solved again with refitted scales, see `SolveSettings`.
+        descent: rounds, see `refine.descend`.
         block_epochs: passes over the calibration data, per block, in which its rounding and scales learn to give the
             dense block's output. See `calibrate.tune`.
         model_epochs: passes in which all scales, and the blocks' norms and biases, learn to give the dense model's
@@ -100,7 +111,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
             interrupted. It can be deleted once the model is saved.
         low_memory: keep on disk whatever is not worked on: the model's blocks and the activations. For models that
             are larger than memory. Presets leave out what needs all of the model then (generated, token_weights,
-            model_epochs).
+            output_hessian, model_epochs).
         min_expert_tokens: a layer of a mixture's expert that the router sends fewer calibration tokens leans on all
             tokens of its layer as well, as though they had been sent to it; None for twice its in_features.
         **stock: see `transformers.GPTQConfig`. An unknown name raises TypeError.
@@ -111,9 +122,11 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
 
     generated: float
     token_weights: str
+    output_hessian: str
     propagation: float
-    descent: int
     refit: bool
+    alternations: int
+    descent: int
     block_epochs: int
     model_epochs: int
 
@@ -141,9 +154,11 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         blocksize: int = _SOLVER.blocksize,
         generated: float | None = None,
         token_weights: str | None = None,
+        output_hessian: str | None = None,
         propagation: float | None = None,
-        descent: int | None = None,
         refit: bool | None = None,
+        alternations: int | None = None,
+        descent: int | None = None,
         block_epochs: int | None = None,
         model_epochs: int | None = None,
         journal: str | None = None,
@@ -158,7 +173,10 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         if preset not in PRESETS:
             raise ValueError(f"preset={preset!r} is not known; use one of {', '.join(PRESETS)}")
         self.preset = preset
-        asked = (generated, token_weights, propagation, descent, refit, block_epochs, model_epochs)
+        asked = (
+            generated, token_weights, output_hessian, propagation, refit, alternations, descent, block_epochs,
+            model_epochs,
+        )  # fmt: skip
         usual = {**PRESETS[preset], **(_WHOLE_MODEL if low_memory else {})}
         for name, value in zip(_STEPS, asked, strict=True):
             setattr(self, name, usual[name] if value is None else value)
@@ -224,7 +242,10 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
-        for name, accepted in (("method", METHODS), ("packing", PACKINGS), ("token_weights", TOKEN_WEIGHTS)):
+        for name, accepted in (
+            ("method", METHODS), ("packing", PACKINGS), ("token_weights", TOKEN_WEIGHTS),
+            ("output_hessian", OUTPUT_HESSIANS),
+        ):  # fmt: skip
             value = getattr(self, name)
             if value not in accepted:
                 raise ValueError(f"{name}={value!r} is not supported; use one of {', '.join(accepted)}")
@@ -263,8 +284,9 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
             scale_search=self.scale_search,
             blocksize=self.blocksize,
             propagation=self.propagation,
-            descent=self.descent,
             refit=self.refit,
+            alternations=self.alternations,
+            descent=self.descent,
         )
 
     @property
@@ -311,11 +333,13 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
             solver |= {
                 "generated": self.generated,
                 "token_weights": self.token_weights,
+                "output_hessian": self.output_hessian,
                 "order": self.order,
                 "static_groups": True,
                 "propagation": self.propagation,
-                "descent": self.descent,
                 "refit": self.refit,
+                "alternations": self.alternations,
+                "descent": self.descent,
                 "block_epochs": self.block_epochs,
                 "model_epochs": self.model_epochs,
                 "min_expert_tokens": self.min_expert_tokens,

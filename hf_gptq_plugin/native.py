@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 PACKAGED = Path(__file__).parent / "_native" / "libhf_gptq.so"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -86,6 +86,8 @@ _SIGNATURES = {
     "hf_gptq_factorize": (c_void_p, c_int64, c_void_p),
     "hf_gptq_solve_symmetric": (c_void_p, c_void_p, c_int64, c_int64),
     "hf_gptq_descend": (*(c_void_p,) * 7, c_int64, c_int64, c_int64, c_int32, c_int64),
+    "hf_gptq_joint_solve": (c_void_p, c_void_p, c_int64, *(c_void_p,) * 5, *(c_int64,) * 4, c_int32),
+    "hf_gptq_joint_descend": (c_void_p, c_void_p, c_int64, *(c_void_p,) * 6, *(c_int64,) * 4, c_int32),
     "hf_gptq_scale_search": (
         *(c_void_p,) * 3, c_int64, c_int64, c_int64, c_int32, c_int32, c_void_p, c_int64, c_int32,
         c_void_p, c_void_p, c_int32,

@@ -27,3 +27,6 @@ for isa in avx512f avx2 portable; do
 done
 run avx2 tests/nn/test_fixed.py
 run avx2 tests/solve/test_linalg.py
+for isa in avx512f avx2 portable; do
+  run "$isa" tests/solve/test_joint.py -k "native"
+done

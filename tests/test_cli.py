@@ -83,15 +83,16 @@ def test_every_part_of_the_solver_can_be_set(hf_gptq: Run, model: Path, text: Pa
     done = hf_gptq(
         "quantize", model, tmp_path / "out", "--group-size", 32, "--calibration", text, "--samples", 4, "--seqlen", 64,
         "--preset", "best", "--order", "natural", "--scale-search", "minmax", "--damp-percent", 0.02,
-        "--generated", 0.75, "--token-weights", "uniform", "--propagation", 0.25, "--descent", 1, "--no-refit",
-        "--block-epochs", 0, "--model-epochs", 1, "--no-report",
+        "--generated", 0.75, "--token-weights", "uniform", "--output-hessian", "identity", "--propagation", 0.25,
+        "--alternations", 2, "--descent", 1, "--no-refit", "--block-epochs", 0, "--model-epochs", 1, "--no-report",
     )  # fmt: skip
     assert done.code == 0, done.err
     written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert written["damp_percent"] == 0.02
     expected = {
         "order": "natural", "scale_search": "minmax", "generated": 0.75, "token_weights": "uniform",
-        "propagation": 0.25, "descent": 1, "refit": False, "block_epochs": 0, "model_epochs": 1,
+        "output_hessian": "identity", "propagation": 0.25, "alternations": 2, "descent": 1, "refit": False,
+        "block_epochs": 0, "model_epochs": 1,
     }  # fmt: skip
     assert written["meta"]["solver"].items() >= expected.items()
 
@@ -246,6 +247,7 @@ def test_help_shows_the_defaults_and_choices_of_the_library() -> None:
     assert choices.METHODS == config.METHODS
     assert choices.PRESETS == tuple(config.PRESETS)
     assert choices.TOKEN_WEIGHTS == config.TOKEN_WEIGHTS
+    assert choices.OUTPUT_HESSIANS == config.OUTPUT_HESSIANS
     assert choices.ORDERS == gptq.ORDERS
     assert choices.SEARCHES == scales.METHODS
     assert choices.DATASETS == tuple(sources.NAMED)

@@ -27,7 +27,7 @@ from .experts import expert_hessians, own_memory
 from .plan import Plan
 from .products import dense_twin
 from .report import LayerReport
-from .sensitivity import Weights
+from .sensitivity import Sensitivity
 from .stream import Stream
 from .tune import TunedLayer, compute_dtype, output_loss, tune
 from .walk import Block, WalkError, WholeModel, find_stages, forward_replaced, linears
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def quantize_block(
-    block: Block, dense: Block, stream: Stream, exact: Stream | None, specs: dict[str, QuantSpec], weights: Weights,
+    block: Block, dense: Block, stream: Stream, exact: Stream | None, specs: dict[str, QuantSpec], felt: Sensitivity,
     plan: Plan,
 ) -> Iterator[LayerReport]:  # fmt: skip
     """Quantize one block and send the streams through it.
@@ -47,18 +47,18 @@ def quantize_block(
         stream: the windows as the quantized model carries them.
         exact: as the dense model does, where errors of earlier layers are to be made good.
         specs: of the layers to quantize, by full name.
-        weights: what tokens count, see `token_weights`.
+        felt: what the model's loss feels.
         plan: how.
 
     Yields:
         A report per layer, as soon as it is solved.
     """
     with ExitStack() as streaming:
-        yield from _quantize_block(block, dense, stream, exact, specs, weights, plan, streaming)
+        yield from _quantize_block(block, dense, stream, exact, specs, felt, plan, streaming)
 
 
 def _quantize_block(
-    block: Block, dense: Block, stream: Stream, exact: Stream | None, specs: dict[str, QuantSpec], weights: Weights,
+    block: Block, dense: Block, stream: Stream, exact: Stream | None, specs: dict[str, QuantSpec], felt: Sensitivity,
     plan: Plan, streaming: ExitStack,
 ) -> Iterator[LayerReport]:  # fmt: skip
     # Names only: a dense layer is to be gone once it is replaced.
@@ -77,7 +77,7 @@ def _quantize_block(
         exact.enter(dense_twin(replace(dense, repeated=block.repeated)), everything, everything)
     learning = plan.tuning.block_epochs > 0 and bool(targets) and not isinstance(block, WholeModel)
     before = {local: dense_weight(block.module.get_submodule(local)) for local in targets} if learning else {}
-    counts = {local: weights[full] for local in stops if (full := block.full(local)) in weights}
+    counts = {local: felt.tokens[full] for local in stops if (full := block.full(local)) in felt.tokens}
     crossed = exact if plan.settings.propagation else None  # needed for what is learned afterwards, too
     phases = [[group] for group in groups] if plan.true_sequential else [groups]
     for phase in phases:
@@ -87,7 +87,8 @@ def _quantize_block(
             for names, hessian, note in _hessians(stream, crossed, group, targets, counts, plan):
                 for local in names:
                     full, layer = block.full(local), block.module.get_submodule(local)
-                    solved[local], report = solve_layer(full, layer, hessian, specs[full], plan.settings)
+                    outputs = felt.outputs.get(full)
+                    solved[local], report = solve_layer(full, layer, hessian, specs[full], plan.settings, outputs)
                     del layer
                     yield replace(report, note=note)
                 del hessian  # gone before the next one is gathered
@@ -122,8 +123,9 @@ def units(root: nn.Module, targets: Iterable[str]) -> set[str]:
 
 
 def _hessians(
-    stream: Stream, exact: Stream | None, group: list[str], targets: Iterable[str], weights: Weights, plan: Plan
-) -> Iterator[tuple[list[str], Hessian, str]]:
+    stream: Stream, exact: Stream | None, group: list[str], targets: Iterable[str], weights: dict[str, list[Tensor]],
+    plan: Plan,
+) -> Iterator[tuple[list[str], Hessian, str]]:  # fmt: skip
     """The Hessians of units that read the same tensor: names of the layers each is for, and a note for their reports.
 
     Experts are seen from the module that holds them: what enters it is kept for all windows, and every expert takes
@@ -144,7 +146,7 @@ def _hessians(
             yield [f"{name}.{part}" for part in parts], hessian, note
 
 
-def _mean_weights(weights: Weights, names: list[str]) -> list[Tensor] | None:
+def _mean_weights(weights: dict[str, list[Tensor]], names: list[str]) -> list[Tensor] | None:
     """What tokens count for layers that share a Hessian; None where one of them has no weights."""
     if not all(name in weights for name in names):
         return None
@@ -173,14 +175,15 @@ def layer_hessian(stream: Stream, exact: Stream | None, layer: str, weights: Seq
 
 
 def solve_layer(
-    name: str, layer: nn.Module, hessian: Hessian, spec: QuantSpec, settings: SolveSettings
-) -> tuple[QuantizedWeight, LayerReport]:
-    """Solve one layer; errors name it."""
+    name: str, layer: nn.Module, hessian: Hessian, spec: QuantSpec, settings: SolveSettings,
+    outputs: list[Tensor] | None = None,
+) -> tuple[QuantizedWeight, LayerReport]:  # fmt: skip
+    """Solve one layer; errors name it. outputs: see `Sensitivity`."""
     start = time.perf_counter()
     weight = dense_weight(layer)
     try:
         factor = hessian.factor(settings.order_for(spec), settings.damp_percent)
-        quantized, report = solve_factored(weight, factor, spec, settings, hessian.mean_cross())
+        quantized, report = solve_factored(weight, factor, spec, settings, hessian.mean_cross(), outputs)
     except SolveError as error:
         raise SolveError(f"{name}: {error}") from None
     if report.damp_percent > settings.damp_percent:

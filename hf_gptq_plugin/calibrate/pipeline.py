@@ -30,7 +30,7 @@ from .offload import FileTensors, Offloaded, attach, execution_device
 from .plan import Plan
 from .products import dense_twin
 from .report import LayerReport, from_record, to_record
-from .sensitivity import Weights, token_weights
+from .sensitivity import Sensitivity, sensitivity
 from .stream import Stream
 from .threads import single_threaded
 from .tune import TunedLayer, model_loss, tune, tuned_vectors
@@ -72,17 +72,17 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
         journal = _journal(model, chains, windows, plan)
         separate_experts(model, chains, plan)
         specs = find_specs(chains, plan)
-        weights = _token_weights(model, chains, windows, specs, plan)
+        felt = _sensitivity(model, chains, windows, specs, plan)
         layers = len(specs) + int(plan.checkpoint.lm_head)
         shown = processes.rank() == 0
         reports: list[LayerReport] = []
         with tqdm(total=layers, desc="Quantizing", unit="layer", smoothing=0.05, disable=not shown) as bar:
-            for report in _quantize_chains(model, chains, windows, specs, weights, plan, journal):
+            for report in _quantize_chains(model, chains, windows, specs, felt, plan, journal):
                 reports.append(report)
                 bar.update()
                 bar.set_postfix_str(f"{report.name}, error {report.solve.relative_error:.2%}")
             if plan.checkpoint.lm_head:
-                reports.append(_quantize_head(model, windows, weights, plan))
+                reports.append(_quantize_head(model, windows, felt, plan))
                 bar.update()
     finally:
         model.train(training)
@@ -160,16 +160,18 @@ def separate_experts(model: nn.Module, chains: list[Chain], plan: Plan) -> None:
         unfuse_experts(model, known)
 
 
-def _token_weights(
+def _sensitivity(
     model: nn.Module, chains: list[Chain], windows: list[Tensor], specs: dict[str, QuantSpec], plan: Plan
-) -> Weights:
-    """What tokens count in the layers' errors, by what is stopped at to calibrate them."""
-    if plan.token_weights == "uniform":
-        return {}
-    names = units(model, specs)
-    if plan.checkpoint.lm_head:
+) -> Sensitivity:
+    """What the loss feels of the layers' errors, of tokens by what is stopped at to calibrate them."""
+    names = units(model, specs) if plan.token_weights == "loss" else set()
+    if names and plan.checkpoint.lm_head:
         names.add(output_embedding(model, plan)[0])
-    return token_weights(model, [b for chain in chains for b in chain.blocks.values()], windows, names, plan.seed)
+    outputs = set(specs) if plan.output_hessian == "loss" else set()
+    if not names and not outputs:
+        return Sensitivity()
+    blocks = [b for chain in chains for b in chain.blocks.values()]
+    return sensitivity(model, blocks, windows, names, outputs, plan.seed)
 
 
 def _warn_of_starved_experts(reports: list[LayerReport]) -> None:
@@ -183,7 +185,7 @@ def _warn_of_starved_experts(reports: list[LayerReport]) -> None:
 
 
 def _quantize_chains(
-    model: nn.Module, chains: list[Chain], windows: list[Tensor], specs: dict[str, QuantSpec], weights: Weights,
+    model: nn.Module, chains: list[Chain], windows: list[Tensor], specs: dict[str, QuantSpec], felt: Sensitivity,
     plan: Plan, journal: Journal | None,
 ) -> Iterator[LayerReport]:  # fmt: skip
     """Quantize chain after chain: what a later one is called with comes from those before it, quantized for the
@@ -212,7 +214,7 @@ def _quantize_chains(
                 offloaded = Offloaded(block.module)
                 offloaded.bring()
                 reports = []
-                for report in quantize_block(block, dense, stream, exact, specs, weights, plan):
+                for report in quantize_block(block, dense, stream, exact, specs, felt, plan):
                     reports.append(report)
                     yield report
                 if journal is not None:
@@ -343,14 +345,14 @@ def output_embedding(model: Any, plan: Plan) -> tuple[str, QuantSpec]:
 
 
 @torch.no_grad()
-def _quantize_head(model: Any, windows: list[Tensor], weights: Weights, plan: Plan) -> LayerReport:
+def _quantize_head(model: Any, windows: list[Tensor], felt: Sensitivity, plan: Plan) -> LayerReport:
     """Quantize the output embedding on the hidden states that the quantized model gives it."""
     name, spec = output_embedding(model, plan)
     head = model.get_submodule(name)
     stream = Stream([torch.empty(0)] * len(windows))
     stream.enter(WholeModel.reading(model, windows), [name], ())
     quantized, report = solve_layer(
-        name, head, layer_hessian(stream, None, name, weights.get(name)), spec, plan.settings
+        name, head, layer_hessian(stream, None, name, felt.tokens.get(name)), spec, plan.settings
     )
     replace_layer(model, name, quantized)
     return report

@@ -25,7 +25,9 @@ class Plan:
         generated: windows that the dense model writes itself, as a multiple of those given, see `generated_windows`.
         token_weights: "loss" lets tokens count by what the model's loss feels of them, see `sensitivity`; "uniform"
             alike.
-        seed: of what is drawn for these two.
+        output_hessian: "loss" lets errors of outputs count together as the model's loss feels them; "identity" each by
+            itself, alike.
+        seed: of what is drawn for these three.
         tuning: what is learned after the solver.
         journal: folder that finished blocks are written to, and gone on from; None for no journal.
         low_memory: keep on disk whatever is not worked on: activations, and finished blocks where their weights were
@@ -40,6 +42,7 @@ class Plan:
     min_expert_tokens: int | None = None
     generated: float = 0.0
     token_weights: str = "uniform"
+    output_hessian: str = "identity"
     seed: int = 0
     tuning: TuneSettings = field(default_factory=TuneSettings)
     journal: Path | None = None

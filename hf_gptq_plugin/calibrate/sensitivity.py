@@ -1,4 +1,4 @@
-"""How much a model's loss feels an error in what a layer returns, token by token.
+"""How much a model's loss feels an error in what a layer returns: token by token, and output by output.
 
 A layer's squared output error counts every token alike, and tokens do not count alike: some models carry hidden states
 a thousand times the usual size at a few tokens, which fill a Hessian and which the next norm divides away. One backward
@@ -9,7 +9,12 @@ every output's own, the layer's error becomes `Σ_t w_t |δ_t|²`, `w_t = mean_n
 `Σ_t w_t x_t x_tᵀ`. One draw of labels says little about a single token, and a handful of tokens can outweigh all
 others, so weights are drawn towards each other: their square roots are used.
 
-References: Kim et al. 2025 (GuidedQuant); Kim et al. 2024 (SqueezeLLM).
+Nor do outputs count alike, nor one by one: errors in two of them that the next layer adds up are felt together. The
+mean of `g gᵀ`, tokens weighted by the same roots, says which. It is what the error's outputs are multiplied with in the
+Kronecker-factored Hessian of the loss by a weight, `H_out ⊗ H`. Outputs are taken some at a time, errors in different
+parts as though they were felt apart, and the estimate is drawn half way towards the identity.
+
+References: Kim et al. 2025 (GuidedQuant); Kim et al. 2024 (SqueezeLLM); Tseng et al. 2025 (YAQA).
 """
 
 from __future__ import annotations
@@ -20,14 +25,17 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
-from ..solve.linalg import total
+from ..solve.joint import part_rows
+from ..solve.linalg import add_gram, total
 from . import processes
 from .products import own_products
 from .threads import in_order
@@ -41,46 +49,77 @@ _KEPT_BYTES = 4 << 30
 _TRIM_EVERY = 4  # windows
 _COPIES = 3  # numbers that are kept per token and channel of a linear layer's wider side, about
 
-Weights = dict[str, list[Tensor]]
+_OUTPUT_WINDOWS = 32  # what the outputs' Hessians are taken from
+_PRIOR = 1.0  # how much of the identity is added to their mean, see `_OutputSums.metric`
 
 
-def token_weights(
-    model: Any, blocks: Iterable[nn.Module], windows: list[Tensor], names: set[str], seed: int
-) -> Weights:
-    """What every token counts in a layer's error.
+@dataclass(frozen=True)
+class Sensitivity:
+    """What a model's loss feels, by layers' names. Of a layer that is missing, all counts alike.
+
+    Args:
+        tokens: what every token counts in the layer's error: fp32 `[tokens]` per window, with a mean of 1 over all
+            windows of all processes. For layers of an experts module, that module's.
+        outputs: how errors of its outputs are felt together: fp32 `[n, n]` for every part of `joint.part_rows` outputs,
+            positive definite, with a mean of 1 on the diagonal of all.
+    """
+
+    tokens: dict[str, list[Tensor]] = field(default_factory=dict)
+    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
+
+
+def sensitivity(
+    model: Any, blocks: Iterable[nn.Module], windows: list[Tensor], names: set[str], outputs: set[str], seed: int
+) -> Sensitivity:
+    """What a model's loss feels of errors in what layers return.
 
     Args:
         model: a dense Transformers model in eval mode, whole in memory.
         blocks: its blocks, which may be computed twice to save memory.
         windows: token ids, int64 `[tokens]` each.
-        names: the layers asked for; for layers of an experts module, that module's name.
+        names: the layers whose tokens are asked for; for layers of an experts module, that module's name. With none,
+            fewer windows are run.
+        outputs: the layers whose outputs are asked for.
         seed: of the labels that are drawn.
 
     Returns:
-        By name, fp32 `[tokens]` per window, with a mean of 1 over all windows of all processes. Layers that do not see
-        every token once per pass, or that the loss does not depend on, are missing.
+        Without layers that run several times per pass, or that the loss does not depend on; tokens only of those that
+        see every one.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
-        logger.info("%s is offloaded: all tokens count alike.", type(model).__name__)
-        return {}
-    found: Weights = {name: [] for name in sorted(names)}  # in one order in all processes
+        logger.info("%s is offloaded: everything counts alike.", type(model).__name__)
+        return Sensitivity()
+    tokens: dict[str, list[Tensor]] = {name: [] for name in sorted(names)}  # in one order in all processes
+    sums = {name: _OutputSums(model.get_submodule(name)) for name in sorted(outputs)}
+    share = -(-_OUTPUT_WINDOWS // processes.count())
+    if not names:
+        windows = windows[:share]
     wide = sum(max(layer.weight.shape) for layer in linears(model).values())
     at_once = torch.get_num_threads() if model.device.type == "cpu" else 1
     kept = _COPIES * 4 * wide * max(map(len, windows)) * min(at_once, len(windows))
     try:
-        with _watched(model, names, list(blocks) if kept > _KEPT_BYTES else []) as state, ExitStack() as stack:
+        with (
+            _watched(model, names | outputs, list(blocks) if kept > _KEPT_BYTES else []) as state,
+            ExitStack() as stack,
+        ):
             if compute_dtype(model.device) == torch.float32:
                 stack.enter_context(own_products(model))
-            work = partial(_roots, model, state, seed)
+            work = partial(_felt, model, state, outputs, share, seed)
             for number, window in enumerate(in_order(work, enumerate(windows), model.device.type == "cpu")):
-                for name, parts in found.items():
-                    parts.append(window.get(name, torch.empty(0)))
+                for name, parts in tokens.items():
+                    parts.append(window[name].roots if name in window else torch.empty(0))
+                for name in sums.keys() & window.keys():
+                    sums[name].add(window[name])
+                del window
                 if number % _TRIM_EVERY == 0:
                     _give_back()
     except (RuntimeError, NotImplementedError) as error:  # an operation that has no derivative
-        logger.warning("%s: no backward pass (%s); all tokens count alike.", type(model).__name__, error)
-        return {}
-    return {name: made for name, parts in found.items() if (made := _normalized(parts, windows)) is not None}
+        logger.warning("%s: no backward pass (%s); everything counts alike.", type(model).__name__, error)
+        return Sensitivity()
+    return Sensitivity(
+        {name: made for name, parts in tokens.items() if (made := _normalized(parts, windows)) is not None},
+        {name: made for name, sum_ in sums.items() if (made := sum_.metric()) is not None},
+    )
 
 
 def _give_back() -> None:
@@ -103,10 +142,52 @@ def _normalized(parts: list[Tensor], windows: list[Tensor]) -> list[Tensor] | No
     return [part / mean for part in parts]
 
 
+@dataclass
+class _Felt:
+    """What reached a layer's output backward: its root mean square `[tokens]`, and sums of products of outputs."""
+
+    roots: Tensor
+    grams: list[Tensor]  # empty where they are not asked for
+
+
+class _OutputSums:
+    """Sums of products of a layer's outputs over windows."""
+
+    def __init__(self, layer: Any) -> None:
+        rows = layer.nf if isinstance(layer, Conv1D) else layer.out_features
+        size = part_rows(rows)
+        widths = [min(size, rows - a) for a in range(0, rows, size)]
+        self.parts = [torch.zeros(n, n, device=layer.weight.device) for n in widths]
+        self.tokens = 0
+
+    def add(self, felt: _Felt) -> None:
+        """Add a window."""
+        for summed, gram in zip(self.parts, felt.grams, strict=False):
+            summed += gram
+        self.tokens += len(felt.roots) if felt.grams else 0
+
+    def metric(self) -> list[Tensor] | None:
+        """The mean over all processes, scaled to 1 and drawn towards the identity, the more the fewer tokens there are
+        to so many outputs. None where nothing was felt."""
+        for part in self.parts:
+            processes.sum_in_place(part)
+        tokens = processes.sum_of(self.tokens)
+        rows = sum(map(len, self.parts))
+        mean = math.fsum(total(part.diagonal()) for part in self.parts) / rows
+        if not 0 < mean < torch.inf:
+            return None
+        prior = _PRIOR * (1 + rows / tokens)
+        for part in self.parts:
+            part /= mean * (1 + prior)
+            part.diagonal().add_(prior / (1 + prior))
+        return self.parts
+
+
 class _Pass(threading.local):
     """One window's forward pass, in the thread that runs it."""
 
-    found: dict[str, list[Tensor | None]] | None = None  # per layer and run; None while blocks are computed again
+    found: dict[str, list[_Felt | None]] | None = None  # per layer and run; None while blocks are computed again
+    outputs: frozenset[str] = frozenset()  # the layers whose outputs are asked for in this window
 
 
 @contextmanager
@@ -127,8 +208,12 @@ def _watched(model: nn.Module, names: set[str], twice: list[nn.Module]) -> Itera
             place = len(runs)
             runs.append(None)
 
+            wanted = name in state.outputs
+
             def note(gradient: Tensor) -> None:
-                runs[place] = gradient.detach().float().square().flatten(0, -2).mean(-1).sqrt()
+                rows = gradient.detach().float().flatten(0, -2)
+                roots = rows.square().mean(-1).sqrt()
+                runs[place] = _Felt(roots, _grams(rows, roots) if wanted else [])
 
             out.register_hook(note)
             return out
@@ -152,11 +237,24 @@ def _watched(model: nn.Module, names: set[str], twice: list[nn.Module]) -> Itera
             parameter.requires_grad_(flag)
 
 
-def _roots(model: Any, state: _Pass, seed: int, item: tuple[int, Tensor]) -> dict[str, Tensor]:
-    """Root mean squared gradients `[tokens]` of a window, by layer; none of layers that run several times."""
+def _grams(rows: Tensor, roots: Tensor) -> list[Tensor]:
+    """`Σ_t g gᵀ / |g|` of gradients `g`, for every part of the outputs."""
+    rows = rows / roots.clamp(min=torch.finfo(torch.float32).tiny).sqrt()[:, None]
+    grams = []
+    for part in rows.split(part_rows(rows.shape[1]), 1):
+        grams.append(rows.new_zeros(part.shape[1], part.shape[1]))
+        add_gram(grams[-1], part)
+    return grams
+
+
+def _felt(
+    model: Any, state: _Pass, outputs: set[str], share: int, seed: int, item: tuple[int, Tensor]
+) -> dict[str, _Felt]:
+    """What is felt of a window, by layer; none of layers that run several times."""
     window, ids = item
     # By the window's place among those of all processes, see `processes.share`.
     draw = torch.Generator().manual_seed(seed + window * processes.count() + processes.rank())
+    state.outputs = frozenset(outputs if window < share else ())
     state.found = {}
     try:
         with torch.enable_grad(), computing(compute_dtype(model.device), model.device):

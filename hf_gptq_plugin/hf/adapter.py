@@ -72,14 +72,16 @@ def check_adapter(folder: str | Path) -> dict[str, tuple[int, int, int]]:
 
 
 def local_adapter(adapter: str) -> Path:
-    """A folder as it is; a Hub name as the folder of its snapshot, its two files only.
+    """A folder as it is, or its `adapter` where training wrote that; a Hub name as the folder of its snapshot, its two
+    files only.
 
     Raises:
         ValueError: neither.
     """
     path = Path(adapter)
     if path.is_dir():
-        return path
+        inner = path / "adapter"
+        return inner if (inner / CONFIG).is_file() and not (path / CONFIG).is_file() else path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 

@@ -218,6 +218,7 @@ class GptqQuantizer(HfQuantizer):
             min_expert_tokens=config.min_expert_tokens,
             generated=config.generated,
             token_weights=config.token_weights,
+            output_hessian=config.output_hessian,
             seed=config.seed,
             tuning=config.tuning,
             journal=None if config.journal is None else Path(config.journal),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -153,6 +153,11 @@ class Factor:
     diagonal: Tensor
     damp_percent: float
     key: tuple[str, float]
+
+    def cpu(self) -> Factor:
+        """The same on the CPU."""
+        tensors = {name: getattr(self, name).cpu() for name in ("upper", "order", "damped", "diagonal")}
+        return replace(self, **tensors)
 
 
 def solve_order(diagonal: Tensor, order: str) -> Tensor:

@@ -83,7 +83,7 @@ def _descend_reference(
     q, diagonal = codes.float(), hessian.diagonal()
     for _ in range(rounds):
         before = q.clone()
-        pull = (weight - _values(q, scales, zeros, group)) @ hessian
+        pull = (weight - values(q, scales, zeros, group)) @ hessian
         for k, g in enumerate(group.tolist()):
             s, z = scales[:, g], zeros[:, g]
             target = (q[:, k] - z) * s + pull[:, k] / diagonal[k]
@@ -92,7 +92,7 @@ def _descend_reference(
             q[:, k] = best
         if torch.equal(q, before):
             break
-    return q.to(torch.uint8), row_errors(weight - _values(q, scales, zeros, group), hessian)
+    return q.to(torch.uint8), row_errors(weight - values(q, scales, zeros, group), hessian)
 
 
 def refit_scales(
@@ -116,20 +116,13 @@ def refit_scales(
     Returns:
         scales fp32 `[N, G]`, exact in `dtype`; a row keeps its old ones where the new are not better or not usable.
     """
-    groups = scales.shape[1]
     out = scales.clone()
     group = torch.arange(weight.shape[1], device=weight.device) // width
     for a in range(0, len(weight), _ROWS):
         rows = slice(a, a + _ROWS)
         q = codes[rows].float() - zeros[rows][:, group]
-        matrix = q.new_zeros(len(q), groups, groups)  # on and above the diagonal
-        for g in range(groups):
-            part, rest = slice(g * width, (g + 1) * width), slice(g * width, None)
-            matrix[:, g, g:] = _group_sums(matmul(q[:, part], hessian[part, rest]) * q[:, rest], width)
-        right = _group_sums(matmul(weight[rows], hessian) * q, width)
-        # Codes that are all zero in a group leave its scale undetermined: the ridge keeps the system regular.
-        diagonal = matrix.diagonal(dim1=1, dim2=2)
-        diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny
+        matrix = group_systems(q, hessian, width)
+        right = group_sums(matmul(weight[rows], hessian) * q, width)
         fitted = solve_symmetric(matrix.double(), right.double()).to(dtype).float()
         usable = (torch.isfinite(fitted) & (fitted.abs() >= torch.finfo(dtype).tiny)).all(1)
         fitted = torch.where(usable[:, None], fitted, scales[rows])
@@ -143,12 +136,26 @@ def row_errors(delta: Tensor, hessian: Tensor) -> Tensor:
     return (matmul(delta, hessian) * delta).sum(1, dtype=torch.float64)
 
 
-def _values(q: Tensor, scales: Tensor, zeros: Tensor, group: Tensor) -> Tensor:
+def values(q: Tensor, scales: Tensor, zeros: Tensor, group: Tensor) -> Tensor:
+    """What codes `[N, K]` stand for, of groups `[K]` with scales and zeros `[N, G]`."""
     index = group.long()
     return (q - zeros[:, index]) * scales[:, index]
 
 
-def _group_sums(values: Tensor, width: int) -> Tensor:
+def group_systems(q: Tensor, hessian: Tensor, width: int) -> Tensor:
+    """`A[g, h] = q_g H q_hᵀ` of every row, fp32 `[N, G, G]`, on and above the diagonal; arguments as `refit_scales`."""
+    groups = -(-q.shape[1] // width)
+    matrix = q.new_zeros(len(q), groups, groups)
+    for g in range(groups):
+        part, rest = slice(g * width, (g + 1) * width), slice(g * width, None)
+        matrix[:, g, g:] = group_sums(matmul(q[:, part], hessian[part, rest]) * q[:, rest], width)
+    # Codes that are all zero in a group leave its scale undetermined: the ridge keeps the system regular.
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny
+    return matrix
+
+
+def group_sums(values: Tensor, width: int) -> Tensor:
     """Sums `[N, G]` over adjacent groups of columns."""
     padded = torch.nn.functional.pad(values, (0, -values.shape[1] % width))
     return padded.unflatten(1, (-1, width)).sum(2)

@@ -51,10 +51,10 @@ int validate(const hf_gptq_weight* w) {
 }
 
 // The groups of K columns, and the diagonal of a [K, K] matrix.
-int validate_columns(const int32_t* group, const float* U, int64_t K, int64_t G) {
+int validate_columns(const int32_t* group, const float* U, int64_t U_row, int64_t K, int64_t G) {
   for (int64_t i = 0; i < K; ++i) {
     if (group[i] < 0 || group[i] >= G) return HF_GPTQ_ERROR_GROUP;
-    const float pivot = U[i * K + i];
+    const float pivot = U[i * U_row + i];
     if (!isfinite(pivot) || pivot == 0.0f) return HF_GPTQ_ERROR_PIVOT;
   }
   return HF_GPTQ_OK;
@@ -66,6 +66,27 @@ int validate_scales(const float* scales, int64_t count) {
     if (scales[i] == 0.0f) return HF_GPTQ_ERROR_SCALE_ZERO;
   }
   return HF_GPTQ_OK;
+}
+
+int validate_joint(const JointArguments& a, int64_t G) {
+  if (!a.values || !a.H || !a.metric || !a.scales || !a.zeros || !a.group || !a.codes) {
+    return HF_GPTQ_ERROR_NULL_POINTER;
+  }
+  if (!is_bits(a.bits)) return HF_GPTQ_ERROR_BITS;
+  if (a.N < 1 || a.B < 1 || a.B > kJointColumns || G < 1 || a.part < 1 || a.part > kJointRows ||
+      a.H_row < a.B) {
+    return HF_GPTQ_ERROR_SHAPE;
+  }
+  if (const int error = validate_columns(a.group, a.H, a.H_row, a.B, G)) return error;
+  for (int64_t first = 0; first < a.N; first += a.part) {
+    const int64_t rows = first + a.part < a.N ? a.part : a.N - first;
+    const float* metric = a.metric + first * a.part;
+    for (int64_t r = 0; r < rows; ++r) {
+      const float pivot = metric[r * rows + r];
+      if (!isfinite(pivot) || pivot <= 0.0f) return HF_GPTQ_ERROR_PIVOT;
+    }
+  }
+  return validate_scales(a.scales, a.N * G);
 }
 
 // Writes the runs of a validated weight to `runs`, or only counts them if `runs` is null.
@@ -319,7 +340,7 @@ int hf_gptq_solve(float* W, const float* U, const float* scales, const float* ze
   if (!W || !U || !scales || !zeros || !group || !codes) return HF_GPTQ_ERROR_NULL_POINTER;
   if (!is_bits(bits)) return HF_GPTQ_ERROR_BITS;
   if (N < 1 || K < 1 || G < 1 || blocksize < 1) return HF_GPTQ_ERROR_SHAPE;
-  if (const int error = validate_columns(group, U, K, G)) return error;
+  if (const int error = validate_columns(group, U, K, K, G)) return error;
   if (const int error = validate_scales(scales, N * G)) return error;
   return dispatch().kernels->solve(
       {W, U, scales, zeros, group, codes, loss, N, K, G, bits, blocksize});
@@ -378,13 +399,37 @@ int hf_gptq_descend(const float* W, const float* H, const float* scales, const f
   if (!W || !H || !scales || !zeros || !group || !codes) return HF_GPTQ_ERROR_NULL_POINTER;
   if (!is_bits(bits)) return HF_GPTQ_ERROR_BITS;
   if (N < 1 || K < 1 || G < 1 || rounds < 0) return HF_GPTQ_ERROR_SHAPE;
-  if (const int error = validate_columns(group, H, K, G)) return error;
+  if (const int error = validate_columns(group, H, K, K, G)) return error;
   for (int64_t k = 0; k < K; ++k) {
     if (H[k * K + k] < 0.0f) return HF_GPTQ_ERROR_PIVOT;
   }
   if (const int error = validate_scales(scales, N * G)) return error;
   return dispatch().kernels->descend(
       {W, H, scales, zeros, group, codes, loss, N, K, G, bits, rounds});
+}
+
+int hf_gptq_joint_solve(float* W, const float* U, int64_t U_row, const float* V,
+                        const float* scales, const float* zeros, const int32_t* group,
+                        uint8_t* codes, int64_t N, int64_t B, int64_t G, int64_t part,
+                        int32_t bits) {
+  const JointArguments arguments{W,     U,       U_row, V, scales, zeros, group,
+                                 codes, nullptr, N,     B, part,   bits};
+  if (const int error = validate_joint(arguments, G)) return error;
+  return dispatch().kernels->joint(arguments);
+}
+
+int hf_gptq_joint_descend(float* R, const float* H, int64_t H_row, const float* M,
+                          const float* scales, const float* zeros, const int32_t* group,
+                          uint8_t* codes, float* changes, int64_t N, int64_t B, int64_t G,
+                          int64_t part, int32_t bits) {
+  const JointArguments arguments{R,     H,       H_row, M, scales, zeros, group,
+                                 codes, changes, N,     B, part,   bits};
+  if (!changes) return HF_GPTQ_ERROR_NULL_POINTER;
+  if (const int error = validate_joint(arguments, G)) return error;
+  for (int64_t c = 0; c < B; ++c) {
+    if (H[c * H_row + c] < 0.0f) return HF_GPTQ_ERROR_PIVOT;
+  }
+  return dispatch().kernels->joint(arguments);
 }
 
 }  // extern "C"

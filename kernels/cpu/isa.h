@@ -5,6 +5,7 @@
 #include "dequantize.h"
 #include "descend.h"
 #include "factorize.h"
+#include "joint.h"
 #include "kernels.h"
 #include "linear.h"
 #include "matmul.h"
@@ -16,7 +17,8 @@
 namespace hf_gptq {
 
 extern const Kernels HF_GPTQ_KERNELS;
-const Kernels HF_GPTQ_KERNELS = {HF_GPTQ_ISA,  linear, dequantize, transposed,      solve,
-                                 scale_search, matmul, factorize,  solve_symmetric, descend};
+const Kernels HF_GPTQ_KERNELS = {HF_GPTQ_ISA,     linear,       dequantize, transposed,
+                                 solve,           scale_search, matmul,     factorize,
+                                 solve_symmetric, descend,      joint};
 
 }  // namespace hf_gptq

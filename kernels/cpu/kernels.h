@@ -123,6 +123,24 @@ struct DescendArguments {
   int64_t rounds;
 };
 
+// What a task's scratch is meant for.
+constexpr int64_t kJointRows = 1024, kJointColumns = 256;
+
+// As the parameters of hf_gptq_joint_solve and, with `changes`, of hf_gptq_joint_descend.
+struct JointArguments {
+  float* values;
+  const float* H;  // [B, B], rows H_row apart
+  int64_t H_row;
+  const float* metric;
+  const float* scales;
+  const float* zeros;
+  const int32_t* group;
+  uint8_t* codes;
+  float* changes;
+  int64_t N, B, part;
+  int bits;
+};
+
 // Each returns an hf_gptq_error.
 struct Kernels {
   const char* isa;
@@ -135,6 +153,7 @@ struct Kernels {
   int (*factorize)(const FactorizeArguments&);
   int (*solve_symmetric)(const SystemsArguments&);
   int (*descend)(const DescendArguments&);
+  int (*joint)(const JointArguments&);
 };
 
 #ifdef HF_GPTQ_X86_64

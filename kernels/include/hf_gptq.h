@@ -23,7 +23,7 @@
 extern "C" {
 #endif
 
-#define HF_GPTQ_ABI_VERSION 5
+#define HF_GPTQ_ABI_VERSION 6
 
 enum hf_gptq_dtype {
   HF_GPTQ_FP32 = 0,
@@ -58,7 +58,7 @@ enum hf_gptq_error {
   HF_GPTQ_ERROR_SCALE_ZERO = 11,    // solve, descend: a scale is zero
   HF_GPTQ_ERROR_SCALE_FINITE = 12,  // solve, descend: a scale is infinite or NaN
   HF_GPTQ_ERROR_PIVOT = 13,         // solve: a diagonal element of U is zero, infinite or NaN;
-                                    // descend: one of H is not positive and finite
+                                    // descend, joint: one of H, M or V is not positive and finite
   HF_GPTQ_ERROR_NOT_POSITIVE_DEFINITE = 14,  // factorize: H is not, or not in fp32
   HF_GPTQ_ERROR_MODE = 15,                   // matmul: mode is not an hf_gptq_matmul_mode
 };
@@ -284,6 +284,64 @@ HF_GPTQ_API int hf_gptq_descend(const float* W,        // [N, K], the weights wa
                                 int64_t N, int64_t K, int64_t G,  // >= 1
                                 int32_t bits,                     // 2, 3, 4 or 8
                                 int64_t rounds);  // >= 0; 0 computes the loss and nothing else
+
+// The next two take a block of columns, for all rows. Rows come in parts of `part`, and what the
+// rows of a part are off by is felt together: the loss of errors E is tr(M E H E^T), M symmetric
+// and positive definite. Matrices are transposed, columns of the weight one after the other. In
+// fp32, operations other than fma rounded by themselves; s and z stand for the scale and zero of
+// row n in the column's group. avx512f and avx2 give the same bits, for any number of threads;
+// "portable" rounds product and sum of each fma separately.
+//
+// The GPTQ column loop where a column is rounded row by row, the rows still free making good what
+// the metric says they can. V is the upper Cholesky factor of the inverse of M:
+//
+//   for c = 0 .. B-1:
+//     t = W[c, :]
+//     for n = 0 .. part-1:
+//       q = clamp(rint(t[n] / s) + z, 0, 2^bits - 1);  w_hat[n] = (q - z) * s;  codes[c, n] = q
+//       t[m] = fma((w_hat[n] - t[n]) / V[n, n], V[n, m], t[m])   for m = n+1 .. part-1
+//     e = (W[c, :] - w_hat) / U[c, c]
+//     W[j, :] = fma(-U[c, j], e, W[j, :])   for j = c+1 .. B-1
+//     W[c, :] = e
+//
+// The columns after the block are the caller's: W[j, :] -= sum over c of U[c, j] * W[c, :].
+HF_GPTQ_API int hf_gptq_joint_solve(
+    float* W,              // inout [B, N], columns in solve order
+    const float* U,        // [B, B], rows U_row apart, as in hf_gptq_solve
+    int64_t U_row,         // >= B
+    const float* V,        // the parts' [n, n] one after the other, n = part but for the last
+    const float* scales,   // [G, N], finite and non-zero, any sign
+    const float* zeros,    // [G, N], integers in [0, 2^bits]
+    const int32_t* group,  // [B], group of each column
+    uint8_t* codes,        // out [B, N]
+    int64_t N, int64_t B, int64_t G, int64_t part,  // >= 1; part up to 1024, B up to 256
+    int32_t bits);                                  // 2, 3, 4 or 8
+
+// One round of coordinate descent: each step gives one weight the code that is best while all
+// others keep theirs. R is E H, transposed.
+//
+//   for c = 0 .. B-1:
+//     v = 0;  for n = 0 .. part-1:  v[m] = fma(R[c, n] / H[c, c], M[n, m], v[m])   for all m
+//     for n = 0 .. part-1:
+//       w_hat = (codes[c, n] - z) * s
+//       q     = clamp(rint((w_hat + v[n] / M[n, n]) / s) + z, 0, 2^bits - 1)
+//       d[n]  = (codes[c, n] - q) * s;  if q is another:
+//         codes[c, n] = q;  v[m] = fma(d[n], M[n, m], v[m])   for all m
+//     changes[c, :] = d;  if not all 0:  R[j, :] = fma(H[c, j], d, R[j, :])   for j = 0 .. B-1
+//
+// The columns outside the block are the caller's: R[j, :] += sum over c of H[c, j] * changes[c, :].
+HF_GPTQ_API int hf_gptq_joint_descend(
+    float* R,              // inout [B, N]
+    const float* H,        // [B, B], rows H_row apart; its diagonal positive
+    int64_t H_row,         // >= B
+    const float* M,        // as V above
+    const float* scales,   // [G, N], finite and non-zero, any sign
+    const float* zeros,    // [G, N], integers in [0, 2^bits]
+    const int32_t* group,  // [B], group of each column
+    uint8_t* codes,        // inout [B, N]
+    float* changes,        // out [B, N]
+    int64_t N, int64_t B, int64_t G, int64_t part,  // as above
+    int32_t bits);                                  // 2, 3, 4 or 8
 
 // Grid search for the scale and zero of each row and group, in fp32, each operation rounded by
 // itself:

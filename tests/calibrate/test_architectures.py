@@ -100,6 +100,7 @@ def quantized(tiny: Callable[..., Path], windows: list[list[int]]) -> Callable[[
                 dynamic=rules,
                 generated=0,
                 token_weights="loss",
+                output_hessian="loss",
             )
             with calibration_inputs() as (rows, dense_rows):
                 model = load(kind, tiny(kind), quantization_config=config)

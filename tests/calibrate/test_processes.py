@@ -41,7 +41,7 @@ dist.destroy_process_group()
     "fields",
     [
         '{"generated": 0}',
-        '{"generated": 0, "token_weights": "loss"}',
+        '{"generated": 0, "token_weights": "loss", "output_hessian": "loss"}',
         '{"preset": "best", "model_epochs": 1, "block_epochs": 1}',
     ],
 )

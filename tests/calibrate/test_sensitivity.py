@@ -1,4 +1,4 @@
-"""What tokens count: the model's own gradients, whatever the architecture, the threads and the memory."""
+"""What the loss feels: the model's own gradients, whatever the architecture, the threads and the memory."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from hf_gptq_plugin import GPTQConfig
+from hf_gptq_plugin.calibrate import blocks as calibrated_blocks
 from hf_gptq_plugin.calibrate import sensitivity
 from hf_gptq_plugin.calibrate.chains import find_chains
 from hf_gptq_plugin.calibrate.experts import layouts, unfuse_experts
-from hf_gptq_plugin.calibrate.sensitivity import token_weights
+from hf_gptq_plugin.calibrate.sensitivity import Sensitivity
 from hf_gptq_plugin.calibrate.walk import linears
 from hf_gptq_plugin.nn.experts import Experts
+from hf_gptq_plugin.solve import gptq, joint
 from hf_gptq_plugin.solve.hessian import Hessian
 
 
@@ -34,8 +36,11 @@ def asked(model: Any) -> tuple[list[nn.Module], set[str]]:
     return list(blocks.values()), {f"{name}.{local}" for name, block in blocks.items() for local in linears(block)}
 
 
-def reference(model: Any, windows: list[list[int]], names: set[str], slope: Callable[[Tensor], Tensor]) -> Any:
-    """Add a zero to what each layer returns and ask autograd for the loss's gradient by it, in plain PyTorch."""
+def gradients(
+    model: Any, windows: list[list[int]], names: set[str], slope: Callable[[Tensor], Tensor]
+) -> dict[str, list[Tensor]]:
+    """Add a zero to what each layer returns and ask autograd for the loss's gradient by it, in plain PyTorch:
+    `[tokens, N]` per window, of layers that run once in each."""
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     for window in windows:
         zeros: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -54,15 +59,39 @@ def reference(model: Any, windows: list[list[int]], names: set[str], slope: Call
             handle.remove()
         for name, runs in zeros.items():
             if len(runs) == 1 and runs[0].grad is not None:
-                found[name].append(runs[0].grad.square().mean(-1).sqrt().flatten())
+                found[name].append(runs[0].grad.flatten(0, -2))
     model.zero_grad()
-    whole = {n: parts for n, parts in found.items() if list(map(len, parts)) == list(map(len, windows))}
-    means = {n: torch.cat(parts).double().mean() for n, parts in whole.items()}
-    return {n: [part / means[n] for part in parts] for n, parts in whole.items() if means[n] > 0}
+    lengths = list(map(len, windows))
+    return {n: parts for n, parts in found.items() if list(map(len, parts)) == lengths and any(map(torch.any, parts))}
+
+
+def roots(parts: list[Tensor]) -> list[Tensor]:
+    """Root mean squares of gradients `[tokens]`, over their mean."""
+    found = [part.double().square().mean(-1).sqrt() for part in parts]
+    return [root / torch.cat(found).mean() for root in found]
+
+
+def products(parts: list[Tensor]) -> Tensor:
+    """`Σ g gᵀ / |g|` over a mean of 1 on the diagonal, and the identity, `[N, N]`, of about equal weight."""
+    total = torch.zeros(parts[0].shape[1], parts[0].shape[1], dtype=torch.float64)
+    for g in torch.cat(parts).double():
+        if g.any():
+            total += torch.outer(g, g) / g.norm()
+    prior = 1 + len(total) / sum(map(len, parts))
+    return (total / total.diagonal().mean() + prior * torch.eye(len(total))) / (1 + prior)
+
+
+def same(a: Sensitivity, b: Sensitivity) -> bool:
+    """Whether two have the same bits."""
+    pairs = [(a.tokens, b.tokens), (a.outputs, b.outputs)]
+    return all(
+        set(own) == set(other) and all(torch.equal(x, y) for n in own for x, y in zip(own[n], other[n], strict=True))
+        for own, other in pairs
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text", "gpt_neox", "t5", "bert", "albert"])
-def test_weights_are_the_size_of_gradients(
+def test_what_is_felt_is_the_gradients_size_and_direction(
     kind: str, tiny: Callable[..., Path], windows: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sensitivity, "compute_dtype", lambda device: torch.float32)
@@ -70,17 +99,32 @@ def test_weights_are_the_size_of_gradients(
     model = load(kind, tiny(kind)).float().eval()
     blocks, names = asked(model)
     texts = [window[: 9 + i] for i, window in enumerate(windows[:3])]
-    expected = reference(model, texts, names, torch.sin)
+    expected = gradients(model, texts, names, torch.sin)
     assert expected or ARCHITECTURES[kind].repeated
-    found = token_weights(model, blocks, ids_of(texts), names, 0)
-    assert set(found) == set(expected)
+    monkeypatch.setattr(joint, "_ROWS", 24)
+    found = sensitivity.sensitivity(model, blocks, ids_of(texts), names, names, 0)
+    assert set(found.tokens) == set(found.outputs) == set(expected)
     for name, parts in expected.items():
-        for part, own in zip(parts, found[name], strict=True):
+        for part, own in zip(roots(parts), found.tokens[name], strict=True):
             torch.testing.assert_close(own, part.float(), rtol=2e-3, atol=1e-5)
+        whole = products(parts).float()
+        start = 0
+        for own in found.outputs[name]:
+            wanted = whole[start : start + len(own), start : start + len(own)]
+            torch.testing.assert_close(own, wanted, rtol=5e-3, atol=1e-4)
+            start += len(own)
+        assert start == len(whole)
     # Where memory is short, blocks are computed twice.
     monkeypatch.setattr(sensitivity, "_KEPT_BYTES", 0)
-    again = token_weights(model, blocks, ids_of(texts), names, 0)
-    assert all(torch.equal(a, b) for n in found for a, b in zip(found[n], again[n], strict=True))
+    assert same(found, sensitivity.sensitivity(model, blocks, ids_of(texts), names, names, 0))
+    # Where only outputs are asked for, few windows say enough.
+    monkeypatch.setattr(sensitivity, "_OUTPUT_WINDOWS", 2)
+    few = sensitivity.sensitivity(model, blocks, ids_of(texts), set(), names, 0)
+    assert not few.tokens
+    for name, parts in expected.items():
+        size = len(few.outputs[name][0])
+        wanted = products(parts[:2])[:size, :size]
+        torch.testing.assert_close(few.outputs[name][0], wanted.float(), rtol=5e-3, atol=1e-4)
     # And nothing is left of it.
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not any("forward" in vars(m) or m._forward_hooks for m in model.modules())
@@ -94,11 +138,10 @@ def test_threads_change_nothing_and_seeds_do(tiny: Callable[..., Path], windows:
     for threads, seed in ((1, 0), (2, 0), (2, 1)):
         torch.set_num_threads(threads)
         try:
-            made.append(token_weights(model, blocks, ids_of(windows[:5]), names, seed))
+            made.append(sensitivity.sensitivity(model, blocks, ids_of(windows[:5]), names, names, seed))
         finally:
             torch.set_num_threads(before)
-    equal = [all(torch.equal(torch.cat(made[0][n]), torch.cat(m[n])) for n in names) for m in made[1:]]
-    assert equal == [True, False]
+    assert [same(made[0], other) for other in made[1:]] == [True, False]
 
 
 @pytest.mark.parametrize("predicts", [True, False])
@@ -117,10 +160,11 @@ def test_experts_count_by_their_module(tiny: Callable[..., Path], windows: list[
     unfuse_experts(model, [layout for layout in layouts(model).values() if layout])
     mixtures = {name for name, module in model.named_modules() if isinstance(module, Experts)}
     single = {f"{name}.0.{next(iter(model.get_submodule(name))).down}" for name in mixtures}
-    weights = token_weights(model, list(model.model.layers), ids_of(windows[:3]), mixtures | single, 0)
-    # A single expert does not see every token.
-    assert set(weights) == mixtures and len(mixtures) == 2
-    assert all(list(map(len, parts)) == list(map(len, windows[:3])) for parts in weights.values())
+    names, blocks = mixtures | single, list(model.model.layers)
+    felt = sensitivity.sensitivity(model, blocks, ids_of(windows[:3]), names, single, 0)
+    # A single expert does not see every token; its outputs are felt for those that it sees.
+    assert set(felt.tokens) == mixtures and len(mixtures) == 2 and set(felt.outputs) == single
+    assert all(list(map(len, parts)) == list(map(len, windows[:3])) for parts in felt.tokens.values())
 
 
 def test_what_has_no_derivative_counts_alike(
@@ -136,8 +180,8 @@ def test_what_has_no_derivative_counts_alike(
     model.model.norm.register_forward_hook(lambda module, args, out: Opaque.apply(out))
     blocks, names = asked(model)
     with caplog.at_level(logging.WARNING):
-        assert token_weights(model, blocks, ids_of(windows[:2]), names, 0) == {}
-    assert "no backward pass" in caplog.text and "all tokens count alike" in caplog.text
+        assert sensitivity.sensitivity(model, blocks, ids_of(windows[:2]), names, names, 0) == Sensitivity()
+    assert "no backward pass" in caplog.text and "everything counts alike" in caplog.text
 
 
 def test_layers_are_solved_with_them(
@@ -146,7 +190,7 @@ def test_layers_are_solved_with_them(
     """Of layers that read the same, the mean of their weights; none where all tokens are to count alike."""
     model = load("llama", tiny("llama")).eval()
     blocks, names = asked(model)
-    known = token_weights(model, blocks, ids_of(windows[:2]), names, 3)
+    known = sensitivity.sensitivity(model, blocks, ids_of(windows[:2]), names, set(), 3).tokens
     seen: list[Tensor | None] = []
     add = Hessian.add
 
@@ -174,3 +218,29 @@ def test_layers_are_solved_with_them(
     assert seen[: len(expected)] == [None] * len(expected)
     for own, wanted in zip(seen[len(expected) :], expected, strict=True):
         torch.testing.assert_close(own, wanted)
+
+
+def test_layers_are_solved_with_their_outputs_hessian(
+    tiny: Callable[..., Path], windows: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load("llama", tiny("llama")).eval()
+    blocks, names = asked(model)
+    known = sensitivity.sensitivity(model, blocks, ids_of(windows[:2]), set(), names, 3).outputs
+    seen: list[list[Tensor] | None] = []
+    solve = gptq.solve_factored
+
+    def spied(*arguments: Any) -> Any:
+        seen.append(arguments[5])
+        return solve(*arguments)
+
+    monkeypatch.setattr(calibrated_blocks, "solve_factored", spied)
+    for kind in ("identity", "loss"):
+        config = GPTQConfig(group_size=32, dataset=windows[:2], samples=2, seed=3, preset="fast", output_hessian=kind)
+        made = AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config=config, dtype=torch.float32)
+        assert made.config.quantization_config.meta["solver"]["output_hessian"] == kind
+    assert seen[:14] == [None] * 14 and len(seen) == 28
+    locals_ = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
+    for name, outputs in zip((f"model.layers.{i}.{n}" for i in range(2) for n in locals_), seen[14:], strict=True):
+        assert outputs is not None
+        for own, wanted in zip(outputs, known[name], strict=True):
+            torch.testing.assert_close(own, wanted)

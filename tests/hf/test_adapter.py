@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from hf_gptq_plugin.format.spec import CheckpointError
-from hf_gptq_plugin.hf.adapter import check_adapter
+from hf_gptq_plugin.hf.adapter import check_adapter, local_adapter
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
@@ -64,3 +64,15 @@ def test_files_that_are_missing(tmp_path: Path) -> None:
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(CheckpointError, match="pickled files can run code"):
         check_adapter(folder)
+
+
+def test_the_folder_that_training_wrote_names_its_adapter(tmp_path: Path) -> None:
+    (tmp_path / "tuned").mkdir()
+    inner = adapter(tmp_path / "tuned" / "adapter")
+    assert local_adapter(str(tmp_path / "tuned")) == inner == local_adapter(str(inner))
+    # A folder that is an adapter itself is taken as it is, whatever it holds.
+    own = adapter(tmp_path / "own")
+    adapter(own / "adapter")
+    assert local_adapter(str(own)) == own
+    with pytest.raises(ValueError, match="neither a folder nor a Hub name"):
+        local_adapter(str(tmp_path / "nowhere"))

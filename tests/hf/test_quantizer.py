@@ -454,7 +454,10 @@ def test_low_memory_leaves_blocks_on_disk(tiny: Callable[..., Path], windows: li
 
 
 def test_low_memory_refuses_what_contradicts_it(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
-    for name, asked, without in (("model_epochs", 1, 0), ("generated", 1, 0), ("token_weights", "loss", "uniform")):
+    for name, asked, without in (
+        ("model_epochs", 1, 0), ("generated", 1, 0), ("token_weights", "loss", "uniform"),
+        ("output_hessian", "loss", "identity"),
+    ):  # fmt: skip
         assert getattr(GPTQConfig(preset="best"), name) != without
         assert getattr(GPTQConfig(preset="best", low_memory=True), name) == without
         with pytest.raises(ValueError, match=f"{name}={asked!r} needs the whole model at once, and low_memory=True"):
