@@ -6,7 +6,10 @@ costs nothing but time (Liu et al. 2023, LLM-QAT; Williams et al. 2024).
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,7 +65,7 @@ def generated_windows(model: Any, windows: list[Tensor], count: int, seed: int) 
     device = input_device(model)
     batches = list(enumerate(begun.split(_BATCH)))
     try:
-        with own_products(model):
+        with own_products(model), _endless(model):
             parts = in_order(lambda batch: _continued(model, batch, size, seed, device), batches, device.type == "cpu")
             written = torch.cat(list(parts))
     except Exception as error:  # the model's own code, and whatever it calls
@@ -81,6 +84,19 @@ def _cannot_write(model: Any) -> str:
     if any(parameter.is_meta for parameter in model.parameters()):
         return "is offloaded, and every token would read all of it"
     return ""
+
+
+@contextmanager
+def _endless(model: Any) -> Iterator[None]:
+    """Let nothing end a text: `generate` fills with padding what follows a token that does, and what the model writes
+    there is text, too (the next turn of a chat, the next document)."""
+    own = model.generation_config
+    model.generation_config = copy.deepcopy(own)
+    model.generation_config.eos_token_id = None
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 @torch.no_grad()

@@ -44,6 +44,17 @@ def test_pieces_begin_with_what_all_windows_begin_with_and_a_token_of_theirs(tin
     assert set(starts[:, 1].tolist()) <= {1, 40, 41, 42, 43, 44, 45} and len(set(starts[:, 1].tolist())) > 1
 
 
+def test_text_goes_on_behind_what_ends_it(tiny: Callable[..., Path]) -> None:
+    """Where every token would end a text, it is what it is where none does; no padding."""
+    model, given = load(tiny("llama")), [torch.arange(10, 74)]
+    expected = torch.stack(generated_windows(model, given, 3, seed=0))
+    own = model.generation_config
+    own.eos_token_id = list(range(model.config.vocab_size))
+    assert torch.equal(torch.stack(generated_windows(model, given, 3, seed=0)), expected)
+    assert model.generation_config is own and own.eos_token_id == list(range(model.config.vocab_size))
+    assert (expected[:, 1:] == 0).float().mean() < 0.1
+
+
 def test_the_same_for_any_number_of_threads(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
     model, given = load(tiny("llama")), [torch.tensor(w) for w in windows]
     before = torch.get_num_threads()
