@@ -437,8 +437,10 @@ def test_saving_onto_a_file(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_presets_decide_what_is_not_said() -> None:
     assert GPTQConfig(preset="fast").tuning == TuneSettings() == GPTQConfig().tuning
-    best = GPTQConfig(preset="best", block_epochs=1)
-    assert best.block_epochs == 1 and best.model_epochs > 0 and best.settings == GPTQConfig().settings
+    assert GPTQConfig().settings == SolveSettings()
+    best = GPTQConfig(preset="best", block_epochs=1, descent=4)
+    assert best.block_epochs == 1 and best.settings.descent == 4
+    assert best.model_epochs > 0 and best.settings.alternations > SolveSettings().alternations
 
 
 def test_low_memory_leaves_blocks_on_disk(tiny: Callable[..., Path], windows: list[list[int]], tmp_path: Path) -> None:
