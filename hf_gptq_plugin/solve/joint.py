@@ -81,10 +81,8 @@ def solve_columns(
     Returns:
         uint8 codes `[N, K]` in solve order, the same bits for any number of threads.
     """
-    work, codes = (
-        weight.T.clone(memory_format=torch.contiguous_format),
-        torch.empty(weight.shape[::-1], dtype=torch.uint8),
-    )
+    work = weight.T.clone(memory_format=torch.contiguous_format)
+    codes = torch.empty(work.shape, dtype=torch.uint8)
     scales, zeros, group = scales.T.contiguous(), zeros.T.contiguous(), group.to(torch.int32).contiguous()
     upper = upper.contiguous()
     for a in range(0, len(work), _COLUMNS):
@@ -206,7 +204,9 @@ def refit_scales(
     group = torch.arange(weight.shape[1]) // width
     q = codes.float() - zeros[:, group]
     delta = weight - q * scales[:, group]
-    slope = group_sums(metric.times(matmul(delta, hessian)) * q, width)
+    felt = metric.times(matmul(delta, hessian))
+    before = total((felt * delta).sum(1, dtype=torch.float64))
+    slope = group_sums(felt * q, width)
     steps = solve_symmetric(group_systems(q, hessian, width).double(), (slope / metric.diagonal[:, None]).double())
     steps = torch.nan_to_num(steps, 0.0, 0.0, 0.0).float()
     moved = q * steps[:, group]
@@ -215,5 +215,4 @@ def refit_scales(
     fitted = (scales + length * steps).to(dtype).float()
     usable = (torch.isfinite(fitted) & (fitted.abs() >= torch.finfo(dtype).tiny)).all(1, keepdim=True)
     fitted = torch.where(usable, fitted, scales)
-    better = metric.error(weight - q * fitted[:, group], hessian) < metric.error(delta, hessian)
-    return fitted if better else scales
+    return fitted if metric.error(weight - q * fitted[:, group], hessian) < before else scales

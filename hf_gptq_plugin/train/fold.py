@@ -11,7 +11,7 @@ from ..format.grid import QuantizedWeight
 from ..solve.gptq import SolveSettings, solve_columns
 from ..solve.hessian import factorize
 from ..solve.linalg import total
-from ..solve.refine import descend, refit_scales, row_errors
+from ..solve.refine import descend, refit_scales, row_errors, values
 
 _ROUNDS = 3  # of descent and refit in turn
 
@@ -78,7 +78,7 @@ def fold(
     def refitted(codes: Tensor, old: Tensor) -> Tensor:
         if not even:  # groups of different sizes, of another writer: their scales stay
             return old
-        errors = row_errors(placed - _values(codes, old, zeros, adjacent), by_place)
+        errors = row_errors(placed - values(codes.float(), old, zeros, adjacent), by_place)
         return refit_scales(placed, by_place, codes, old, zeros, int(widths[0]), weight.scales.dtype, errors)
 
     def rounded() -> Tensor:
@@ -108,7 +108,7 @@ def fold(
         codes, _errors = descend(placed, by_place, codes, fitted, zeros, adjacent, spec.bits, 1)
     candidates["solver and scales"] = (codes, fitted)
     errors = {
-        name: total(row_errors(placed - _values(codes, s, zeros, adjacent), by_place))
+        name: total(row_errors(placed - values(codes.float(), s, zeros, adjacent), by_place))
         for name, (codes, s) in candidates.items()
     }
     chosen = min(errors, key=lambda name: (errors[name], name != "unchanged"))
@@ -125,8 +125,3 @@ def fold(
         size=size,
     )
     return replace(weight, codes=made, scales=best_scales.T.to(weight.scales.dtype).contiguous()), report
-
-
-def _values(codes: Tensor, scales: Tensor, zeros: Tensor, group: Tensor) -> Tensor:
-    index = group.long()
-    return (codes.float() - zeros[:, index]) * scales[:, index]
