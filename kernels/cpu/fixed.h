@@ -6,8 +6,9 @@
 //   x = (high + low / 2^15) * 2^e,   2^14 <= max |high| < 2^15,  |low| <= 2^14
 //
 // bf16 has 8 significant bits, so that low is 0 but for numbers 2^7 times smaller than the largest:
-// a list names the steps that need it. What is below 2^-31 of the largest is rounded away. Sums of
-// integers are exact, whatever their order.
+// a list names the steps that need it. What is below 2^-31 of the largest is rounded away, and low
+// altogether where it makes up less than 2^-17 of x, far below the rounding of the result: numbers
+// of one magnitude need no list. Sums of integers are exact, whatever their order.
 //
 // A step multiplies two codes and two activations, which lie as those of Pairs (codes.h).
 #ifndef HF_GPTQ_CPU_FIXED_H_
@@ -92,12 +93,10 @@ struct Fixed {
     }
   }
 
-  // Calls sink(i, codes) for steps i = 0 .. steps-1 from code `code` on; `zero`, integers in the
-  // halves of lanes, is subtracted.
-  template <bool kSubtract, int kBlocks, class Sink>
+  // Calls sink(i, codes) for steps i = 0 .. steps-1 from code `code` on.
+  template <int kBlocks, class Sink>
   static HF_GPTQ_INLINE void walk(const hf_gptq_weight& w, const uint32_t* const (&words)[kBlocks],
-                                  int64_t row_stride, int64_t code, int64_t steps,
-                                  const VecU (&zero)[kBlocks * kBlockVectors], Sink&& sink) {
+                                  int64_t row_stride, int64_t code, int64_t steps, Sink&& sink) {
     constexpr int kVectors = kBlocks * kBlockVectors;
     const int64_t rows = packed_words(w.K, kBits);
     for (int64_t step = 0; step < steps; step += kHalf) {
@@ -110,30 +109,10 @@ struct Fixed {
       for (int j = 0; j < kHalf; ++j) {
         VecF values[kVectors];
         HF_GPTQ_UNROLL
-        for (int i = 0; i < kVectors; ++i) {
-          const VecU codes = pair(unit[i], j);
-          values[i] = (VecF)(kSubtract ? (VecU)((VecH)codes - (VecH)zero[i]) : codes);
-        }
+        for (int i = 0; i < kVectors; ++i) values[i] = (VecF)pair(unit[i], j);
         sink(step + j, values);
       }
     }
-  }
-
-  // The zeros as integers in both halves of a lane.
-  static HF_GPTQ_INLINE VecU halves(VecF zero) {
-    const VecU whole = (VecU)_mm256_cvtps_epi32(zero);
-    return whole | whole << 16;
-  }
-
-  template <int kBlocks, class Sink>
-  static HF_GPTQ_INLINE void decode(const hf_gptq_weight& w,
-                                    const uint32_t* const (&words)[kBlocks], int64_t row_stride,
-                                    int64_t code, int64_t steps,
-                                    const VecF (&zero)[kBlocks * kBlockVectors], Sink&& sink) {
-    VecU integers[kBlocks * kBlockVectors];
-    HF_GPTQ_UNROLL
-    for (int i = 0; i < kBlocks * kBlockVectors; ++i) integers[i] = halves(zero[i]);
-    walk<true, kBlocks>(w, words, row_stride, code, steps, integers, sink);
   }
 
   // The codes of one step, in both halves of each lane, of one vector of columns.
@@ -162,9 +141,15 @@ struct Fixed {
         (__m256i)sum, _mm256_mullo_epi32(_mm256_cvtps_epi32(zero), _mm256_set1_epi32(sum_x)));
   }
 
+  static int32_t total(__m256i v) {
+    alignas(32) int32_t lanes[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), v);
+    return lanes[0] + lanes[1] + lanes[2] + lanes[3] + lanes[4] + lanes[5] + lanes[6] + lanes[7];
+  }
+
   // x of one row, in fp32 and in the order of the codes, as integers: the steps of one stretch, of
-  // which step i goes to high[i * stride] and low[i * stride].
-  static void pack(const float* x, const Stretch& s, float* high, float* low, int64_t stride,
+  // which step i goes to high[i * stride] and low[i * stride]. Returns whether any low is not 0.
+  static bool pack(const float* x, const Stretch& s, float* high, float* low, int64_t stride,
                    float* scale, int32_t* sum_high, int32_t* sum_low) {
     alignas(32) float v[kMostCodes + 8] = {};
     alignas(32) int16_t parts[2][kMostCodes + 16];
@@ -196,6 +181,7 @@ struct Fixed {
       inverse = 1.0f;
     }
     __m256i sums[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    __m256i magnitudes[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
     for (int64_t i = 0; i < width; i += 16) {
       __m256i integers[2][2];
       for (int h = 0; h < 2; ++h) {
@@ -206,17 +192,24 @@ struct Fixed {
       }
       for (int p = 0; p < 2; ++p) {
         sums[p] = _mm256_add_epi32(sums[p], _mm256_add_epi32(integers[p][0], integers[p][1]));
+        magnitudes[p] = _mm256_add_epi32(
+            magnitudes[p],
+            _mm256_add_epi32(_mm256_abs_epi32(integers[p][0]), _mm256_abs_epi32(integers[p][1])));
         const __m256i packed =
             _mm256_permute4x64_epi64(_mm256_packs_epi32(integers[p][0], integers[p][1]), 0xd8);
         _mm256_store_si256(reinterpret_cast<__m256i*>(parts[p] + i), packed);
       }
     }
+    const int32_t low_magnitude = total(magnitudes[1]);
+    const bool negligible = 4 * low_magnitude <= total(magnitudes[0]);
+    if (negligible && low_magnitude > 0) {
+      memset(parts[1], 0, width * sizeof(int16_t));
+      sums[1] = _mm256_setzero_si256();
+    }
     int32_t* const totals[2] = {sum_high, sum_low};
     float* const out[2] = {high, low};
     for (int p = 0; p < 2; ++p) {
-      alignas(32) int32_t sum[8];
-      _mm256_store_si256(reinterpret_cast<__m256i*>(sum), sums[p]);
-      *totals[p] = sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7];
+      *totals[p] = total(sums[p]);
       for (int64_t unit = 0; unit < count; unit += kUnit) {
         for (int64_t j = 0; j < kHalf; ++j) {
           const uint16_t lower = static_cast<uint16_t>(parts[p][unit + j]);
@@ -225,6 +218,7 @@ struct Fixed {
         }
       }
     }
+    return !negligible;
   }
 };
 

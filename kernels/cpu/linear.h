@@ -1,9 +1,10 @@
 // y = x @ weight^T + bias. Internal linkage, see isa.h.
 //
-// Few rows go through stream.h, many through panels.h. In both a (row, column) pair sees the
-// operations documented for hf_gptq_linear in the same order, whatever the number of rows: that is
-// what makes a row's bits independent of the batch. What is multiplied in one step is a matter of
-// Codes (codes.h, fixed.h): one code and one fp32, or two codes and two 16-bit numbers.
+// Few rows and integer activations go through stream.h, many through panels.h. In both a (row,
+// column) pair sees the operations documented for hf_gptq_linear in the same order, whatever the
+// number of rows: that is what makes a row's bits independent of the batch. What is multiplied in
+// one step is a matter of Codes (codes.h, fixed.h): one code and one fp32, or two codes and two
+// 16-bit numbers.
 #ifndef HF_GPTQ_CPU_LINEAR_H_
 #define HF_GPTQ_CPU_LINEAR_H_
 
@@ -60,15 +61,18 @@ bool pack_fixed_row(const LinearJob& job, int64_t block, int r) {
     const int64_t at = (block * job.stretches.steps + stretch.begin) * job.rows + r;
     const int64_t number = (block * job.stretches.count + s) * job.rows;
     int32_t* sums = f.sums + 2 * number + r;
-    Codes::pack(row, stretch, f.high + at, f.low + at, job.rows, f.scales + number + r, sums,
-                sums + job.rows);
+    f.listed[block * job.stretches.count + s] |=
+        Codes::pack(row, stretch, f.high + at, f.low + at, job.rows, f.scales + number + r, sums,
+                    sums + job.rows);
   }
   return true;
 }
 
-// The steps of a packed row block that have a low part in any row.
+// The steps of a packed row block that have a low part in any row, where `listed` says that some
+// do.
 void list_fixed_steps(const LinearJob& job, int64_t block) {
   for (int64_t s = 0; s < job.stretches.count; ++s) {
+    if (job.fixed.listed[block * job.stretches.count + s] == 0) continue;
     const Stretch& stretch = job.stretches.data[s];
     uint8_t* list = job.fixed.list + block * job.stretches.steps + stretch.begin;
     const float* low = job.fixed.low + (block * job.stretches.steps + stretch.begin) * job.rows;
@@ -95,6 +99,10 @@ int pack_x(int64_t begin, int64_t end, const void* context) {
   for (int64_t block = begin; block < end; ++block) {
     float* packed =
         static_cast<const PackJob*>(context)->packed + block * job.stretches.steps * job.rows;
+    if (Codes::kFixed) {
+      memset(job.fixed.listed + block * job.stretches.count, 0,
+             job.stretches.count * sizeof(int32_t));
+    }
     for (int r = 0; r < job.rows; ++r) {
       const int64_t m = block * job.rows + r;
       if constexpr (Codes::kFixed) {
@@ -130,7 +138,7 @@ Stretches find_stretches(const Runs& runs, Stretch* stretches) {
 
 template <class Codes>
 int run_linear(const LinearArguments& a, const Stretches& stretches) {
-  const bool streamed = a.M <= (Codes::kFixed ? kFixedStreamRows : kStreamRows);
+  const bool streamed = Codes::kFixed || a.M <= kStreamRows;
   // Row blocks of equal size: 13 rows are 7 + 6, not 12 + 1.
   const int rows =
       static_cast<int>(ceil_div(a.M, ceil_div(a.M, streamed ? kStreamRows : kTileRows)));
@@ -153,7 +161,11 @@ int run_linear(const LinearArguments& a, const Stretches& stretches) {
     int error =
         parallel_for(ceil_div(count, rows), grain_for(16 * steps * rows), pack_x<Codes>, &pack);
     if (error != HF_GPTQ_OK) return error;
-    error = streamed ? run_stream<Codes, kStreamRows>(job) : run_panels<Codes>(job);
+    if constexpr (Codes::kFixed) {
+      error = run_stream<Codes, kStreamRows>(job);
+    } else {
+      error = streamed ? run_stream<Codes, kStreamRows>(job) : run_panels<Codes>(job);
+    }
     if (error != HF_GPTQ_OK) return error;
   }
   return HF_GPTQ_OK;

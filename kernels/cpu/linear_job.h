@@ -33,9 +33,14 @@ constexpr int kStreamRows = 2;
 constexpr int stream_blocks(int /*rows*/) { return 1; }
 #endif
 
-// Rows up to which integer activations are streamed, a row block after the other for each column
-// block: decoding them takes less time than a panel's way through memory.
-constexpr int kFixedStreamRows = 4 * kStreamRows;
+// Integers are added in one cycle, so that one block is enough; its words follow each other in
+// memory.
+template <class Codes>
+constexpr int stream_blocks(int rows) {
+  return Codes::kFixed ? 1 : stream_blocks(rows);
+}
+// Packed x of a row task of stream(), which stays in L2.
+constexpr int64_t kStreamedFloats = int64_t{1} << 16;
 
 constexpr int kTileColumns = kTileBlocks * kBlockColumns;
 constexpr int kTileVectors = kTileColumns / kLanes;

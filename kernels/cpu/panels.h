@@ -20,7 +20,6 @@ struct Segment {
   int64_t begin, end;  // steps
   int64_t code, group;
   bool first, last;  // whether it holds the stretch's begin and end
-  int64_t stretch;
 };
 
 // Adds the products of one step: x [kRows], panel [kTileColumns].
@@ -116,68 +115,13 @@ Tile tile_for(int rows) {
   return tile<Products, kRows>;
 }
 
-// The product of kRows rows of one panel with integer activations: all of a stretch.
-struct FixedTile {
-  const float* x;       // [steps, kRows]
-  const float* low;     // as x
-  const uint8_t* list;  // steps with a low
-  int64_t listed;
-  const float* panel;     // [steps, kTileColumns]
-  const float* scale;     // [kTileColumns]
-  const float* x_scales;  // [kRows]
-};
-
-template <class Products, int kRows>
-void fixed_tile(const FixedTile& t, int64_t steps, float* total) {
-  VecF low[kRows][kTileVectors] = {};
-  for (int64_t i = 0; i < t.listed; ++i) {
-    add_step<Products>(t.low + t.list[i] * kRows, t.panel + t.list[i] * kTileColumns, low);
-  }
-  alignas(64) float kept[kRows][kTileColumns];
-  HF_GPTQ_UNROLL
-  for (int m = 0; m < kRows; ++m) {
-    HF_GPTQ_UNROLL
-    for (int v = 0; v < kTileVectors; ++v) store(kept[m] + v * kLanes, low[m][v]);
-  }
-  VecF acc[kRows][kTileVectors] = {};
-  for (int64_t k = 0; k < steps; ++k) {
-    add_step<Products>(t.x + k * kRows, t.panel + k * kTileColumns, acc);
-  }
-  HF_GPTQ_UNROLL
-  for (int m = 0; m < kRows; ++m) {
-    const VecF x_scale = splat(t.x_scales[m]);
-    HF_GPTQ_UNROLL
-    for (int v = 0; v < kTileVectors; ++v) {
-      float* at = total + m * kTileColumns + v * kLanes;
-      const VecF sum = Products::value(acc[m][v], load(kept[m] + v * kLanes)) * x_scale;
-      store(at, fmadd(sum, load(t.scale + v * kLanes), load(at)));
-    }
-  }
-}
-
-using FixedTileOf = void (*)(const FixedTile&, int64_t, float*);
-
-template <class Products, int kRows>
-FixedTileOf fixed_tile_for(int rows) {
-  if constexpr (kRows > 1) {
-    if (rows < kRows) return fixed_tile_for<Products, kRows - 1>(rows);
-  }
-  return fixed_tile<Products, kRows>;
-}
-
 // Row blocks [row_begin, row_end) of the slab times column blocks [block, block + blocks).
 template <class Codes>
 void panel_task(const LinearJob& job, int64_t row_begin, int64_t row_end, int64_t block, int blocks,
                 const PanelScratch& scratch) {
   const hf_gptq_weight& w = job.a.weight;
   const int rows = job.rows;
-  const auto multiply = [rows] {
-    if constexpr (Codes::kFixed) {
-      return fixed_tile_for<typename Codes::Products, kTileRows>(rows);
-    } else {
-      return tile_for<typename Codes::Products, kTileRows>(rows);
-    }
-  }();
+  const Tile multiply = tile_for<typename Codes::Products, kTileRows>(rows);
   const int panels = static_cast<int>(ceil_div(blocks, kTileBlocks));
   const int64_t tile_floats = int64_t{rows} * kTileColumns;
   memset(scratch.totals, 0, (row_end - row_begin) * kGroupPanels * tile_floats * sizeof(float));
@@ -197,11 +141,9 @@ void panel_task(const LinearJob& job, int64_t row_begin, int64_t row_end, int64_
     const int64_t chunk_begin = step;
     while (count < kChunkRuns && step < job.stretches.steps && step < chunk_begin + kChunk) {
       const Stretch& r = job.stretches.data[run];
-      // The parts of integer activations are put together per stretch.
-      if (Codes::kFixed && r.end > chunk_begin + kChunk) break;
       const int64_t end = min64(r.end, chunk_begin + kChunk);
       const int64_t code = r.code + (step - r.begin) * Codes::kCodes;
-      segments[count++] = {step, end, code, r.group, step == r.begin, end == r.end, run};
+      segments[count++] = {step, end, code, r.group, step == r.begin, end == r.end};
       if (end == r.end) ++run;
       step = end;
     }
@@ -221,17 +163,8 @@ void panel_task(const LinearJob& job, int64_t row_begin, int64_t row_end, int64_
               scratch.panels + p * kPanelFloats + (segment.begin - chunk_begin) * kTileColumns;
           const float* scale = scratch.scales + s * kGroupColumns + p * kTileColumns;
           const int64_t steps = segment.end - segment.begin;
-          if constexpr (Codes::kFixed) {
-            const int64_t at = row_block * job.stretches.count + segment.stretch;
-            const FixedRows& f = job.fixed;
-            multiply({job.x + x_at, f.low + x_at,
-                      f.list + row_block * job.stretches.steps + segment.begin, f.listed[at], panel,
-                      scale, f.scales + at * rows},
-                     steps, scratch.totals + tile_at);
-          } else {
-            multiply(job.x + x_at, panel, steps, scale, segment.first, segment.last,
-                     scratch.sums + tile_at, scratch.totals + tile_at);
-          }
+          multiply(job.x + x_at, panel, steps, scale, segment.first, segment.last,
+                   scratch.sums + tile_at, scratch.totals + tile_at);
         }
       }
     }

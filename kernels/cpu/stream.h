@@ -1,5 +1,7 @@
-// The product for few rows: each word is decoded once into registers and used for all rows.
-// Internal linkage, see isa.h.
+// The product for few rows, or integer activations: each word is decoded into registers and used
+// for all rows of a row block. The words of a column block stay in the cache from one row block to
+// the next, so that decoding them again takes less time than a panel's way through memory. Internal
+// linkage, see isa.h.
 #ifndef HF_GPTQ_CPU_STREAM_H_
 #define HF_GPTQ_CPU_STREAM_H_
 
@@ -39,16 +41,15 @@ HF_GPTQ_INLINE void fixed_sums(const LinearJob& job, int64_t row_block, int64_t 
   const int64_t first = row_block * job.stretches.steps + s.begin;
   const int64_t x_at = first * kRows;
   const int64_t number = row_block * job.stretches.count + stretch;
-  const VecU none[kVectors] = {};
-  Codes::template walk<false, kBlocks>(w, words, row_stride, s.code, steps, none,
-                                       Accumulate<Codes, kRows, kVectors>{job.x + x_at, sum});
+  Codes::walk(w, words, row_stride, s.code, steps,
+              Accumulate<Codes, kRows, kVectors>{job.x + x_at, sum});
   VecF low[kRows][kVectors] = {};
   const int64_t listed = job.fixed.listed[number];
   const float* low_x = job.fixed.low + x_at;
   const Accumulate<Codes, kRows, kVectors> add_low{low_x, low};
   // Decoding a step by itself takes a few times as long as with its unit.
   if (listed * 4 > steps) {
-    Codes::template walk<false, kBlocks>(w, words, row_stride, s.code, steps, none, add_low);
+    Codes::walk(w, words, row_stride, s.code, steps, add_low);
   } else {
     const int64_t rows = packed_words(w.K, Codes::kBits);
     for (int64_t i = 0; i < listed; ++i) {
@@ -122,48 +123,57 @@ void stream(const LinearJob& job, int64_t row_block, int64_t block,
   }
 }
 
-// Tasks are groups of stream_blocks(kRows) column blocks.
+// Task t: group t % groups of stream_blocks(kRows) column blocks, row task t / groups.
 template <class Codes, int kRows>
-int stream_groups(int64_t begin, int64_t end, const void* context) {
-  constexpr int kBlocks = stream_blocks(kRows);
+int stream_tasks(int64_t begin, int64_t end, const void* context) {
+  constexpr int kBlocks = stream_blocks<Codes>(kRows);
   const LinearJob& job = *static_cast<const LinearJob*>(context);
   const hf_gptq_weight& w = job.a.weight;
   const int64_t blocks = column_blocks(w.N);
+  const int64_t groups = ceil_div(blocks, kBlocks);
   const int64_t row_blocks = ceil_div(job.row_count, kRows);
   uint32_t* copy = nullptr;
-  if (min64(end * kBlocks, blocks) == blocks && is_ragged(w, blocks - 1)) {
+  if (is_ragged(w, blocks - 1)) {
     copy = static_cast<uint32_t*>(thread_scratch(ragged_bytes(w)));
     if (!copy) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
   }
-  for (int64_t block = begin * kBlocks; block < min64(end * kBlocks, blocks);) {
-    if (block + kBlocks <= blocks && !is_ragged(w, block + kBlocks - 1)) {
-      const uint32_t* words[kBlocks];
-      for (int b = 0; b < kBlocks; ++b) words[b] = block_words(w, block + b, nullptr).words;
-      for (int64_t r = 0; r < row_blocks; ++r) {
-        stream<Codes, kRows, kBlocks>(job, r, block, words, w.row_stride);
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t row_begin = t / groups * job.task_row_blocks;
+    const int64_t row_end = min64(row_begin + job.task_row_blocks, row_blocks);
+    const int64_t block_end = min64((t % groups + 1) * kBlocks, blocks);
+    for (int64_t block = t % groups * kBlocks; block < block_end;) {
+      if (block + kBlocks <= block_end && !is_ragged(w, block + kBlocks - 1)) {
+        const uint32_t* words[kBlocks];
+        for (int b = 0; b < kBlocks; ++b) words[b] = block_words(w, block + b, nullptr).words;
+        for (int64_t r = row_begin; r < row_end; ++r) {
+          stream<Codes, kRows, kBlocks>(job, r, block, words, w.row_stride);
+        }
+        block += kBlocks;
+      } else {
+        const BlockWords b = block_words(w, block, copy);
+        const uint32_t* words[1] = {b.words};
+        for (int64_t r = row_begin; r < row_end; ++r) {
+          stream<Codes, kRows, 1>(job, r, block, words, b.row_stride);
+        }
+        block += 1;
       }
-      block += kBlocks;
-    } else {
-      const BlockWords b = block_words(w, block, copy);
-      const uint32_t* words[1] = {b.words};
-      for (int64_t r = 0; r < row_blocks; ++r) {
-        stream<Codes, kRows, 1>(job, r, block, words, b.row_stride);
-      }
-      block += 1;
     }
   }
   return HF_GPTQ_OK;
 }
 
 template <class Codes, int kRows>
-int run_stream(const LinearJob& job) {
+int run_stream(LinearJob job) {
   if constexpr (kRows > 1) {
     if (job.rows < kRows) return run_stream<Codes, kRows - 1>(job);
   }
-  constexpr int kBlocks = stream_blocks(kRows);
-  return parallel_for(ceil_div(column_blocks(job.a.weight.N), kBlocks),
-                      grain_for(job.stretches.steps * job.row_count * kBlocks * kBlockColumns),
-                      stream_groups<Codes, kRows>, &job);
+  constexpr int kBlocks = stream_blocks<Codes>(kRows);
+  job.task_row_blocks = kStreamedFloats / (job.stretches.steps * kRows) + 1;
+  const int64_t row_tasks = ceil_div(ceil_div(job.row_count, kRows), job.task_row_blocks);
+  const int64_t rows = min64(job.task_row_blocks * kRows, job.row_count);
+  return parallel_for(ceil_div(column_blocks(job.a.weight.N), kBlocks) * row_tasks,
+                      grain_for(job.stretches.steps * rows * kBlocks * kBlockColumns),
+                      stream_tasks<Codes, kRows>, &job);
 }
 
 }  // namespace

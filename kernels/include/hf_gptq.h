@@ -130,10 +130,11 @@ HF_GPTQ_API void hf_gptq_set_parallel_for(hf_gptq_parallel_for_t parallel_for);
 // from the beginning of its first unit (below). For each part, with e the least integer >= -126 for
 // which every |x| < 2^(e + 15):
 //   high = rint(x / 2^e);  low = rint((x / 2^e - high) * 2^15)
+//   if 4 * (sum of |low|) <= sum of |high|:  low = 0
 //   sum = fma(fp32(sum of low * (code - zero)), 2^-15, fp32(sum of high * (code - zero))) * 2^e
 //   total = fma(sum, scale, total)
-// The sums of integers are exact. bf16 is 8 bits wide, so that x is exact down to 2^-22 of the
-// largest of its part. A part that holds infinities is the sum of their signs * (code - zero),
+// The sums of integers are exact. x is exact down to 2^-22 of the largest of its part, bf16 being 8
+// bits wide, but for what makes up less than 2^-17 of the part in all. A part that holds infinities is the sum of their signs * (code - zero),
 // times infinity; one that holds a NaN is NaN.
 //
 // "avx512bf16" takes bf16 activations two at a time; a code - zero is exact in bf16 too. With a

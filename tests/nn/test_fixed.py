@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     native.status().isa != "avx2",
     reason=f"the instruction set in use is {native.status().isa or 'none'}; HF_GPTQ_ISA=avx2 takes this one",
 )
-ROWS = (1, 3, 8, 23)  # one and several row blocks of both ways to compute a product
+ROWS = (1, 2, 3, 8, 23)  # a block of every height, and several
 
 
 def make(spec: QuantSpec, rows: int, group: torch.Tensor) -> tuple[QuantizedWeight, KernelWeight]:
@@ -31,7 +31,7 @@ model = partial(product_by_rows, references.product_of_integers)
 
 
 def activations(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows without, with some and with many numbers that need a low part, one of zeros, and one of tiny numbers."""
+    """Rows whose low parts are zero, many and few, one of zeros, one of tiny numbers; the rest leave theirs out."""
     x = torch.randn(rows, columns)
     x[0] = torch.randint(-100, 101, (columns,)) / 64
     if rows > 2:

@@ -262,6 +262,8 @@ def product_of_integers(
             scaled = np.ldexp(values, -exponent)
             high = np.rint(scaled)
             low = np.rint((scaled - high) * 2**15)
+            if 4 * np.abs(low).sum() <= np.abs(high).sum():
+                low[:] = 0
             differences = codes[:, inputs].astype(np.int64) - zeros[g].astype(np.int64)[:, None]
             sums = [(differences @ part.astype(np.int64)).astype(np.float32).astype(np.float64) for part in (high, low)]
             value = np.ldexp((sums[0] + sums[1] * 2.0**-15).astype(np.float32), exponent)
