@@ -34,13 +34,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "alternations": 0, "descent": 0, "block_epochs": 0, "model_epochs": 0,
     },
     "balanced": {
-        "generated": 0.25, "token_weights": "uniform", "output_hessian": "identity", "propagation": 0.5, "refit": True,
+        "generated": 0.25, "token_weights": "uniform", "output_hessian": "loss", "propagation": 0.5, "refit": True,
         "alternations": 3, "descent": 3, "block_epochs": 0, "model_epochs": 0,
     },
 }  # fmt: skip
 PRESETS["best"] = {
-    **PRESETS["balanced"], "generated": 1.0, "token_weights": "loss", "output_hessian": "loss", "alternations": 7,
-    "descent": 5, "block_epochs": 2, "model_epochs": 2,
+    **PRESETS["balanced"], "generated": 1.0, "token_weights": "loss", "alternations": 7, "descent": 5,
+    "block_epochs": 2, "model_epochs": 2,
 }  # fmt: skip
 
 METHODS = ("gptq", "rtn", "hqq")
@@ -85,7 +85,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         packing: "concat" joins samples and cuts them into windows (also True), "each" makes one window of every
             sample, cut off after seqlen tokens (also False); "auto" is "each" for token ids, "concat" for the rest.
         preset: "balanced" is the default; "fast" leaves out what comes before and after the column loop: text that
-            the model writes, the dense model's forward pass, descent and refit; "best" weighs tokens and then learns by
+            the model writes, the dense model's passes, descent and refit; "best" weighs tokens too and then learns by
             gradient descent, for some times as long. The fields below override it one by one.
         generated: windows that the dense model writes itself and that are used beside the samples, as a multiple of
             their number; needs the model in memory. A text shows what its own domain asks of the weights, this what

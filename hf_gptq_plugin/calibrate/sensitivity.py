@@ -50,6 +50,8 @@ _TRIM_EVERY = 4  # windows
 _COPIES = 3  # numbers that are kept per token and channel of a linear layer's wider side, about
 
 _OUTPUT_WINDOWS = 32  # what the outputs' Hessians are taken from
+_OUTPUT_BYTES = 1 << 30  # what they may take over all layers; of larger models fewer outputs are felt together
+_FLIGHT_BYTES = 4 << 30  # the same for all windows that are worked on at a time
 _PRIOR = 1.0  # how much of the identity is added to their mean, see `_OutputSums.metric`
 
 
@@ -60,8 +62,8 @@ class Sensitivity:
     Args:
         tokens: what every token counts in the layer's error: fp32 `[tokens]` per window, with a mean of 1 over all
             windows of all processes. For layers of an experts module, that module's.
-        outputs: how errors of its outputs are felt together: fp32 `[n, n]` for every part of `joint.part_rows` outputs,
-            positive definite, with a mean of 1 on the diagonal of all.
+        outputs: how errors of its outputs are felt together: fp32 `[n, n]` for every part of them, see
+            `joint.part_rows`, positive definite, with a mean of 1 on the diagonal of all.
     """
 
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -90,22 +92,26 @@ def sensitivity(
         logger.info("%s is offloaded: everything counts alike.", type(model).__name__)
         return Sensitivity()
     tokens: dict[str, list[Tensor]] = {name: [] for name in sorted(names)}  # in one order in all processes
-    sums = {name: _OutputSums(model.get_submodule(name)) for name in sorted(outputs)}
+    most = _most_rows(model, outputs)
+    sums = {name: _OutputSums(model.get_submodule(name), most) for name in sorted(outputs)}
     share = -(-_OUTPUT_WINDOWS // processes.count())
     if not names:
         windows = windows[:share]
     wide = sum(max(layer.weight.shape) for layer in linears(model).values())
     at_once = torch.get_num_threads() if model.device.type == "cpu" else 1
+    if sums:
+        at_once = max(1, min(at_once, _FLIGHT_BYTES // sum(sum_.bytes for sum_ in sums.values())))
     kept = _COPIES * 4 * wide * max(map(len, windows)) * min(at_once, len(windows))
     try:
         with (
-            _watched(model, names | outputs, list(blocks) if kept > _KEPT_BYTES else []) as state,
+            _watched(model, names | outputs, most, list(blocks) if kept > _KEPT_BYTES else []) as state,
             ExitStack() as stack,
         ):
             if compute_dtype(model.device) == torch.float32:
                 stack.enter_context(own_products(model))
             work = partial(_felt, model, state, outputs, share, seed)
-            for number, window in enumerate(in_order(work, enumerate(windows), model.device.type == "cpu")):
+            each = in_order(work, enumerate(windows), model.device.type == "cpu", at_once)
+            for number, window in enumerate(each):
                 for name, parts in tokens.items():
                     parts.append(window[name].roots if name in window else torch.empty(0))
                 for name in sums.keys() & window.keys():
@@ -150,15 +156,30 @@ class _Felt:
     grams: list[Tensor]  # empty where they are not asked for
 
 
-class _OutputSums:
-    """Sums of products of a layer's outputs over windows."""
+def _outputs_of(layer: Any) -> int:
+    return int(layer.nf if isinstance(layer, Conv1D) else layer.out_features)
 
-    def __init__(self, layer: Any) -> None:
-        rows = layer.nf if isinstance(layer, Conv1D) else layer.out_features
-        size = part_rows(rows)
+
+def _most_rows(model: nn.Module, names: Iterable[str]) -> int:
+    """How many outputs of these layers are felt together at most."""
+    rows = sum(_outputs_of(model.get_submodule(name)) for name in names)
+    return max(1, _OUTPUT_BYTES // (4 * max(rows, 1)))
+
+
+class _OutputSums:
+    """Sums of products of a layer's outputs over windows, in parts of at most so many outputs."""
+
+    def __init__(self, layer: Any, most: int) -> None:
+        rows = _outputs_of(layer)
+        size = part_rows(rows, most)
         widths = [min(size, rows - a) for a in range(0, rows, size)]
         self.parts = [torch.zeros(n, n, device=layer.weight.device) for n in widths]
         self.tokens = 0
+
+    @property
+    def bytes(self) -> int:
+        """What they take."""
+        return sum(part.nbytes for part in self.parts)
 
     def add(self, felt: _Felt) -> None:
         """Add a window."""
@@ -191,9 +212,9 @@ class _Pass(threading.local):
 
 
 @contextmanager
-def _watched(model: nn.Module, names: set[str], twice: list[nn.Module]) -> Iterator[_Pass]:
-    """While the context lasts, layers note what reaches their outputs backward, weights take no gradient, and some
-    blocks keep nothing but their input."""
+def _watched(model: nn.Module, names: set[str], most: int, twice: list[nn.Module]) -> Iterator[_Pass]:
+    """While the context lasts, layers note what reaches their outputs backward, `most` outputs together, weights take
+    no gradient, and some blocks keep nothing but their input."""
     state = _Pass()
 
     def watch(name: str) -> Callable[..., Any]:
@@ -213,7 +234,7 @@ def _watched(model: nn.Module, names: set[str], twice: list[nn.Module]) -> Itera
             def note(gradient: Tensor) -> None:
                 rows = gradient.detach().float().flatten(0, -2)
                 roots = rows.square().mean(-1).sqrt()
-                runs[place] = _Felt(roots, _grams(rows, roots) if wanted else [])
+                runs[place] = _Felt(roots, _grams(rows, roots, most) if wanted else [])
 
             out.register_hook(note)
             return out
@@ -237,11 +258,11 @@ def _watched(model: nn.Module, names: set[str], twice: list[nn.Module]) -> Itera
             parameter.requires_grad_(flag)
 
 
-def _grams(rows: Tensor, roots: Tensor) -> list[Tensor]:
+def _grams(rows: Tensor, roots: Tensor, most: int) -> list[Tensor]:
     """`Σ_t g gᵀ / |g|` of gradients `g`, for every part of the outputs."""
     rows = rows / roots.clamp(min=torch.finfo(torch.float32).tiny).sqrt()[:, None]
     grams = []
-    for part in rows.split(part_rows(rows.shape[1]), 1):
+    for part in rows.split(part_rows(rows.shape[1], most), 1):
         grams.append(rows.new_zeros(part.shape[1], part.shape[1]))
         add_gram(grams[-1], part)
     return grams

@@ -16,7 +16,9 @@ Result = TypeVar("Result")
 _pool: ThreadPoolExecutor | None = None
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item], parallel: bool = True) -> Iterator[Result]:
+def in_order(
+    work: Callable[[Item], Result], items: Iterable[Item], parallel: bool = True, most: int | None = None
+) -> Iterator[Result]:
     """`map(work, items)`, as many items at a time as torch has threads; each item is worked on by one thread.
 
     Torch splits single operations among threads at places that depend on their number, and so does rounding. Within
@@ -28,11 +30,12 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], parallel: bo
         items: taken in batches.
         parallel: False works on one item at a time in the calling thread, with all of torch's threads: for an
             accelerator.
+        most: how many items are worked on at a time at most.
     """
     if not parallel:
         yield from map(work, items)
         return
-    threads = torch.get_num_threads()
+    threads = min(torch.get_num_threads(), max(1, most)) if most is not None else torch.get_num_threads()
     remaining = iter(items)
     while batch := list(islice(remaining, threads)):
         with single_threaded():

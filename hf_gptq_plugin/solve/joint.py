@@ -25,16 +25,17 @@ _ROWS = 768  # the most whose errors are felt together: what bounds a part's mem
 _COLUMNS = 128  # per lazy batch
 
 
-def part_rows(rows: int) -> int:
-    """Rows per part of a weight with so many: parts are of one size, but the last may be smaller."""
-    return -(-rows // -(-rows // _ROWS))
+def part_rows(rows: int, most: int = _ROWS) -> int:
+    """Rows per part of a weight with so many, of which a part has `most`: parts are of one size, but the last may be
+    smaller."""
+    return -(-rows // -(-rows // min(most, _ROWS)))
 
 
 class Metric:
     """`M` of a weight.
 
     Args:
-        parts: symmetric and positive definite, fp32 `[n, n]` each, of `part_rows` rows.
+        parts: symmetric and positive definite, fp32 `[n, n]` each, all of one size but the last, see `part_rows`.
 
     Raises:
         SolveError: one is not positive definite.

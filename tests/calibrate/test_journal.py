@@ -54,7 +54,9 @@ def test_goes_on_after_any_layer(
     if low_memory and kind == "mixtral":
         pytest.skip("Transformers offloads fused experts only into an offload_folder of the caller's")
     path = tiny(kind)
-    usual: dict[str, Any] = {"generated": 0} if low_memory else {"token_weights": "loss", "output_hessian": "loss"}
+    usual: dict[str, Any] = {"token_weights": "loss", "output_hessian": "loss"}
+    if low_memory:
+        usual = {"generated": 0, "output_hessian": "identity"}
     undisturbed = quantize(kind, path, windows, **usual)
     wanted, reports = saved(undisturbed, tmp_path / "undisturbed"), undisturbed.hf_quantizer.reports
     solve = blocks.solve_layer

@@ -155,6 +155,28 @@ def test_the_loss_is_what_the_model_predicts(predicts: bool) -> None:
     torch.testing.assert_close(slopes.T @ slopes / len(slopes), covariance, rtol=0, atol=0.03)
 
 
+def test_memory_bounds_how_many_outputs_are_felt_together(
+    tiny: Callable[..., Path], windows: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Smaller parts are the diagonal blocks of larger ones, whatever the number of windows at a time."""
+    model = load("llama", tiny("llama")).eval()
+    blocks, names = asked(model)
+    whole = sensitivity.sensitivity(model, blocks, ids_of(windows[:3]), set(), names, 3).outputs
+    rows = sum(model.get_submodule(name).out_features for name in names)
+    monkeypatch.setattr(sensitivity, "_OUTPUT_BYTES", 4 * 24 * rows)
+    monkeypatch.setattr(sensitivity, "_FLIGHT_BYTES", 1)
+    parts = sensitivity.sensitivity(model, blocks, ids_of(windows[:3]), set(), names, 3).outputs
+    assert sum(part.nbytes for name in names for part in parts[name]) <= 4 * 24 * rows
+    for name in names:
+        (full,), start = whole[name], 0
+        for part in parts[name]:
+            assert len(part) <= 24
+            block = slice(start, start + len(part))
+            torch.testing.assert_close(part, full[block, block], rtol=1e-5, atol=1e-7)
+            start += len(part)
+        assert start == len(full)
+
+
 def test_experts_count_by_their_module(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny("mixtral"), dtype=torch.float32).eval()
     unfuse_experts(model, [layout for layout in layouts(model).values() if layout])
