@@ -35,7 +35,9 @@ def in_order(
     if not parallel:
         yield from map(work, items)
         return
-    threads = min(torch.get_num_threads(), max(1, most)) if most is not None else torch.get_num_threads()
+    threads = torch.get_num_threads()
+    if most is not None:
+        threads = min(threads, most)
     remaining = iter(items)
     while batch := list(islice(remaining, threads)):
         with single_threaded():

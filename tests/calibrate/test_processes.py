@@ -40,7 +40,7 @@ dist.destroy_process_group()
 @pytest.mark.parametrize(
     "fields",
     [
-        '{"generated": 0}',
+        '{"generated": 0, "output_hessian": "identity"}',
         '{"generated": 0, "token_weights": "loss", "output_hessian": "loss"}',
         '{"preset": "best", "model_epochs": 1, "block_epochs": 1}',
     ],
