@@ -134,8 +134,8 @@ HF_GPTQ_API void hf_gptq_set_parallel_for(hf_gptq_parallel_for_t parallel_for);
 //   sum = fma(fp32(sum of low * (code - zero)), 2^-15, fp32(sum of high * (code - zero))) * 2^e
 //   total = fma(sum, scale, total)
 // The sums of integers are exact. x is exact down to 2^-22 of the largest of its part, bf16 being 8
-// bits wide, but for what makes up less than 2^-17 of the part in all. A part that holds infinities is the sum of their signs * (code - zero),
-// times infinity; one that holds a NaN is NaN.
+// bits wide, but for what makes up less than 2^-17 of the part in all. A part that holds infinities
+// is the sum of their signs * (code - zero), times infinity; one that holds a NaN is NaN.
 //
 // "avx512bf16" takes bf16 activations two at a time; a code - zero is exact in bf16 too. With a
 // unit of U codes, 16, 32, 8, 4 for 2, 3, 4, 8 bits, the sum of a run is
