@@ -26,7 +26,7 @@ _COLUMNS = 128  # per lazy batch
 
 
 def part_rows(rows: int, most: int = _ROWS) -> int:
-    """Rows per part of a weight with so many, no more than `most`: parts are of one size, but the last may be smaller."""
+    """Rows per part of a weight with so many, `most` at most: parts are of one size, but the last may be smaller."""
     return -(-rows // -(-rows // min(most, _ROWS)))
 
 
