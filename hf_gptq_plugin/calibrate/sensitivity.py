@@ -32,7 +32,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
 
 from ..solve.joint import part_rows
 from ..solve.linalg import add_gram, total
@@ -40,7 +39,7 @@ from . import processes
 from .products import own_products
 from .threads import in_order
 from .tune import compute_dtype, computing
-from .walk import forward_replaced, linears, text_inputs
+from .walk import forward_replaced, linear_shape, linears, text_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -156,13 +155,9 @@ class _Felt:
     grams: list[Tensor]  # empty where they are not asked for
 
 
-def _outputs_of(layer: Any) -> int:
-    return int(layer.nf if isinstance(layer, Conv1D) else layer.out_features)
-
-
 def _most_rows(model: nn.Module, names: Iterable[str]) -> int:
     """How many outputs of these layers are felt together at most."""
-    rows = sum(_outputs_of(model.get_submodule(name)) for name in names)
+    rows = sum(linear_shape(model.get_submodule(name))[1] for name in names)
     return max(1, _OUTPUT_BYTES // (4 * max(rows, 1)))
 
 
@@ -170,7 +165,7 @@ class _OutputSums:
     """Sums of products of a layer's outputs over windows, in parts of at most so many outputs."""
 
     def __init__(self, layer: Any, most: int) -> None:
-        rows = _outputs_of(layer)
+        rows = linear_shape(layer)[1]
         size = part_rows(rows, most)
         widths = [min(size, rows - a) for a in range(0, rows, size)]
         self.parts = [torch.zeros(n, n, device=layer.weight.device) for n in widths]

@@ -137,11 +137,17 @@ def linears(module: nn.Module) -> dict[str, Any]:
     }
 
 
+def linear_shape(layer: Any) -> tuple[int, int]:
+    """in_features and out_features of a dense layer."""
+    shape = layer.weight.shape
+    return (shape[0], shape[1]) if isinstance(layer, Conv1D) else (shape[1], shape[0])
+
+
 @torch.no_grad()
 def _returns_product(layer: Any) -> bool:
     if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
         return True
-    in_features, out_features = layer.weight.shape if isinstance(layer, Conv1D) else layer.weight.shape[::-1]
+    in_features, out_features = linear_shape(layer)
     # An offloaded weight is on the meta device until it is needed.
     device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
     device = layer.weight.device if device is None else device

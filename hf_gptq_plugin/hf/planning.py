@@ -11,12 +11,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig,
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from ..calibrate.walk import LINEAR
+from ..calibrate.walk import LINEAR, linear_shape
 from ..convert.source import open_source, weight_files
 from ..format.spec import QuantSpec
 from ..nn.linear import QuantLinear
 from ..train.plan import Budget, budgeted
-from .quantizer import GptqQuantizer, linear_shape
+from .quantizer import GptqQuantizer
 
 _ATTENTION = "hf_gptq_planned"
 LAYOUTS = ("gptq", "gptq_v2", "dense")

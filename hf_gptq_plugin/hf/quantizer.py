@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
@@ -24,7 +23,7 @@ from ..calibrate.pipeline import quantize_model
 from ..calibrate.plan import Plan
 from ..calibrate.report import LayerReport
 from ..calibrate.sources import CalibrationError, read_samples
-from ..calibrate.walk import LINEAR
+from ..calibrate.walk import LINEAR, linear_shape
 from ..config import GPTQConfig
 from ..format.checkpoint import TensorInfo, agreed_format, check_shapes, quantized_modules, read_headers
 from ..format.spec import CheckpointError, QuantSpec
@@ -244,12 +243,6 @@ class GptqQuantizer(HfQuantizer):
         for method in ("save_pretrained", "push_to_hub"):
             vars(model).pop(method, None)
         return model
-
-
-def linear_shape(layer: Any) -> tuple[int, int]:
-    """in_features and out_features of a dense layer."""
-    shape = layer.weight.shape
-    return (shape[0], shape[1]) if isinstance(layer, Conv1D) else (shape[1], shape[0])
 
 
 def _planned_dtype(model: Any, key: str, dtype: torch.dtype) -> torch.dtype:
