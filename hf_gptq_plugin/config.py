@@ -111,7 +111,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
             interrupted. It can be deleted once the model is saved.
         low_memory: keep on disk whatever is not worked on: the model's blocks and the activations. For models that
             are larger than memory. Presets leave out what needs all of the model then (generated, token_weights,
-            output_hessian, model_epochs).
+            output_hessian, model_epochs), as they do where `device_map` offloads a part of it.
         min_expert_tokens: a layer of a mixture's expert that the router sends fewer calibration tokens leans on all
             tokens of its layer as well, as though they had been sent to it; None for twice its in_features.
         **stock: see `transformers.GPTQConfig`. An unknown name raises TypeError.
@@ -298,6 +298,12 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
     def checkpoint(self) -> CheckpointConfig:
         """The part that describes a checkpoint."""
         return CheckpointConfig(self.spec, dict(self.dynamic), self.lm_head)
+
+    def leave_out_whole_model(self) -> list[str]:
+        """Turn off what needs all of the model in memory, for a model that is not. Returns the names of what was on."""
+        on = [name for name, without in _WHOLE_MODEL.items() if getattr(self, name) != without]
+        vars(self).update({name: _WHOLE_MODEL[name] for name in on})
+        return on
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GPTQConfig:
         """A copy that shares the tokenizer and the text: Transformers copies configs many times while it loads."""

@@ -205,6 +205,13 @@ class GptqQuantizer(HfQuantizer):
 
     def _calibrate(self, model: Any) -> None:
         config = self.quantization_config
+        if config.method == "gptq" and any(parameter.is_meta for parameter in model.parameters()):
+            left_out = config.leave_out_whole_model()
+            if left_out:
+                logger.warning(
+                    "A part of %s is offloaded: it is calibrated without what needs all of it in memory (%s).",
+                    type(model).__name__, ", ".join(left_out),
+                )  # fmt: skip
         modules = config.modules_in_block_to_quantize
         if modules is not None:
             modules = [[m] if isinstance(m, str) else list(m) for m in modules]

@@ -164,14 +164,19 @@ def test_offload_and_save_again(kind: str, checkpoint: Path, tmp_path: Path) -> 
     assert all(torch.equal(again[k], state[k]) for k in state)
 
 
-def test_quantize_an_offloaded_model(tiny: Tiny, windows: list[list[int]], tmp_path: Path) -> None:
+def test_quantize_an_offloaded_model(
+    tiny: Tiny, windows: list[list[int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = dict(bits=4, group_size=32, dataset=windows, samples=8, seqlen=32)
-    # An offloaded one writes no text, and takes no backward pass whatever is asked for.
+    # An offloaded one writes no text, takes no backward pass and learns nothing as a whole, whatever is asked for.
     plain = load(tiny("llama"), quantization_config=GPTQConfig(**config, generated=0, output_hessian="identity"))
     device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
-    asked = GPTQConfig(**config, token_weights="loss")
+    asked = GPTQConfig(**config, token_weights="loss", model_epochs=1)
     model = load(tiny("llama"), quantization_config=asked, device_map=device_map, offload_folder=tmp_path)
+    assert "(generated, token_weights, output_hessian, model_epochs)" in caplog.text
+    solver = model.config.quantization_config.meta["solver"]
+    assert solver == plain.config.quantization_config.meta["solver"]
     assert model.model.layers[1].mlp.up_proj.qweight.is_meta and not model.model.layers[0].mlp.up_proj.qweight.is_meta
     torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
 
