@@ -17,7 +17,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ from hf_gptq_plugin.nn import ops
 ROWS = (1, 4, 8, 16, 64, 256, 1024, 4096)
 SHAPES = ("4096x4096", "11008x4096", "4096x11008", "576x1536")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CACHES = 64 << 20  # bytes of copies: twice the largest cache of the machines measured
+CACHES = 128 << 20  # bytes of copies: four times the largest cache of the machines measured
 TRUTH_ROWS = 16  # rows compared with float64
+FEW_ROWS = 16
 # 7B-shaped: Llama-2-7B's seven matrices of a block, N×K, and its number of blocks.
 BLOCK_7B = ((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),)
 BLOCKS_7B = 32
@@ -69,31 +70,42 @@ def random_weight(rows: int, columns: int, case: Case) -> QuantizedWeight:
     )
 
 
+def canonical_weight(weight: QuantizedWeight) -> ops.KernelWeight:
+    """As a checkpoint has it."""
+    return ops.KernelWeight.from_canonical(**weight.pack(), spec=weight.spec, in_features=weight.codes.shape[1])
+
+
 def kernel_weight(weight: QuantizedWeight) -> ops.KernelWeight:
     """As the ops take it, packed."""
-    canonical = ops.KernelWeight.from_canonical(**weight.pack(), spec=weight.spec, in_features=weight.codes.shape[1])
-    return canonical.packed()
+    return canonical_weight(weight).packed()
 
 
 clock = time.perf_counter  # or process_time, see --clock
 
 
-def best_us(call: Callable[[int], object], seconds: float) -> float:
-    """Least time of `call(i)`, i counting up, in microseconds; at least 3 calls."""
+def best_us(call: Callable[[int], object], seconds: float, together: int = 1) -> float:
+    """Least time of `call(i)`, i counting up, in microseconds; at least 3 calls.
+
+    Args:
+        call: what to time.
+        seconds: how long.
+        together: calls whose mean is taken: over copies of a weight, so that none is lucky to be in a cache.
+    """
     call(0)
     best, count, end = float("inf"), 0, clock() + seconds
     while count < 3 or clock() < end:
         start = clock()
-        call(count)
-        best = min(best, clock() - start)
-        count += 1
+        for i in range(together):
+            call(count + i)
+        best = min(best, (clock() - start) / together)
+        count += together
     return best * 1e6
 
 
-def bandwidth() -> float:
-    """Bytes per second at which this machine reads memory, with the threads that torch uses."""
-    block = torch.ones(32 << 20, dtype=torch.int64)
-    return block.numel() * 8 / best_us(lambda _i: block.sum(), 1.0) * 1e6
+def bandwidth(many: list[ops.KernelWeight]) -> float:
+    """Bytes per second at which this machine reads the codes of weights, with the threads that torch uses."""
+    words = [w.qweight.flatten()[: w.qweight.numel() // 2 * 2].view(torch.int64) for w in many]
+    return words[0].numel() * 8 / best_us(lambda i: words[i % len(words)].sum(), 1.0, len(words)) * 1e6
 
 
 def copies(tensor_bytes: int) -> int:
@@ -151,18 +163,19 @@ def forward(
     shapes: Iterable[tuple[int, int]], rows: Iterable[int], cases: Iterable[Case], dtypes: Iterable[str], seconds: float
 ) -> list[dict[str, Any]]:
     """The product: prints one line per combination and returns the figures."""
-    read = bandwidth()
-    print(f"memory is read at {read / 1e9:.1f} GB/s\n")
     heads = ("N×K", "weight", "x", "M", "µs", "GB/s", "GFLOP/s", "× read", "× dense", "× fp32", "× torch", "× vLLM")
     print(" ".join(f"{h:>10}" for h in heads), f"{'error':>8} {'dense':>8}")
     figures, notes = [], {}
     for out_features, in_features in shapes:
         for case in cases:
             weight = random_weight(out_features, in_features, case)
-            packed = kernel_weight(weight)
+            canonical = canonical_weight(weight)
+            packed = canonical.packed()
             size = packed.qweight.numel() * 4 + packed.scales.numel() * packed.scales.element_size()
             size += 0 if packed.qzeros is None else packed.qzeros.numel() * 4
-            many = [replace(packed, qweight=packed.qweight.clone()) for _ in range(copies(size))]
+            many = [canonical.packed() for _ in range(copies(size))]
+            read = bandwidth(many)
+            print(f"the codes of {out_features}×{in_features} {case} are read at {read / 1e9:.1f} GB/s")
             full = weight.dequantize()
             for name in dtypes:
                 dtype = DTYPES[name]
@@ -174,10 +187,13 @@ def forward(
                     truth = x[:TRUTH_ROWS].double() @ full.double().T
                     dense_error = check("dense", torch.nn.functional.linear(x[:TRUTH_ROWS], dense), truth, 2e-2)
                     error = check(f"M={m} {case} {name}", ops.linear(x, packed)[:TRUTH_ROWS], truth, dense_error * 1.05)
-                    us = best_us(lambda i, x=x, w=many: ops.linear(x, w[i % len(w)]), seconds)
+                    few = m <= FEW_ROWS  # with more, a weight is not read but computed with
+                    us = best_us(lambda i, x=x, w=many: ops.linear(x, w[i % len(w)]), seconds, len(many) if few else 1)
                     times: dict[str, float] = {
                         "dense": best_us(
-                            lambda i, x=x, w=dense_many: torch.nn.functional.linear(x, w[i % len(w)]), seconds
+                            lambda i, x=x, w=dense_many: torch.nn.functional.linear(x, w[i % len(w)]),
+                            seconds,
+                            len(dense_many) if few else 1,
                         )
                     }
                     if name != "fp32":

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 PACKAGED = Path(__file__).parent / "_native" / "libhf_gptq.so"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -70,6 +70,7 @@ class Weight(Structure):
 
 
 _SIGNATURES = {
+    "hf_gptq_register_torch_op": (c_char_p,),
     "hf_gptq_linear": (POINTER(Weight), c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p),
     "hf_gptq_dequantize": (POINTER(Weight), c_void_p, c_int32, c_int64),
     "hf_gptq_linear_transposed": (POINTER(Weight), c_void_p, c_int32, c_int64, c_int64, c_void_p),
@@ -142,11 +143,14 @@ def opened(path: Path, version_of: str, needed: int, signatures: Mapping[str, Se
     return library
 
 
+def _libtorch() -> str:
+    return str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+
+
 def _share_thread_pool(library: ctypes.CDLL) -> str:
     """Let the library's loops run on torch's own threads, through a C function that libtorch exports."""
-    core = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        parallel_for = ctypes.CDLL(str(core)).torch_parallel_for
+        parallel_for = ctypes.CDLL(_libtorch()).torch_parallel_for
     except (OSError, AttributeError):
         return "serial"
     library.hf_gptq_set_parallel_for.argtypes = (c_void_p,)
@@ -158,6 +162,16 @@ def _share_thread_pool(library: ctypes.CDLL) -> str:
 def library() -> ctypes.CDLL | None:
     """The loaded library, or None."""
     return _load()[0]
+
+
+def register_linear() -> bool:
+    """Let the library itself be `hf_gptq::linear` on the CPU. To be called once, after the op is defined.
+
+    Returns:
+        False without the library, or with a torch older than 2.13: the op is still without an implementation then.
+    """
+    loaded = library()
+    return loaded is not None and loaded.hf_gptq_register_torch_op(_libtorch().encode()) == 0
 
 
 def status() -> Status:

@@ -3,6 +3,9 @@
 Each has a short PyTorch reference, which is also what runs on devices without a kernel of ours; on the CPU the
 native library takes over, on NVIDIA GPUs the CUDA library (`nn/cuda.py`). Neither mutates nor aliases its arguments.
 The choice of a kernel lies inside the op, so that a traced graph never branches on the number of tokens.
+
+On the CPU the native library itself is `hf_gptq::linear`, with no Python between PyTorch and the kernel, if both are
+new enough; `hf_gptq::linear_checked` is the same in Python, for weights in other layouts, and says what is wrong.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ _WEIGHT = (
 )
 _LIBRARY = torch.library.Library("hf_gptq", "DEF")
 _LIBRARY.define(f"linear(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")
+_LIBRARY.define(f"linear_checked(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")
 _LIBRARY.define(f"linear_transposed(Tensor x, int in_features, {_WEIGHT}) -> Tensor")
 _LIBRARY.define(f"dequantize(int in_features, ScalarType dtype, {_WEIGHT}) -> Tensor")
 
@@ -458,18 +462,23 @@ def _transposed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (grad_x, *(None,) * 9)
 
 
-_LIBRARY.impl("linear", _linear_reference, "CompositeExplicitAutograd")
+for _name in ("linear", "linear_checked"):
+    _LIBRARY.impl(_name, _linear_reference, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _linear_cuda, "CUDA")
+    torch.library.register_fake(f"hf_gptq::{_name}", _linear_fake, lib=_LIBRARY)
+    torch.library.register_autograd(
+        f"hf_gptq::{_name}", _linear_backward, setup_context=_save_for_backward, lib=_LIBRARY
+    )
+_LIBRARY.impl("linear_checked", _linear_cpu, "CPU")
+if not native.register_linear():
+    _LIBRARY.impl("linear", _linear_cpu, "CPU")
 _LIBRARY.impl("linear_transposed", _linear_transposed_reference, "CompositeExplicitAutograd")
-_LIBRARY.impl("dequantize", _dequantize_reference, "CompositeExplicitAutograd")
-_LIBRARY.impl("linear", _linear_cpu, "CPU")
 _LIBRARY.impl("linear_transposed", _linear_transposed_cpu, "CPU")
-_LIBRARY.impl("dequantize", _dequantize_cpu, "CPU")
-_LIBRARY.impl("linear", _linear_cuda, "CUDA")
-_LIBRARY.impl("dequantize", _dequantize_cuda, "CUDA")
-torch.library.register_fake("hf_gptq::linear", _linear_fake, lib=_LIBRARY)
 torch.library.register_fake("hf_gptq::linear_transposed", _linear_transposed_fake, lib=_LIBRARY)
-torch.library.register_fake("hf_gptq::dequantize", _dequantize_fake, lib=_LIBRARY)
-torch.library.register_autograd("hf_gptq::linear", _linear_backward, setup_context=_save_for_backward, lib=_LIBRARY)
 torch.library.register_autograd(
     "hf_gptq::linear_transposed", _transposed_backward, setup_context=_save_transposed, lib=_LIBRARY
 )
+_LIBRARY.impl("dequantize", _dequantize_reference, "CompositeExplicitAutograd")
+_LIBRARY.impl("dequantize", _dequantize_cpu, "CPU")
+_LIBRARY.impl("dequantize", _dequantize_cuda, "CUDA")
+torch.library.register_fake("hf_gptq::dequantize", _dequantize_fake, lib=_LIBRARY)

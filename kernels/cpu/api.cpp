@@ -2,6 +2,9 @@
 // set.
 #include <math.h>
 #include <string.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "dispatch.h"
 #include "hf_gptq.h"
@@ -141,6 +144,21 @@ class RunList {
   Buffer buffer_;
 };
 
+// Asks for large pages for memory that is about to be written: a product reads it front to back,
+// and at the end of a small page the hardware looks no further ahead. Only advice.
+void use_large_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096, kLargePage = uintptr_t{2} << 20;
+  if (static_cast<uintptr_t>(bytes) < kLargePage) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (begin + kPage - 1) & ~(kPage - 1);
+  const uintptr_t last = (begin + static_cast<uintptr_t>(bytes)) & ~(kPage - 1);
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
 struct RepackArguments {
   const int32_t* src;
   int64_t src_block_stride, src_row_stride;
@@ -244,6 +262,8 @@ const char* hf_gptq_error_string(int error) {
              "finite";
     case HF_GPTQ_ERROR_NOT_POSITIVE_DEFINITE:
       return "the matrix is not positive definite";
+    case HF_GPTQ_ERROR_TORCH:
+      return "libtorch is not loaded, is older than 2.13 or refused the op";
     case HF_GPTQ_ERROR_MODE:
       return "mode must be 0 (store), 1 (add) or 2 (add, symmetric)";
     default:
@@ -326,6 +346,9 @@ int hf_gptq_repack(const int32_t* src, int64_t src_block_stride, int64_t src_row
   if (!is_layout(src_block_stride, src_row_stride, R, N) ||
       !is_layout(dst_block_stride, dst_row_stride, R, N)) {
     return HF_GPTQ_ERROR_LAYOUT;
+  }
+  if (dst_row_stride == kBlockColumns) {
+    use_large_pages(dst, column_blocks(N) * R * kBlockColumns * sizeof(int32_t));
   }
   const RepackArguments arguments{
       src, src_block_stride, src_row_stride, dst, dst_block_stride, dst_row_stride, R, N, perm, K,

@@ -18,8 +18,8 @@ constexpr float magic(int place) { return static_cast<float>(int32_t{1} << (23 -
 constexpr uint32_t magic_bits(int place) { return static_cast<uint32_t>(150 - place) << 23; }
 constexpr int places(int bits) { return 23 / bits < 3 ? 23 / bits : 3; }
 
-// Rows ahead of the one in use to prefetch: 2 KiB per block in the blocked layout.
-constexpr int64_t kPrefetchRows = 32;
+// Rows ahead of the one in use to prefetch: 4 KiB per block in the blocked layout.
+constexpr int64_t kPrefetchRows = 64;
 
 // The words of one block: word (r, n % 16) at words[r * row_stride + n % 16].
 struct BlockWords {
@@ -53,7 +53,7 @@ inline BlockWords block_words(const hf_gptq_weight& w, int64_t block, uint32_t* 
 
 // zero[c] of the 16 columns of a block in group g, from qzeros; columns beyond N get finite values.
 template <int kBits>
-void load_zeros(const hf_gptq_weight& w, int64_t g, int64_t block, float* zero) {
+HF_GPTQ_INLINE void load_zeros(const hf_gptq_weight& w, int64_t g, int64_t block, float* zero) {
   const int64_t column = block * kBlockColumns;
   // Eight codes are kBits whole bytes. The row is read no further than its last word.
   const int64_t row_bytes = packed_words(w.N, kBits) * sizeof(uint32_t);
@@ -68,15 +68,30 @@ void load_zeros(const hf_gptq_weight& w, int64_t g, int64_t block, float* zero) 
       memcpy(&eight[i], row + offset, available);
     }
   }
-  // Vectors shift 32-bit elements best; with 8 bits the eight codes are in two of them.
-  constexpr int kPerPiece = kBits == 8 ? 4 : 8;
-  uint32_t pieces[kBlockColumns];
-  for (int c = 0; c < kBlockColumns; ++c) {
-    pieces[c] = static_cast<uint32_t>(eight[c / 8] >> (c % 8 / kPerPiece * 32));
-  }
-  for (int c = 0; c < kBlockColumns; ++c) {
-    const uint32_t field = pieces[c] >> (c % kPerPiece * kBits) & ((1u << kBits) - 1);
-    zero[c] = static_cast<float>(static_cast<int32_t>(field) + w.zero_offset);
+  constexpr uint32_t kMask = (1u << kBits) - 1;
+  if constexpr (kBits < 8 && kLanes <= 8) {
+    // The eight codes of a vector or two lie in 32 bits, which every lane shifts by its own place.
+    HF_GPTQ_UNROLL
+    for (int v = 0; v < kBlockVectors; ++v) {
+      VecU place = {};
+      HF_GPTQ_UNROLL
+      for (int i = 0; i < kLanes; ++i) place[i] = (v * kLanes % 8 + i) * kBits;
+      const VecU codes = splat(static_cast<uint32_t>(eight[v * kLanes / 8])) >> place;
+      // Under the exponent of 2^23 an integer is a float.
+      const VecF value = (VecF)((codes & kMask) | magic_bits(0));
+      store(zero + v * kLanes, value - splat(magic(0) - static_cast<float>(w.zero_offset)));
+    }
+  } else {
+    // Vectors shift 32-bit elements best; with 8 bits the eight codes are in two of them.
+    constexpr int kPerPiece = kBits == 8 ? 4 : 8;
+    uint32_t pieces[kBlockColumns];
+    for (int c = 0; c < kBlockColumns; ++c) {
+      pieces[c] = static_cast<uint32_t>(eight[c / 8] >> (c % 8 / kPerPiece * 32));
+    }
+    for (int c = 0; c < kBlockColumns; ++c) {
+      const uint32_t field = pieces[c] >> (c % kPerPiece * kBits) & kMask;
+      zero[c] = static_cast<float>(static_cast<int32_t>(field) + w.zero_offset);
+    }
   }
 }
 

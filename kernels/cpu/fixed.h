@@ -45,10 +45,10 @@ struct FixedProducts {
         : [codes] "x"(codes), [x] "x"(x));
     return sum;
   }
-  // Sums of the high and of the low parts, in fp32.
+  // Sums of the high parts, and of the low ones, in fp32.
+  static HF_GPTQ_INLINE VecF value(VecF high) { return _mm256_cvtepi32_ps((__m256i)high); }
   static HF_GPTQ_INLINE VecF value(VecF high, VecF low) {
-    return fmadd(_mm256_cvtepi32_ps((__m256i)low), splat(0x1p-15f),
-                 _mm256_cvtepi32_ps((__m256i)high));
+    return fmadd(value(low), splat(0x1p-15f), value(high));
   }
 };
 
@@ -71,13 +71,23 @@ struct Fixed {
     return (ceil_div(run.end, kUnit) * kUnit - first(run)) / 2;
   }
 
-  // The codes of step j of a unit, one in each half of a lane. With 3 bits `unit` is what
-  // arrange() makes of it.
-  static HF_GPTQ_INLINE VecU pair(const VecU (&unit)[kUnitWords], int j) {
-    const int r = j * kBits / 16;
-    const int shift = j * kBits % 16;
+  // Where step j of a unit lies in each half of a lane. With 3 bits `unit` is what arrange() makes
+  // of it.
+  static constexpr int word_of(int j) { return j * kBits / 16; }
+  static constexpr int shift_of(int j) { return j * kBits % 16; }
+
+  // Whether step j may be taken 2^kBits times as large, by the shift of the step before it.
+  static constexpr bool is_raised(int j) {
+    return kBits < 8 && j % 2 == 1 && shift_of(j - 1) + 2 * kBits <= 16 && shift_of(j) > 0;
+  }
+
+  // The codes of step j of a unit, one in each half of a lane; `raised`, times 2^kBits.
+  static HF_GPTQ_INLINE VecU pair(const VecU (&unit)[kUnitWords], int j, bool raised) {
+    const int r = word_of(j);
+    const int shift = raised ? shift_of(j - 1) : shift_of(j);
     VecH half = (VecH)unit[kUnitWords == 1 ? 0 : r];
     if (shift > 0) half >>= shift;
+    if (raised) return (VecU)half & (kMask << kBits);
     if (shift + kBits > 16) half |= (VecH)unit[(r + 1) % kUnitWords] << (16 - shift);
     return shift + kBits == 16 ? (VecU)half : (VecU)half & kMask;
   }
@@ -93,24 +103,26 @@ struct Fixed {
     }
   }
 
-  // Calls sink(i, codes) for steps i = 0 .. steps-1 from code `code` on.
-  template <int kBlocks, class Sink>
+  // Calls sink(i, place, codes) for steps i = 0 .. steps-1 from code `code` on. With kPlaces = 2
+  // the codes at place 1 are 2^kBits times as large, which spares a shift.
+  template <int kPlaces, int kBlocks, class Sink>
   static HF_GPTQ_INLINE void walk(const hf_gptq_weight& w, const uint32_t* const (&words)[kBlocks],
                                   int64_t row_stride, int64_t code, int64_t steps, Sink&& sink) {
     constexpr int kVectors = kBlocks * kBlockVectors;
     const int64_t rows = packed_words(w.K, kBits);
-    for (int64_t step = 0; step < steps; step += kHalf) {
-      const int64_t row = code_word(code + 2 * step, kBits);
+    int64_t row = code_word(code, kBits);
+    for (int64_t step = 0; step < steps; step += kHalf, row += kUnitWords) {
       VecU unit[kVectors][kUnitWords];
       load_unit(words, row, rows, row_stride, unit);
       HF_GPTQ_UNROLL
       for (int i = 0; i < kVectors; ++i) arrange(unit[i]);
       HF_GPTQ_UNROLL
       for (int j = 0; j < kHalf; ++j) {
+        const bool raised = kPlaces == 2 && is_raised(j);
         VecF values[kVectors];
         HF_GPTQ_UNROLL
-        for (int i = 0; i < kVectors; ++i) values[i] = (VecF)pair(unit[i], j);
-        sink(step + j, values);
+        for (int i = 0; i < kVectors; ++i) values[i] = (VecF)pair(unit[i], j, raised);
+        sink(step + j, raised ? 1 : 0, values);
       }
     }
   }
@@ -135,10 +147,19 @@ struct Fixed {
     return field(unit + step % kHalf) | field(unit + step % kHalf + kHalf) << 16;
   }
 
+  // lower + upper / 2^kBits: the sums of walk()'s two places.
+  static HF_GPTQ_INLINE VecF joined(VecF lower, VecF upper) {
+    return (VecF)((VecI)lower + ((VecI)upper >> kBits));
+  }
+
   // sum - zero * sum_x.
   static HF_GPTQ_INLINE VecF less_zeros(VecF sum, VecF zero, int32_t sum_x) {
     return (VecF)_mm256_sub_epi32(
         (__m256i)sum, _mm256_mullo_epi32(_mm256_cvtps_epi32(zero), _mm256_set1_epi32(sum_x)));
+  }
+  // The same for the zero of a symmetric weight.
+  static HF_GPTQ_INLINE VecF less_middle(VecF sum, int32_t sum_x) {
+    return (VecF)((VecI)sum - sum_x * (1 << (kBits - 1)));
   }
 
   static int32_t total(__m256i v) {

@@ -39,6 +39,8 @@ template <class Codes>
 constexpr int stream_blocks(int rows) {
   return Codes::kFixed ? 1 : stream_blocks(rows);
 }
+// Rows for whose sums of integers there are registers twice, see Fixed::walk.
+constexpr int kTwoPlacesRows = 2;
 // Packed x of a row task of stream(), which stays in L2.
 constexpr int64_t kStreamedFloats = int64_t{1} << 16;
 

@@ -27,6 +27,42 @@ struct Accumulate {
   }
 };
 
+// Accumulate for sums of integers in places, see Fixed::walk.
+template <class Codes, int kRows, int kVectors, int kPlaces>
+struct AccumulateFixed {
+  const float* x;
+  VecF (&sum)[kPlaces][kRows][kVectors];
+  HF_GPTQ_INLINE void operator()(int64_t i, int place, const VecF (&values)[kVectors]) const {
+    Accumulate<Codes, kRows, kVectors>{x, sum[kPlaces == 1 ? 0 : place]}(i, values);
+  }
+};
+
+// The sums of the low parts of one stretch.
+template <class Codes, int kRows, int kBlocks>
+HF_GPTQ_INLINE void low_sums(const LinearJob& job, const Stretch& s, const float* x,
+                             const uint8_t* list, int64_t listed,
+                             const uint32_t* const (&words)[kBlocks], int64_t row_stride,
+                             VecF (&sum)[1][kRows][kBlocks * kBlockVectors]) {
+  constexpr int kVectors = kBlocks * kBlockVectors;
+  const hf_gptq_weight& w = job.a.weight;
+  const AccumulateFixed<Codes, kRows, kVectors, 1> add{x, sum};
+  // Decoding a step by itself takes a few times as long as with its unit.
+  if (listed * 4 > s.end - s.begin) {
+    Codes::template walk<1>(w, words, row_stride, s.code, s.end - s.begin, add);
+    return;
+  }
+  const int64_t rows = packed_words(w.K, Codes::kBits);
+  for (int64_t i = 0; i < listed; ++i) {
+    VecF values[kVectors];
+    HF_GPTQ_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const uint32_t* column = words[v / kBlockVectors] + v % kBlockVectors * kLanes;
+      values[v] = (VecF)Codes::one(column, row_stride, rows, s.code, list[i]);
+    }
+    add(list[i], 0, values);
+  }
+}
+
 // The sums of one stretch for integer activations, in fp32. Zeros are not subtracted from codes but
 // from the sums, as zero * (sum of x): exact, as long as they are integers.
 template <class Codes, int kRows, int kBlocks>
@@ -35,44 +71,52 @@ HF_GPTQ_INLINE void fixed_sums(const LinearJob& job, int64_t row_block, int64_t 
                                const VecF (&zeros)[kBlocks * kBlockVectors],
                                VecF (&sum)[kRows][kBlocks * kBlockVectors]) {
   constexpr int kVectors = kBlocks * kBlockVectors;
+  constexpr int kPlaces = kRows <= kTwoPlacesRows ? 2 : 1;
   const hf_gptq_weight& w = job.a.weight;
   const Stretch& s = job.stretches.data[stretch];
-  const int64_t steps = s.end - s.begin;
   const int64_t first = row_block * job.stretches.steps + s.begin;
-  const int64_t x_at = first * kRows;
   const int64_t number = row_block * job.stretches.count + stretch;
-  Codes::walk(w, words, row_stride, s.code, steps,
-              Accumulate<Codes, kRows, kVectors>{job.x + x_at, sum});
-  VecF low[kRows][kVectors] = {};
-  const int64_t listed = job.fixed.listed[number];
-  const float* low_x = job.fixed.low + x_at;
-  const Accumulate<Codes, kRows, kVectors> add_low{low_x, low};
-  // Decoding a step by itself takes a few times as long as with its unit.
-  if (listed * 4 > steps) {
-    Codes::walk(w, words, row_stride, s.code, steps, add_low);
-  } else {
-    const int64_t rows = packed_words(w.K, Codes::kBits);
-    for (int64_t i = 0; i < listed; ++i) {
-      const int64_t step = job.fixed.list[first + i];
-      VecF values[kVectors];
-      HF_GPTQ_UNROLL
-      for (int v = 0; v < kVectors; ++v) {
-        const uint32_t* column = words[v / kBlockVectors] + v % kBlockVectors * kLanes;
-        values[v] = (VecF)Codes::one(column, row_stride, rows, s.code, step);
-      }
-      add_low(step, values);
+  const int32_t* sum_x = job.fixed.sums + number * 2 * kRows;
+  VecF high[kPlaces][kRows][kVectors] = {};
+  Codes::template walk<kPlaces>(
+      w, words, row_stride, s.code, s.end - s.begin,
+      AccumulateFixed<Codes, kRows, kVectors, kPlaces>{job.x + first * kRows, high});
+  auto less_zeros = [&](VecF of, int v, int32_t x) __attribute__((always_inline)) {
+    return w.qzeros ? Codes::less_zeros(of, zeros[v], x) : Codes::less_middle(of, x);
+  };
+  HF_GPTQ_UNROLL
+  for (int m = 0; m < kRows; ++m) {
+    HF_GPTQ_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const VecF lower = high[0][m][v];
+      const VecF joined = kPlaces == 1 ? lower : Codes::joined(lower, high[kPlaces - 1][m][v]);
+      sum[m][v] = less_zeros(joined, v, sum_x[m]);
     }
   }
-  const int32_t* sum_x = job.fixed.sums + number * 2 * kRows;
+  if (const int64_t listed = job.fixed.listed[number]) {
+    VecF low[1][kRows][kVectors] = {};
+    low_sums<Codes>(job, s, job.fixed.low + first * kRows, job.fixed.list + first, listed, words,
+                    row_stride, low);
+    HF_GPTQ_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+      HF_GPTQ_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        sum[m][v] =
+            Codes::Products::value(sum[m][v], less_zeros(low[0][m][v], v, sum_x[kRows + m]));
+      }
+    }
+  } else {
+    HF_GPTQ_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+      HF_GPTQ_UNROLL
+      for (int v = 0; v < kVectors; ++v) sum[m][v] = Codes::Products::value(sum[m][v]);
+    }
+  }
   HF_GPTQ_UNROLL
   for (int m = 0; m < kRows; ++m) {
     const VecF scale = splat(job.fixed.scales[number * kRows + m]);
     HF_GPTQ_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      if (listed > 0) low[m][v] = Codes::less_zeros(low[m][v], zeros[v], sum_x[kRows + m]);
-      sum[m][v] = Codes::less_zeros(sum[m][v], zeros[v], sum_x[m]);
-      sum[m][v] = Codes::Products::value(sum[m][v], low[m][v]) * scale;
-    }
+    for (int v = 0; v < kVectors; ++v) sum[m][v] *= scale;
   }
 }
 

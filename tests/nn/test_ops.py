@@ -27,10 +27,12 @@ def without_library() -> Iterator[None]:
     original = native._load
     absent = functools.cache(lambda: (None, native.Status("absent", "", "switched off by the test")))
     native._load = absent
+    op, torch.ops.hf_gptq.linear = torch.ops.hf_gptq.linear, torch.ops.hf_gptq.linear_checked
     try:
         yield
     finally:
         native._load = original
+        torch.ops.hf_gptq.linear = op
 
 
 @pytest.fixture(params=["native", "pytorch"])
@@ -168,6 +170,7 @@ def test_shapes_that_do_not_belong_together_never_reach_native_code() -> None:
     weight, _ = random_weight(QuantSpec(4, 32, sym=False), 24, 64, "shuffled")
     good = layouts(weight)["canonical"]
     x = torch.randn(2, 64)
+    refused = (ValueError, RuntimeError)  # an op without Python raises the latter, with the same text
     for field, value, message in (
         ("qweight", good.qweight[:-1], "qweight is torch.int32"),
         ("qweight", good.qweight.long(), "qweight is torch.int64"),
@@ -177,11 +180,11 @@ def test_shapes_that_do_not_belong_together_never_reach_native_code() -> None:
         ("scales", good.scales.double(), "scales has dtype torch.float64"),
     ):
         arguments = {**vars(good), field: value}
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(refused, match=message):
             ops.linear(x, KernelWeight(**arguments))
-    with pytest.raises(ValueError, match="scales has 2 groups"):
+    with pytest.raises(refused, match="scales has 2 groups"):
         ops.linear(x, KernelWeight(**{**vars(good), "g_idx": None, "group_size": 8}))
-    with pytest.raises(ValueError, match="bias has shape"):
+    with pytest.raises(refused, match="bias has shape"):
         ops.linear(x, good, torch.zeros(3))
     with pytest.raises(ValueError, match="x has shape"):
         ops.linear_transposed(x, good, 64)
@@ -194,13 +197,36 @@ def test_shapes_that_do_not_belong_together_never_reach_native_code() -> None:
             lambda w=weight_of_bad: ops.linear_transposed(torch.randn(2, 24), w, 64),
             lambda w=weight_of_bad: ops.dequantize(w, 64),
         ):
-            with pytest.raises(native.NativeError, match="a group index is outside"):
+            with pytest.raises(RuntimeError, match="a group index is outside"):
                 call()
     for value in (64, -1):
         perm = torch.arange(64, dtype=torch.int32)
         perm[7] = value
-        with pytest.raises(native.NativeError, match="an entry of perm is outside"):
+        with pytest.raises(RuntimeError, match="an entry of perm is outside"):
             ops.linear(x, KernelWeight(**{**vars(good), "perm": perm}))
+
+
+@pytest.mark.skipif(native.library() is None, reason="compares the native op with that in Python; it is absent")
+def test_the_native_op_is_the_checked_one() -> None:
+    weight, _ = random_weight(QuantSpec(3, 32, sym=False), 40, 100, "shuffled")
+    kernel_weight = layouts(weight)["packed"]
+    bias = torch.randn(40)
+    wide = torch.randn(6, 200)
+    plain = (torch.randn(5, 100), torch.randn(2, 3, 100), torch.randn(100), torch.randn(0, 100))
+    for x in (*plain, wide[:, ::2], wide[:, :100]):
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            for b in (None, bias.to(dtype), bias[None].expand(2, 40)[1].to(dtype)):
+                arguments = (x.to(dtype), b, *kernel_weight.arguments)
+                ours, checked = (getattr(torch.ops.hf_gptq, op)(*arguments) for op in ("linear", "linear_checked"))
+                assert ours.dtype == checked.dtype and torch.equal(ours, checked)
+    assert torch.ops.hf_gptq.linear(torch.empty(2, 100, device="meta"), None, *kernel_weight.arguments).shape == (2, 40)
+    # Memory: results are new, and arguments are let go.
+    x = torch.randn(4, 100)
+    y = torch.ops.hf_gptq.linear(x, bias, *kernel_weight.arguments)
+    assert y.data_ptr() != x.data_ptr() and y._use_count() == 1
+    with torch.inference_mode():
+        torch.ops.hf_gptq.linear(x, bias, *kernel_weight.arguments)
+    assert x._use_count() == 1 and kernel_weight.qweight._use_count() == 1 and bias._use_count() == 1
 
 
 @pytest.mark.parametrize("order", ["natural", "shuffled"])
