@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .journal import Hiddens, read_tensor, write_tensor
 from .threads import in_order
@@ -27,6 +28,8 @@ class _Pass(threading.local):
     kept: dict[str, Any]  # what finished submodules returned
     counts: dict[str, int]  # runs of every submodule in this pass
     calls: list[tuple[Any, ...]]  # arguments of the module that is looked at
+    inside: list[str]  # the submodules being run, from the outermost on
+    open: bool  # whether a layer has run that is not final
 
 
 class Resumable:
@@ -34,8 +37,8 @@ class Resumable:
 
     A submodule that has run to its end with all of its linear layers final is not run again: what it returned for a
     window is kept and handed out, and what its parts returned is dropped. So however often the pass is stopped to look
-    at an input, every linear layer computes once. Where modules run more than once, only their first run is kept:
-    what enters the others changes with layers that are not final yet.
+    at an input, every linear layer computes once, and so does attention (`scaled_dot_product_attention`). Where modules
+    run more than once, only their first run is kept: what enters the others changes with layers that are not final yet.
 
     Args:
         block: the block; its forward must not depend on anything but its arguments.
@@ -83,7 +86,8 @@ class Resumable:
         window, hidden = item
         self._begin(window)
         try:
-            self.block.run(hidden, window)
+            with _KeptAttention(self._pass, self._folder):
+                self.block.run(hidden, window)
         except _Stop:
             pass
         return self._pass.calls
@@ -92,12 +96,14 @@ class Resumable:
     def _output(self, item: tuple[int, Tensor]) -> Tensor:
         window, hidden = item
         self._begin(window)
-        out = self.block.run(hidden, window)
+        with _KeptAttention(self._pass, self._folder):
+            out = self.block.run(hidden, window)
         self._kept[window].clear()
         return out
 
     def _begin(self, window: int) -> None:
         self._pass.kept, self._pass.counts, self._pass.calls = self._kept[window], {}, []
+        self._pass.inside, self._pass.open = [], False
 
     @contextmanager
     def _watching(self, until: str | None) -> Iterator[None]:
@@ -124,7 +130,10 @@ class Resumable:
                 state.calls.append(args)
                 if name not in self.block.repeated:
                     raise _Stop
+            state.open |= name in self._targets and not finished
+            state.inside.append(name)
             out = own(*args, **kwargs)
+            state.inside.pop()
             # What holds the layer that is looked at must be entered again for the next one.
             if finished and first and not state.calls:
                 for part in [k for k in kept if k.startswith(f"{name}.")]:
@@ -133,6 +142,31 @@ class Resumable:
             return out
 
         return forward
+
+
+class _KeptAttention(TorchFunctionMode):
+    """Keeps what attention returned, where nothing but final layers stands before it: a pass that was stopped at the
+    output projection comes by again on its way to what follows."""
+
+    def __init__(self, state: _Pass, folder: Path | None) -> None:
+        super().__init__()
+        self._state = state
+        self._folder = folder
+        self._runs: dict[str, int] = {}  # of attention, by the submodule that holds it
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        state = self._state
+        holder = state.inside[-1] if state.inside else ""
+        run = self._runs[holder] = self._runs.get(holder, 0) + 1
+        name = f"{holder}.attention {run}"  # gone with what its holder keeps of its parts
+        if name in state.kept:
+            return _fetched(state.kept[name])
+        out = func(*args, **(kwargs or {}))
+        if not state.open and state.counts.get(holder, 1) == 1:
+            state.kept[name] = _stored(out, self._folder)
+        return out
 
 
 class _OnDisk:

@@ -44,7 +44,7 @@ def add_gram(total: Tensor, left: Tensor, right: Tensor | None = None) -> None:
     Args:
         total: fp32 `[Ka, Kb]`, contiguous; symmetric if right is None.
         left: fp32 or bf16 `[T, Ka]`, any strides. Products of bf16 are exact, and their sums are fp32's; where the
-            processor has instructions for it, they take half the time.
+            processor has instructions for it, they take half the time, elsewhere as long as fp32.
         right: `[T, Kb]`, as left; None stands for left, and takes about half the time.
 
     Raises:
@@ -59,9 +59,10 @@ def add_gram(total: Tensor, left: Tensor, right: Tensor | None = None) -> None:
     if library is None:
         total.addmm_(left.T.float(), other.float())
         return
-    dtype = left.dtype
-    if dtype == torch.bfloat16:
-        left, other = _pairs(left), _pairs(other)
+    dtype = left.dtype if multiplies_bf16() else torch.float32
+    laid_out = _pairs if dtype == torch.bfloat16 else Tensor.float
+    left = laid_out(left)
+    other = left if right is None else laid_out(right)
     _product(library, left.T, other, total, _ADD_SYMMETRIC if right is None else _ADD, dtype)
 
 

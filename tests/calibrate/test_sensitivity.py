@@ -18,6 +18,7 @@ from hf_gptq_plugin.calibrate import blocks as calibrated_blocks
 from hf_gptq_plugin.calibrate import sensitivity
 from hf_gptq_plugin.calibrate.chains import find_chains
 from hf_gptq_plugin.calibrate.experts import layouts, unfuse_experts
+from hf_gptq_plugin.calibrate.products import WideAttention
 from hf_gptq_plugin.calibrate.sensitivity import Sensitivity
 from hf_gptq_plugin.calibrate.walk import linears
 from hf_gptq_plugin.nn.experts import Experts
@@ -128,6 +129,27 @@ def test_what_is_felt_is_the_gradients_size_and_direction(
     # And nothing is left of it.
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not any("forward" in vars(m) or m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("keywords", [False, True])
+def test_attention_in_fp32_is_rounded_once(keywords: bool) -> None:
+    attention = torch.nn.functional.scaled_dot_product_attention
+    names = ("query", "key", "value", "attn_mask")
+    inputs = [torch.randn(1, 2, 7, 8).bfloat16().requires_grad_() for _ in names[:3]]
+    mask = torch.randn(7, 7).bfloat16()
+
+    def computed(arguments: list[torch.Tensor]) -> torch.Tensor:
+        return attention(**dict(zip(names, arguments, strict=True))) if keywords else attention(*arguments)
+
+    with WideAttention():
+        out = computed([*inputs, mask])
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    expected = computed([*wide, mask.float()])
+    assert torch.equal(out, expected.bfloat16())
+    slope = torch.randn_like(out)
+    found = torch.autograd.grad(out, inputs, slope)
+    wanted = torch.autograd.grad(expected, wide, slope.float())
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(found, wanted, strict=True))
 
 
 def test_threads_change_nothing_and_seeds_do(tiny: Callable[..., Path], windows: list[list[int]]) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from hf_gptq_plugin.calibrate import walk
@@ -116,6 +118,42 @@ def test_a_resumed_pass_computes_layers_once(tiny: Callable[..., Path], windows:
         resumable.final.update(stage)
     assert len(list(resumable.outputs(hiddens[:1]))) == 1
     assert sorted(computed) == sorted(layers)
+
+
+class CountAttention(TorchDispatchMode):
+    """Counts what of attention is computed, whoever asks for it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "scaled_dot_product" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("final", [True, False])
+def test_a_resumed_pass_computes_attention_once(
+    final: bool, tiny: Callable[..., Path], windows: list[list[int]]
+) -> None:
+    """Where nothing but final layers stands before it; else what entered it may be another when it is run again."""
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
+    chain, hiddens = record(model, [torch.tensor(windows[0])])
+    block, layers = chain[0], walk.linears(chain[0].module)
+    with torch.no_grad():
+        expected = block.run(hiddens[0], 0)
+    resumable = Resumable(block, layers)
+    with CountAttention() as counter:
+        for stage in STAGES["llama"]:
+            next(resumable.inputs_of(stage[0], hiddens[:1]))
+            if final:
+                resumable.final.update(stage)
+        (left,) = resumable.outputs(hiddens[:1])
+    assert torch.equal(left, expected)
+    assert counter.count == (1 if final else len(STAGES["llama"]))
+    # Nothing of it is left for the next layers, which may give something else.
+    with torch.no_grad():
+        layers["self_attn.v_proj"].weight.mul_(2)
+        (again,) = resumable.outputs(hiddens[:1])
+        assert torch.equal(again, block.run(hiddens[0], 0)) and not torch.equal(again, expected)
 
 
 def test_a_twin_keeps_the_layers_that_are_replaced(tiny: Callable[..., Path], windows: list[list[int]]) -> None:

@@ -148,8 +148,12 @@ def test_gram(implementation: str, tokens: int, columns: int) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "columns"), [(1, 1), (5, 129), (300, 70), (1301, 13), (30, 1700)])
-def test_gram_of_bf16(implementation: str, tokens: int, columns: int) -> None:
+@pytest.mark.parametrize("instructions", [False, True])
+def test_gram_of_bf16(
+    implementation: str, instructions: bool, tokens: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As that of the same numbers in fp32: their products are exact, so that sums alone round."""
+    monkeypatch.setattr(linalg, "multiplies_bf16", lambda: instructions)
     x = (torch.randn(tokens, columns) * 2.0 ** torch.randint(-20, 20, (columns,))).bfloat16()
     y = torch.randn(tokens, columns // 2 + 1).bfloat16()
     total, cross = torch.zeros(columns, columns), torch.ones(columns, y.shape[1])
@@ -166,6 +170,7 @@ def test_gram_of_bf16(implementation: str, tokens: int, columns: int) -> None:
 
 @needs_library
 def test_instruction_sets_give_the_same_bits_for_bf16(load: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linalg, "multiplies_bf16", lambda: True)
     x, y = torch.randn(700, 130).bfloat16(), torch.randn(700, 70).bfloat16()
     results = []
     for isa in ("avx512bf16", "avx512f", "avx2"):
