@@ -42,6 +42,10 @@ PRESETS["best"] = {
     **PRESETS["balanced"], "generated": 1.0, "token_weights": "loss", "alternations": 7, "descent": 5,
     "block_epochs": 2, "model_epochs": 2,
 }  # fmt: skip
+# What "balanced" does besides up to so many bits: the more is lost, the more it matters where. At 4 bits it gains
+# nothing, for a third more time.
+FEW_BITS = 3
+_AT_FEW_BITS: dict[str, Any] = {"token_weights": "loss"}
 
 METHODS = ("gptq", "rtn", "hqq")
 TOKEN_WEIGHTS = ("uniform", "loss")
@@ -85,8 +89,9 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         packing: "concat" joins samples and cuts them into windows (also True), "each" makes one window of every
             sample, cut off after seqlen tokens (also False); "auto" is "each" for token ids, "concat" for the rest.
         preset: "balanced" is the default; "fast" leaves out what comes before and after the column loop: text that
-            the model writes, the dense model's passes, descent and refit; "best" weighs tokens too and then learns by
-            gradient descent, for some times as long. The fields below override it one by one.
+            the model writes, the dense model's passes, descent and refit; "best" weighs tokens too, as "balanced" does
+            up to 3 bits, and then learns by gradient descent, for some times as long. The fields below override it one
+            by one.
         generated: windows that the dense model writes itself and that are used beside the samples, as a multiple of
             their number; needs the model in memory. A text shows what its own domain asks of the weights, this what
             all others do. Models that do not write text are calibrated without. See `calibrate.generate`.
@@ -177,7 +182,8 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
             generated, token_weights, output_hessian, propagation, refit, alternations, descent, block_epochs,
             model_epochs,
         )  # fmt: skip
-        usual = {**PRESETS[preset], **(_WHOLE_MODEL if low_memory else {})}
+        few = preset == "balanced" and isinstance(bits, int) and bits <= FEW_BITS
+        usual = {**PRESETS[preset], **(_AT_FEW_BITS if few else {}), **(_WHOLE_MODEL if low_memory else {})}
         for name, value in zip(_STEPS, asked, strict=True):
             setattr(self, name, usual[name] if value is None else value)
         self.journal = None if journal is None else str(journal)

@@ -56,7 +56,7 @@ def test_goes_on_after_any_layer(
     path = tiny(kind)
     usual: dict[str, Any] = {"token_weights": "loss", "output_hessian": "loss"}
     if low_memory:
-        usual = {"generated": 0, "output_hessian": "identity"}
+        usual = {"generated": 0, "token_weights": "uniform", "output_hessian": "identity"}
     undisturbed = quantize(kind, path, windows, **usual)
     wanted, reports = saved(undisturbed, tmp_path / "undisturbed"), undisturbed.hf_quantizer.reports
     solve = blocks.solve_layer

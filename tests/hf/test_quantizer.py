@@ -446,6 +446,16 @@ def test_presets_decide_what_is_not_said() -> None:
     best = GPTQConfig(preset="best", block_epochs=1, descent=4)
     assert best.block_epochs == 1 and best.settings.descent == 4
     assert best.model_epochs > 0 and best.settings.alternations > SolveSettings().alternations
+    # By bits: tokens' weights take time, and at 4 bits change nothing.
+    for bits, preset, weights in (
+        (3, "balanced", "loss"),
+        (4, "balanced", "uniform"),
+        (2, "fast", "uniform"),
+        (4, "best", "loss"),
+    ):
+        assert GPTQConfig(bits=bits, preset=preset).token_weights == weights
+    assert GPTQConfig(bits=2, token_weights="uniform").token_weights == "uniform"
+    assert GPTQConfig(bits=2, low_memory=True).token_weights == "uniform"
 
 
 def test_low_memory_leaves_blocks_on_disk(tiny: Callable[..., Path], windows: list[list[int]], tmp_path: Path) -> None:
