@@ -44,7 +44,7 @@ PRESETS["best"] = {
 }  # fmt: skip
 # What "balanced" does besides up to so many bits: the more is lost, the more it matters where. At 4 bits it gains
 # nothing, for a third more time.
-FEW_BITS = 3
+_FEW_BITS = 3
 _AT_FEW_BITS: dict[str, Any] = {"token_weights": "loss"}
 
 METHODS = ("gptq", "rtn", "hqq")
@@ -182,7 +182,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
             generated, token_weights, output_hessian, propagation, refit, alternations, descent, block_epochs,
             model_epochs,
         )  # fmt: skip
-        few = preset == "balanced" and isinstance(bits, int) and bits <= FEW_BITS
+        few = preset == "balanced" and isinstance(bits, int) and bits <= _FEW_BITS
         usual = {**PRESETS[preset], **(_AT_FEW_BITS if few else {}), **(_WHOLE_MODEL if low_memory else {})}
         for name, value in zip(_STEPS, asked, strict=True):
             setattr(self, name, usual[name] if value is None else value)

@@ -44,7 +44,8 @@ class WideAttention(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
 
         def wide(value: Any) -> Any:
-            return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+            narrow = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+            return value.float() if narrow else value
 
         query = args[0] if args else kwargs["query"]
         return func(*map(wide, args), **{k: wide(v) for k, v in (kwargs or {}).items()}).to(query.dtype)
