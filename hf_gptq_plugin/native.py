@@ -11,7 +11,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from ctypes import POINTER, Structure, c_char_p, c_int, c_int32, c_int64, c_void_p
+from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,8 +69,9 @@ class Weight(Structure):
     )
 
 
+_LOOKUP = CFUNCTYPE(c_void_p, c_char_p)
 _SIGNATURES = {
-    "hf_gptq_register_torch_op": (c_char_p,),
+    "hf_gptq_register_torch_op": (_LOOKUP,),
     "hf_gptq_linear": (POINTER(Weight), c_void_p, c_int32, c_int64, c_int64, c_void_p, c_void_p),
     "hf_gptq_dequantize": (POINTER(Weight), c_void_p, c_int32, c_int64),
     "hf_gptq_linear_transposed": (POINTER(Weight), c_void_p, c_int32, c_int64, c_int64, c_void_p),
@@ -171,7 +172,18 @@ def register_linear() -> bool:
         False without the library, or with a torch older than 2.13: the op is still without an implementation then.
     """
     loaded = library()
-    return loaded is not None and loaded.hf_gptq_register_torch_op(_libtorch().encode()) == 0
+    if loaded is None:
+        return False
+    try:
+        libtorch = ctypes.CDLL(_libtorch())
+    except OSError:
+        return False
+
+    def address(name: bytes) -> int | None:
+        function = getattr(libtorch, name.decode(), None)
+        return None if function is None else ctypes.cast(function, c_void_p).value
+
+    return loaded.hf_gptq_register_torch_op(_LOOKUP(address)) == 0
 
 
 def status() -> Status:

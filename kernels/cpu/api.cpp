@@ -263,7 +263,7 @@ const char* hf_gptq_error_string(int error) {
     case HF_GPTQ_ERROR_NOT_POSITIVE_DEFINITE:
       return "the matrix is not positive definite";
     case HF_GPTQ_ERROR_TORCH:
-      return "libtorch is not loaded, is older than 2.13 or refused the op";
+      return "libtorch is older than 2.13 or refused the op";
     case HF_GPTQ_ERROR_MODE:
       return "mode must be 0 (store), 1 (add) or 2 (add, symmetric)";
     default:

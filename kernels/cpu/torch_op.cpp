@@ -1,8 +1,7 @@
 // The op hf_gptq::linear for tensors on the CPU, without Python in its way: for a small layer and
 // one token that would take longer than the product. It uses the C functions that libtorch exports
-// for libraries which are not built against it ("stable ABI", torch/csrc/stable), found in the
-// loaded libtorch: nothing of torch is needed to compile this, and without torch nothing is found.
-#include <dlfcn.h>
+// for libraries which are not built against it ("stable ABI", torch/csrc/stable), and the caller
+// finds: nothing of torch is needed to compile this.
 #include <stdint.h>
 
 #include <stdexcept>
@@ -53,13 +52,13 @@ struct Torch {
 Torch torch;
 
 template <class Function>
-bool find(void* library, const char* name, Function* function) {
-  *function = reinterpret_cast<Function>(dlsym(library, name));
+bool find(hf_gptq_lookup_t lookup, const char* name, Function* function) {
+  *function = reinterpret_cast<Function>(lookup(name));
   return *function != nullptr;
 }
 
-bool find_torch(void* library) {
-#define HF_GPTQ_FIND(name) find(library, #name, &torch.name)
+bool find_torch(hf_gptq_lookup_t lookup) {
+#define HF_GPTQ_FIND(name) find(lookup, #name, &torch.name)
   return HF_GPTQ_FIND(aoti_torch_library_init_impl) && HF_GPTQ_FIND(torch_library_impl) &&
          HF_GPTQ_FIND(torch_call_dispatcher) &&
          HF_GPTQ_FIND(torch_exception_get_what_without_backtrace) &&
@@ -227,11 +226,11 @@ void linear_op(Value* stack, uint64_t /*inputs*/, uint64_t /*outputs*/) {
 }  // namespace
 }  // namespace hf_gptq
 
-int hf_gptq_register_torch_op(const char* libtorch) {
+int hf_gptq_register_torch_op(hf_gptq_lookup_t lookup) {
   using namespace hf_gptq;
-  void* library = dlopen(libtorch, RTLD_LAZY | RTLD_NOLOAD);
+  if (!lookup) return HF_GPTQ_ERROR_NULL_POINTER;
   LibraryObject* registered = nullptr;
-  if (!library || !find_torch(library) ||
+  if (!find_torch(lookup) ||
       torch.aoti_torch_library_init_impl("hf_gptq", "CPU", __FILE__, __LINE__, &registered) ||
       torch.torch_library_impl(registered, "linear", linear_op, kTorchVersion)) {
     return HF_GPTQ_ERROR_TORCH;

@@ -61,8 +61,8 @@ enum hf_gptq_error {
                                     // descend, joint: one of H, M or V is not positive and finite
   HF_GPTQ_ERROR_NOT_POSITIVE_DEFINITE = 14,  // factorize: H is not, or not in fp32
   HF_GPTQ_ERROR_MODE = 15,                   // matmul: mode is not an hf_gptq_matmul_mode
-  HF_GPTQ_ERROR_TORCH = 16,                  // register_torch_op: libtorch is not loaded, lacks a
-                                             // function (older than 2.13) or refused the op
+  HF_GPTQ_ERROR_TORCH = 16,                  // register_torch_op: libtorch lacks a function (older
+                                             // than 2.13) or refused the op
 };
 
 // A quantized weight matrix of N outputs and K inputs:
@@ -118,12 +118,15 @@ typedef int (*hf_gptq_parallel_for_t)(int64_t begin, int64_t end, int64_t grain,
 // Sets the loop for the whole process; NULL (the initial state) runs on the calling thread.
 HF_GPTQ_API void hf_gptq_set_parallel_for(hf_gptq_parallel_for_t parallel_for);
 
+// The address of a function that libtorch exports, or NULL.
+typedef void* (*hf_gptq_lookup_t)(const char* name);
+
 // Makes hf_gptq_linear the op hf_gptq::linear of the loaded libtorch for tensors on the CPU, for
 // the rest of the process. Python has defined the op, and hf_gptq::linear_checked of the same
 // schema, which is called with what hf_gptq_linear does not take as it lies, and raises where
 // something is wrong: (Tensor x, Tensor? bias, Tensor qweight, Tensor scales, Tensor? qzeros,
 // Tensor? g_idx, Tensor? perm, int bits, int group_size, int zero_offset) -> Tensor.
-HF_GPTQ_API int hf_gptq_register_torch_op(const char* libtorch);  // path of libtorch_cpu.so
+HF_GPTQ_API int hf_gptq_register_torch_op(hf_gptq_lookup_t lookup);
 
 // y = x @ weight^T + bias.
 //
