@@ -231,7 +231,7 @@ int hf_gptq_register_torch_op(hf_gptq_lookup_t lookup) {
   if (!lookup) return HF_GPTQ_ERROR_NULL_POINTER;
   LibraryObject* registered = nullptr;
   if (!find_torch(lookup) ||
-      torch.aoti_torch_library_init_impl("hf_gptq", "CPU", __FILE__, __LINE__, &registered) ||
+      torch.aoti_torch_library_init_impl("hf_gptq", "CPU", "torch_op.cpp", 0, &registered) ||
       torch.torch_library_impl(registered, "linear", linear_op, kTorchVersion)) {
     return HF_GPTQ_ERROR_TORCH;
   }
