@@ -144,15 +144,18 @@ def opened(path: Path, version_of: str, needed: int, signatures: Mapping[str, Se
     return library
 
 
-def _libtorch() -> str:
-    return str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+def _libtorch() -> ctypes.CDLL | None:
+    """The library whose C functions ours uses, if it lies where PyTorch puts it."""
+    try:
+        return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    except OSError:
+        return None
 
 
 def _share_thread_pool(library: ctypes.CDLL) -> str:
     """Let the library's loops run on torch's own threads, through a C function that libtorch exports."""
-    try:
-        parallel_for = ctypes.CDLL(_libtorch()).torch_parallel_for
-    except (OSError, AttributeError):
+    parallel_for = getattr(_libtorch(), "torch_parallel_for", None)
+    if parallel_for is None:
         return "serial"
     library.hf_gptq_set_parallel_for.argtypes = (c_void_p,)
     library.hf_gptq_set_parallel_for.restype = None
@@ -171,12 +174,8 @@ def register_linear() -> bool:
     Returns:
         False without the library, or with a torch older than 2.13: the op is still without an implementation then.
     """
-    loaded = library()
+    loaded, libtorch = library(), _libtorch()
     if loaded is None:
-        return False
-    try:
-        libtorch = ctypes.CDLL(_libtorch())
-    except OSError:
         return False
 
     def address(name: bytes) -> int | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .offload import is_offloaded
 from .products import own_products
 from .sources import CalibrationError
 from .threads import in_order
@@ -81,7 +82,7 @@ def _cannot_write(model: Any) -> str:
     can_generate = getattr(model, "can_generate", None)
     if can_generate is None or not can_generate() or model.config.is_encoder_decoder:
         return "does not continue text"
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if is_offloaded(model):
         return "is offloaded, and every token would read all of it"
     return ""
 

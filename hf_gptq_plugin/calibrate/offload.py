@@ -14,6 +14,11 @@ from ..nn.linear import QuantLinear
 from .walk import linears
 
 
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether a part of a model is not in memory."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
 class Offloaded:
     """A block whose weights accelerate has offloaded; nothing happens to one that is in memory.
 

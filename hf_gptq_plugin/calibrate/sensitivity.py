@@ -36,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from ..solve.joint import part_rows
 from ..solve.linalg import add_gram, total
 from . import processes
+from .offload import is_offloaded
 from .products import WideAttention, own_products
 from .threads import in_order
 from .tune import compute_dtype, computing
@@ -87,7 +88,7 @@ def sensitivity(
         Without layers that run several times per pass, or that the loss does not depend on; tokens only of those that
         see every one.
     """
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if is_offloaded(model):
         logger.info("%s is offloaded: everything counts alike.", type(model).__name__)
         return Sensitivity()
     tokens: dict[str, list[Tensor]] = {name: [] for name in sorted(names)}  # in one order in all processes

@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from ..calibrate.data import calibration_record, calibration_windows
 from ..calibrate.datafree import quantize_without_data
 from ..calibrate.experts import Layout, layouts, merges_into, unfuse_experts
-from ..calibrate.offload import blocks_on_disk
+from ..calibrate.offload import blocks_on_disk, is_offloaded
 from ..calibrate.pipeline import quantize_model
 from ..calibrate.plan import Plan
 from ..calibrate.report import LayerReport
@@ -205,7 +205,7 @@ class GptqQuantizer(HfQuantizer):
 
     def _calibrate(self, model: Any) -> None:
         config = self.quantization_config
-        if config.method == "gptq" and any(parameter.is_meta for parameter in model.parameters()):
+        if config.method == "gptq" and is_offloaded(model):
             left_out = config.leave_out_whole_model()
             if left_out:
                 logger.warning(

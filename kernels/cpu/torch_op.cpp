@@ -73,8 +73,6 @@ bool find_torch(hf_gptq_lookup_t lookup) {
 #undef HF_GPTQ_FIND
 }
 
-int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // -1 for a dtype that the kernels do not know.
 int32_t kernel_dtype(int32_t dtype) {
   if (dtype == torch.aoti_torch_dtype_float32()) return HF_GPTQ_FP32;
@@ -174,7 +172,7 @@ TensorObject* product(const Value* stack) {
     const Array g_idx(tensor);
     if (!g_idx.is(int32, w.K)) return nullptr;
     w.g_idx = static_cast<const int32_t*>(g_idx.data);
-  } else if (w.group_size < 1 || ceil_div(w.K, min64(w.group_size, w.K)) != w.G) {
+  } else if (w.group_size < 1 || ceil_div(w.K, w.group_size < w.K ? w.group_size : w.K) != w.G) {
     return nullptr;
   }
   if (TensorObject* tensor = tensor_of(stack, kPerm)) {
