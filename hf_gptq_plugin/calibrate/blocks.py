@@ -25,11 +25,11 @@ from ..solve.hessian import Hessian, SolveError
 from . import processes
 from .experts import expert_hessians, own_memory
 from .plan import Plan
-from .products import dense_twin
+from .products import compute_dtype, dense_twin
 from .report import LayerReport
 from .sensitivity import Sensitivity
 from .stream import Stream
-from .tune import TunedLayer, compute_dtype, output_loss, tune
+from .tune import TunedLayer, output_loss, tune
 from .walk import Block, WalkError, WholeModel, find_stages, forward_replaced, linears
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
-"""What a dense model computes with while it is calibrated, where that is faster than torch.
+"""What a model computes with while it is calibrated.
 
-Our own product is in fp32; in 16 bits, too, where the processor has no instructions for them. Attention that goes
-backward is faster in fp32 there.
+Backward passes multiply in bf16 where the hardware has instructions for it. Elsewhere torch's 16 bits are slow, above
+all backward: there our own product, exact in 16 bits, takes the place of torch's, and attention is computed in fp32.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..solve.linalg import dense_linear
+from ..solve.linalg import dense_linear, multiplies_bf16
 from .walk import Block, forward_replaced, linears, twin
 
 
@@ -28,16 +28,30 @@ def dense_twin(block: Block) -> Block:
 
 @contextmanager
 def own_products(model: nn.Module) -> Iterator[None]:
-    """While the context lasts, a model's layers multiply with our own product."""
+    """While the context lasts, a model's layers multiply with our own product, and take no gradient."""
     with ExitStack() as stack:
         for layer, forward in _products(model):
             stack.enter_context(forward_replaced(layer, forward))
         yield
 
 
-class WideAttention(TorchFunctionMode):
-    """While the context lasts, in its thread, attention is computed in fp32 and rounded once. Backward, that takes a
-    fifth of the time where the processor has no instructions for 16 bits."""
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What matrices are multiplied in: bf16 where the processor does so faster than fp32."""
+    if device.type != "cpu":
+        return torch.bfloat16
+    return torch.bfloat16 if multiplies_bf16() else torch.float32
+
+
+@contextmanager
+def computing(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """While the context lasts, in its thread, multiply matrices in a dtype; in fp32, attention is, too."""
+    with torch.autocast(device.type, dtype, cache_enabled=False) if dtype != torch.float32 else _WideAttention():
+        yield
+
+
+class _WideAttention(TorchFunctionMode):
+    """Attention is computed in fp32 and rounded once. Backward, that takes a fifth of the time where the processor has
+    no instructions for 16 bits."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not nn.functional.scaled_dot_product_attention:
@@ -58,7 +72,7 @@ def _products(module: nn.Module) -> Iterator[tuple[nn.Linear, Callable[[Tensor],
 
 
 class _Product(torch.autograd.Function):
-    """`x · weightᵀ` of a weight that takes no gradient."""
+    """`x · weightᵀ`, differentiated by x alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -72,7 +86,7 @@ class _Product(torch.autograd.Function):
 
 def _own_product(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        out = dense_linear(x, layer.weight) if layer.weight.requires_grad else _Product.apply(x, layer.weight)
+        out = _Product.apply(x, layer.weight)
         return out if layer.bias is None else out + layer.bias
 
     return forward

@@ -24,7 +24,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -37,9 +37,8 @@ from ..solve.joint import part_rows
 from ..solve.linalg import add_gram, total
 from . import processes
 from .offload import is_offloaded
-from .products import WideAttention, own_products
+from .products import compute_dtype, computing, own_products
 from .threads import in_order
-from .tune import compute_dtype, computing
 from .walk import forward_replaced, linear_shape, linears, text_inputs
 
 logger = logging.getLogger(__name__)
@@ -273,13 +272,8 @@ def _felt(
     draw = torch.Generator().manual_seed(seed + window * processes.count() + processes.rank())
     state.outputs = frozenset(outputs if window < share else ())
     state.found = {}
-    dtype = compute_dtype(model.device)
     try:
-        with (
-            torch.enable_grad(),
-            computing(dtype, model.device),
-            WideAttention() if dtype == torch.float32 else nullcontext(),
-        ):
+        with torch.enable_grad(), computing(compute_dtype(model.device), model.device):
             out = model(**text_inputs(model, ids))
             found, state.found = state.found, None  # what is computed a second time is not noted again
             logits = getattr(out, "logits", None)

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ..nn.linear import QuantLinear
 from ..solve.learn import LearnedVector, LearnedWeight, TuneSettings
-from ..solve.linalg import multiplies_bf16
 from . import processes
+from .products import compute_dtype, computing, own_products
 from .threads import in_order
 from .walk import Block, Chain, forward_replaced, split_call, text_inputs
 
@@ -73,7 +73,8 @@ def tune(
     vectors: Sequence[Mapping[str, LearnedVector]], hiddens: Sequence[Tensor], loss: Loss, epochs: int,
     settings: TuneSettings, seed: int = 0, progress: Callable[[float], None] | None = None,
 ) -> None:  # fmt: skip
-    """Let layers and vectors learn. Activations are kept at the borders of blocks; within, they are computed twice.
+    """Let layers and vectors learn. Activations are kept at the borders of blocks; within all but the last, they are
+    computed twice.
 
     Args:
         blocks: a chain.
@@ -117,47 +118,83 @@ def _gradients(
 ) -> tuple[float, list[dict[str, Tensor]]]:  # fmt: skip
     """The loss and its gradients by every weight and vector, summed over windows."""
 
-    def forward(window: int) -> tuple[float, Tensor, list[Tensor]]:
-        entered = [hiddens[window]]
-        for block, handed in zip(blocks, weights, strict=True):
-            with torch.no_grad(), _handing(handed), computing(dtype, entered[-1].device):
-                entered.append(block.run(entered[-1], window))
-        value, gradient = loss(entered.pop(), window)
-        return value, gradient, entered
+    entered: list[list[Tensor]] = []
+    slopes: list[Tensor] = []
+    value = 0.0
 
-    passes = list(in_order(forward, windows))
-    slopes = [gradient for _, gradient, _ in passes]
-    sums: list[dict[str, Tensor]] = []
-    for i in reversed(range(len(blocks))):
+    def forward(window: int) -> tuple[list[Tensor], float, Tensor, dict[str, Tensor]]:
+        hidden = [hiddens[window]]
+        for block, handed in zip(blocks[:-1], weights[:-1], strict=True):
+            with torch.no_grad(), _handing(handed), computing(dtype, hidden[-1].device):
+                hidden.append(block.run(hidden[-1], window))
+        last = _Graph(blocks[-1], weights[-1], vectors[-1], hidden.pop(), window, dtype)
+        given, slope = loss(last.out.detach(), window)
+        return hidden, given, *last.backward(slope)
 
-        def backward(place: int, i: int = i) -> tuple[Tensor, dict[str, Tensor]]:
-            entered = passes[place][2].pop()
-            return _block_gradients(blocks[i], weights[i], vectors[i], entered, windows[place], slopes[place], dtype)
+    total = _Sums()
+    for hidden, given, slope, found in in_order(forward, windows):
+        value += given
+        entered.append(hidden)
+        slopes.append(slope)
+        total.add(found)
+    sums = [total.of({**weights[-1], **vectors[-1]})]
+    for block, handed, plain in reversed([*zip(blocks, weights, vectors, strict=True)][:-1]):
 
-        total: dict[str, Tensor] = {}
+        def backward(
+            place: int, block: Block = block, handed: dict[str, Tensor] = handed, plain: dict[str, Tensor] = plain
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            return _Graph(block, handed, plain, entered[place].pop(), windows[place], dtype).backward(slopes[place])
+
+        total = _Sums()
         for place, (slope, found) in enumerate(in_order(backward, range(len(windows)))):
             slopes[place] = slope
-            for name, gradient in found.items():
-                total[name] = total[name].add_(gradient) if name in total else gradient.float()
-        for name, weight in {**weights[i], **vectors[i]}.items():  # of an expert that no window came to, and the like
-            if name not in total:
-                total[name] = torch.zeros_like(weight, dtype=torch.float32)
-        sums.append(dict(sorted(total.items())))  # in one order in all processes
-    return sum(value for value, _, _ in passes), sums[::-1]
+            total.add(found)
+        sums.append(total.of({**handed, **plain}))
+    return value, sums[::-1]
 
 
-def _block_gradients(
-    block: Block, weights: dict[str, Tensor], vectors: dict[str, Tensor], entered: Tensor, window: int, slope: Tensor,
-    dtype: torch.dtype,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """From the gradient by a block's output those by its input, its weights and its vectors, for one window."""
-    leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-    x = entered.detach().requires_grad_()
-    with torch.enable_grad(), _handing(leaves), computing(dtype, x.device):
-        out = block.run(x, window)
-    leaves |= vectors
-    slope_in, *found = torch.autograd.grad(out, [x, *leaves.values()], slope.to(out.dtype), allow_unused=True)
-    return slope_in, {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
+class _Graph:
+    """What a block gives for a window, and the way back.
+
+    Args:
+        block, entered, window: see `Block.run`.
+        weights, vectors: the block's, by name.
+        dtype: that of products.
+    """
+
+    def __init__(
+        self, block: Block, weights: dict[str, Tensor], vectors: dict[str, Tensor], entered: Tensor, window: int,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+        self._x = entered.detach().requires_grad_()
+        with torch.enable_grad(), _handing(leaves), computing(dtype, entered.device):
+            self.out = block.run(self._x, window)
+        self._leaves = leaves | vectors
+
+    def backward(self, slope: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """From the gradient by what the block gives those by what enters it, and by its weights and vectors, of those
+        that it used. The graph is gone afterwards."""
+        slope_in, *found = torch.autograd.grad(
+            self.out, [self._x, *self._leaves.values()], slope.to(self.out.dtype), allow_unused=True
+        )
+        return slope_in, {name: g for name, g in zip(self._leaves, found, strict=True) if g is not None}
+
+
+class _Sums:
+    """Sums of gradients, by name."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, gradients: dict[str, Tensor]) -> None:
+        for name, gradient in gradients.items():
+            self._sums[name] = self._sums[name].add_(gradient) if name in self._sums else gradient.float()
+
+    def of(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those by tensors, in one order in all processes; zeros where no window came to an expert, and the like."""
+        zeros = {n: torch.zeros_like(t, dtype=torch.float32) for n, t in tensors.items() if n not in self._sums}
+        return dict(sorted((self._sums | zeros).items()))
 
 
 _handed = threading.local()
@@ -188,20 +225,6 @@ def _weights_handed_in(layers: Iterable[Mapping[str, TunedLayer]]) -> Iterator[N
         for part in layers:
             for name, tuned in part.items():
                 stack.enter_context(forward_replaced(tuned.layer, forward_of(name, tuned.layer.bias)))
-        yield
-
-
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """What matrices are multiplied in: bf16 where the processor does so faster than fp32."""
-    if device.type != "cpu":
-        return torch.bfloat16
-    return torch.bfloat16 if multiplies_bf16() else torch.float32
-
-
-@contextmanager
-def computing(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Multiply matrices in a dtype while the context lasts."""
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
         yield
 
 
@@ -288,6 +311,8 @@ def model_loss(
         return value, torch.autograd.grad(given, entered, slope.to(given.dtype))[0]
 
     with ExitStack() as stack:
+        if compute_dtype(target[0].device) == torch.float32:
+            stack.enter_context(own_products(model))
         for place, block in enumerate(blocks):
             stack.enter_context(forward_replaced(block.module, stub(block.module.forward, place)))
         yield loss

@@ -18,7 +18,7 @@ from hf_gptq_plugin.calibrate import blocks as calibrated_blocks
 from hf_gptq_plugin.calibrate import sensitivity
 from hf_gptq_plugin.calibrate.chains import find_chains
 from hf_gptq_plugin.calibrate.experts import layouts, unfuse_experts
-from hf_gptq_plugin.calibrate.products import WideAttention
+from hf_gptq_plugin.calibrate.products import computing
 from hf_gptq_plugin.calibrate.sensitivity import Sensitivity
 from hf_gptq_plugin.calibrate.walk import linears
 from hf_gptq_plugin.nn.experts import Experts
@@ -141,7 +141,7 @@ def test_attention_in_fp32_is_rounded_once(keywords: bool) -> None:
     def computed(arguments: list[torch.Tensor]) -> torch.Tensor:
         return attention(**dict(zip(names, arguments, strict=True))) if keywords else attention(*arguments)
 
-    with WideAttention():
+    with computing(torch.float32, torch.device("cpu")):
         out = computed([*inputs, mask])
     wide = [x.detach().float().requires_grad_() for x in inputs]
     expected = computed([*wide, mask.float()])

@@ -49,6 +49,43 @@ def test_output_loss() -> None:
     torch.testing.assert_close(found, slope, rtol=1e-5, atol=1e-8)
 
 
+def test_a_16_bit_models_loss_is_that_of_fp32(
+    tiny: Callable[..., Path], windows: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch is slow in 16 bits the head multiplies with our own product, forward and back."""
+    monkeypatch.setattr(tune, "compute_dtype", lambda device: torch.float32)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.bfloat16).eval()
+    ids = [torch.tensor(windows[0])]
+    with torch.no_grad():
+        (chain,) = find_chains(model, ids[0])
+        blocks, (entry,) = record_calls(model, chain, ids)
+    hidden, target = (entry + torch.randn(entry.shape).bfloat16() * size for size in (0.1, 0.2))
+    narrow = []
+
+    def linear(x: Tensor, weight: Tensor, *bias: Tensor, own: Any = nn.functional.linear) -> Tensor:
+        narrow.append(x.dtype)
+        return own(x, weight, *bias)
+
+    monkeypatch.setattr(nn.functional, "linear", linear)
+    with tune.model_loss(model, chain, blocks, ids, [target]) as loss:
+        value, slope = loss(hidden, 0)
+    assert torch.bfloat16 not in narrow
+    assert slope.dtype == torch.bfloat16
+    norm, head = model.model.norm.weight.float(), model.lm_head.weight.float()
+
+    def logits(x: Tensor) -> Tensor:
+        x = x.float()
+        normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + model.config.rms_norm_eps) * norm
+        return normed @ head.T
+
+    given = hidden.float().requires_grad_()
+    expected = kl(logits(given), logits(target))
+    expected.backward()
+    assert value == pytest.approx(expected.item(), rel=2e-2)
+    assert float((slope.float() - given.grad).norm() / given.grad.norm()) < 2e-2
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text"])
 def test_gradients_are_those_of_the_whole_model(
     kind: str, tiny: Callable[..., Path], windows: list[list[int]], monkeypatch: pytest.MonkeyPatch
