@@ -157,7 +157,12 @@ def linear(x: Tensor, weight: KernelWeight, bias: Tensor | None = None) -> Tenso
 
     Returns:
         `[..., N]` in x's dtype. On the CPU kernel a row's bits depend on that row alone.
+
+    Raises:
+        ValueError: x has other features than the weight, where that names its `in_features`.
     """
+    if weight.in_features and x.shape[-1] != weight.in_features:  # the op sees words, of several features
+        raise ValueError(f"x has shape {tuple(x.shape)}; the weight has in_features={weight.in_features}")
     return torch.ops.hf_gptq.linear(x, bias, *weight.arguments)
 
 

@@ -48,7 +48,7 @@ int validate(const hf_gptq_weight* w) {
   if (w->qzeros && w->zero_offset != 0 && w->zero_offset != 1) return HF_GPTQ_ERROR_ZERO_OFFSET;
   if (!w->g_idx) {
     if (w->group_size < 1) return HF_GPTQ_ERROR_SHAPE;
-    if (ceil_div(w->K, w->group_size) > w->G) return HF_GPTQ_ERROR_GROUP;
+    if ((w->K - 1) / w->group_size >= w->G) return HF_GPTQ_ERROR_GROUP;  // that of the last feature
   }
   return HF_GPTQ_OK;
 }

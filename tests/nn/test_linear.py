@@ -108,6 +108,15 @@ def test_autocast_gives_the_autocast_dtype() -> None:
     assert torch.equal(y, layer(x.bfloat16()))
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("features", [57, 63, 65])
+def test_other_features_are_refused(training: bool, features: int) -> None:
+    """Those of the same number of words, too: 57 to 64 codes of 4 bits take eight."""
+    layer = QuantLinear.from_quantized(quantized(QuantSpec(bits=4, group_size=-1), columns=64), None, torch.float32)
+    with torch.set_grad_enabled(training), pytest.raises(ValueError, match="the weight has in_features=64"):
+        layer(torch.randn(3, features, requires_grad=training))
+
+
 def test_gradient_reaches_the_input_and_no_integer() -> None:
     layer = QuantLinear.from_quantized(quantized(QuantSpec(4, 32, sym=False), shuffled=True), torch.randn(40))
     x = torch.randn(5, 100, requires_grad=True)

@@ -184,6 +184,10 @@ def test_shapes_that_do_not_belong_together_never_reach_native_code() -> None:
             ops.linear(x, KernelWeight(**arguments))
     with pytest.raises(refused, match="scales has 2 groups"):
         ops.linear(x, KernelWeight(**{**vars(good), "g_idx": None, "group_size": 8}))
+    one, _ = random_weight(QuantSpec(4, -1), 24, 64)
+    named = layouts(one)["packed"]
+    endless = KernelWeight(**{**vars(named), "group_size": 2**63 - 1})  # nothing overflows
+    assert torch.equal(ops.linear(x, endless), ops.linear(x, named))
     with pytest.raises(refused, match="bias has shape"):
         ops.linear(x, good, torch.zeros(3))
     with pytest.raises(ValueError, match="x has shape"):
