@@ -88,7 +88,10 @@ def serve(base: str, adapter: Path, prompt: str, rank: int) -> None:
     for name, request in (("base", None), ("adapter", LoRARequest("mine", 1, str(adapter)))):
         (answer,) = engine.generate([prompt], settings, lora_request=request, use_tqdm=False)
         print(f"{name}: {prompt + answer.outputs[0].text!r}")
-    print(f"As a server: vllm serve {base} --quantization hf_gptq --enable-lora --lora-modules mine={adapter}")
+    print(
+        f"As a server: vllm serve {base} --quantization hf_gptq --enable-lora --max-loras 2 "
+        f"--max-lora-rank {max(8, rank)} --lora-modules mine={adapter}"
+    )
 
 
 if __name__ == "__main__":

@@ -215,10 +215,13 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
 
     @classmethod
     def from_stock(cls, config: StockGPTQConfig) -> GPTQConfig:
-        """Ours from a stock config: its fields, and our defaults for the rest."""
+        """Ours from a stock config: its fields, and our defaults for the rest. Its own default of `damp_percent`, ten
+        times ours, counts as not given."""
         if isinstance(config, cls):
             return config
         fields = {k: v for k, v in vars(config).items() if k != "quant_method"}
+        if fields["damp_percent"] == inspect.signature(StockGPTQConfig).parameters["damp_percent"].default:
+            del fields["damp_percent"]
         return cls(**fields)
 
     @classmethod

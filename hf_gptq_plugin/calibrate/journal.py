@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,18 +94,7 @@ class Journal:
         """The safetensors file of a finished block's quantized tensors."""
         return self.folder / self._entry(block)["file"]
 
-    def tensors(self, block: str) -> dict[str, Tensor]:
-        """A finished block's quantized tensors, by full name."""
-        path = self.file(block)
-        try:
-            with safe_open(path, framework="pt") as handle:
-                return {name: handle.get_tensor(name).clone() for name in handle.keys()}
-        except (SafetensorError, OSError) as error:
-            raise JournalError(
-                f"{path} cannot be read ({error}); delete the folder {path.parent} and start over"
-            ) from None
-
-    def write_block(self, block: str, tensors: Mapping[str, Tensor]) -> Path:
+    def write_block(self, tensors: Mapping[str, Tensor]) -> Path:
         """Write a block's quantized tensors; they count once `commit` names them."""
         path = self.folder / f"block-{len(self._index['blocks']):05d}.safetensors"
         with _named_errors(self.folder), _replacing(path) as part:
@@ -142,10 +130,6 @@ class Journal:
                 path.unlink()
         self._index = {**self._index, "blocks": []}
         self._index.pop("streams", None)
-
-    def remove(self) -> None:
-        """Delete the folder: what it was for is done."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _entry(self, block: str) -> dict[str, Any]:
         return next(entry for entry in self._index["blocks"] if entry["name"] == block)

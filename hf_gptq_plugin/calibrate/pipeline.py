@@ -268,7 +268,7 @@ def _write(
     layers = {n: m for n, m in offloaded.block.named_modules() if isinstance(m, QuantLinear)}
     prefix = f"{name}." if name else ""
     tensors = {f"{prefix}{n}.{leaf}": t for n, m in layers.items() for leaf, t in m.state_dict().items()}
-    file = journal.write_block(name, tensors)
+    file = journal.write_block(tensors)
     journal.commit(name, file, map(to_record, reports), sequences)
     offloaded.send(file, layers, prefix)
 

@@ -264,7 +264,7 @@ def _vllm_alone(source: Source) -> str:
             reasons.append(f"{spec.bits} bit")
         if not spec.sym:
             reasons.append("asymmetric")
-        if spec.desc_act:
+        if spec.desc_act and spec.group_size != -1:
             reasons.append("act-order")
         if spec.group_size not in (-1, 32, 64, 128):
             reasons.append(f"groups of {spec.group_size}")

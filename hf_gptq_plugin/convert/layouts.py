@@ -27,7 +27,7 @@ from torch import Tensor
 from ..format import packing
 from ..format.checkpoint import check_shapes, check_values
 from ..format.grid import QuantizedWeight, natural_groups
-from ..format.spec import WORD, CheckpointConfig, CheckpointError, QuantSpec
+from ..format.spec import WORD, CheckpointError, QuantSpec
 
 # Column `8 w + i` of a weight is nibble `AWQ_ORDER.index(i)` of word `w` (the order of AutoAWQ's GEMM kernel).
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -348,11 +348,6 @@ def pack_quantized_specs(config: Mapping[str, Any]) -> dict[str, tuple[list[str]
             )
         found[name] = (targets, spec)
     return found
-
-
-def gptq_specs(config: Mapping[str, Any]) -> CheckpointConfig:
-    """As `CheckpointConfig.from_dict`."""
-    return CheckpointConfig.from_dict(config)
 
 
 def _mixed(values: Tensor) -> Tensor:

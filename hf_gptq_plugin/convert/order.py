@@ -118,7 +118,7 @@ def natural_order(source: Source) -> Reordering:
         if feed is None:
             kept[module] = _RESIDUAL
             continue
-        order = _within_heads(source.config, group, spec) if feed.heads else _sorted(group, spec)
+        order = _within_heads(source.config, group) if feed.heads else _sorted(group, spec)
         if renumbered(group[order], spec) is None:
             kept[module] = _HEADS if feed.heads else _UNEQUAL
             continue
@@ -179,7 +179,7 @@ def _sorted(group: Tensor, spec: QuantSpec) -> Tensor:
     return torch.argsort(partial.long() * sizes.numel() + group.long(), stable=True)
 
 
-def _within_heads(config: Mapping[str, Any], group: Tensor, spec: QuantSpec) -> Tensor:
+def _within_heads(config: Mapping[str, Any], group: Tensor) -> Tensor:
     """Inputs of an output projection in an order that makes groups contiguous if one does.
 
     Heads that share a value head share the order of its channels.

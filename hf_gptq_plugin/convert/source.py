@@ -13,8 +13,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..format.checkpoint import TensorInfo, agreed_format, read_headers, zero_format
-from ..format.spec import CheckpointError, QuantSpec, module_pattern
-from .layouts import Layout, awq_spec, gptq_specs, layout, pack_quantized_specs
+from ..format.spec import CheckpointConfig, CheckpointError, QuantSpec, name_matches
+from .layouts import Layout, awq_spec, layout, pack_quantized_specs
 
 INDEX = "model.safetensors.index.json"
 # Modules whose stored zeros are looked at to tell v1 from v2.
@@ -203,7 +203,7 @@ def _modules(headers: Mapping[str, TensorInfo], kind: Layout) -> dict[str, dict[
 
 
 def _gptq(folder: Path, config: dict[str, Any], quantization: dict[str, Any], headers: dict[str, TensorInfo]) -> Source:
-    checkpoint = gptq_specs(quantization)
+    checkpoint = CheckpointConfig.from_dict(quantization)
     label = checkpoint.spec.checkpoint_format
     modules = _modules(headers, layout("gptq"))
     specs = {}
@@ -246,7 +246,7 @@ def _pack_quantized(
 def _targeted(module: str, targets: list[str]) -> bool:
     """Whether a target names a module: by name, or as a regex behind "re:"."""
     for target in targets:
-        if target == module or (target.startswith("re:") and module_pattern(target[3:]).match(module)):
+        if target == module or (target.startswith("re:") and name_matches(target[3:], module)):
             return True
     return False
 

@@ -17,7 +17,7 @@ from .spec import QuantSpec
 
 def natural_groups(in_features: int, group_size: int, device: torch.device | str = "cpu") -> Tensor:
     """The trivial g_idx: `k // group_size`, int32 `[K]`."""
-    width = in_features if group_size == -1 else group_size
+    width = in_features if group_size == -1 else min(group_size, in_features)  # more overflows int32
     return torch.arange(in_features, dtype=torch.int32, device=device) // width
 
 

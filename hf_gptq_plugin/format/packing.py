@@ -109,13 +109,6 @@ def unpack_zeros(qzeros: Tensor, bits: int, zero_offset: int, out_features: int)
     return unpack_stream(qzeros, bits, out_features).to(torch.int32) + zero_offset
 
 
-def to_blocked(qweight: Tensor) -> Tensor:
-    """Canonical `[R, N]` to blocked `[ceil(N / 16), R, 16]`."""
-    rows, columns = qweight.shape
-    padded = torch.nn.functional.pad(qweight, (0, -columns % BLOCK))
-    return padded.view(rows, -1, BLOCK).transpose(0, 1).contiguous()
-
-
 def to_canonical(qweight: Tensor, out_features: int) -> Tensor:
     """Blocked `[ceil(N / 16), R, 16]` to canonical `[R, N]`; a canonical tensor is returned as it is."""
     if qweight.dim() == 2:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
+
+import regex
 
 BITS = (2, 3, 4, 8)
 FORMATS = ("gptq", "gptq_v2")
@@ -160,9 +162,9 @@ def check_dynamic(spec: QuantSpec, dynamic: Any) -> dict[str, dict[str, Any]]:
         if not isinstance(overrides, Mapping):
             raise CheckpointError(f"dynamic[{pattern!r}] must be a JSON object, but it is {overrides!r}")
         try:
-            module_pattern(_regex(pattern))
+            _compiled(_regex(pattern))
             replace(spec, **{k: v for k, v in overrides.items() if k in _OVERRIDES})
-        except (re.error, ValueError, RecursionError, OverflowError) as error:
+        except ValueError as error:
             raise CheckpointError(f"dynamic[{pattern!r}]: {error}") from None
     return {pattern: dict(overrides) for pattern, overrides in dynamic.items()}
 
@@ -170,72 +172,38 @@ def check_dynamic(spec: QuantSpec, dynamic: Any) -> dict[str, dict[str, Any]]:
 def resolve(spec: QuantSpec, dynamic: Mapping[str, Mapping[str, Any]], name: str) -> QuantSpec | None:
     """The spec of module `name` under `dynamic`'s first matching rule; None where it excludes the module."""
     for pattern, overrides in dynamic.items():
-        if re.match(_regex(pattern), name):
+        if name_matches(_regex(pattern), name):
             if pattern.startswith("-:"):
                 return None
             return replace(spec, **{k: v for k, v in overrides.items() if k in _OVERRIDES})
     return spec
 
 
-# Quantifiers without an end that a pattern of names may hold.
-_MOST_REPEATS = 6
+# How long a pattern may look at one name. A matcher that backtracks can take for ever.
+_MATCH_SECONDS = 1.0
 
 
-def module_pattern(pattern: str) -> re.Pattern[str]:
-    """A regex of module names from a checkpoint, compiled; one that could match for hours is refused.
-
-    A matcher that backtracks takes exponential time on a repeated group that can match a text in several ways. Names
-    need none: groups with a repeat or an alternative in them must not be repeated without end.
+def name_matches(pattern: str, name: str) -> bool:
+    """Whether a checkpoint's regex matches a module's name from its beginning.
 
     Raises:
-        CheckpointError: such a pattern, or no regex.
+        CheckpointError: it is no regex, or takes too long.
     """
     try:
-        compiled = re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
+        return _compiled(pattern).match(name, timeout=_MATCH_SECONDS) is not None
+    except TimeoutError:
+        raise CheckpointError(
+            f"{pattern[:200]!r} takes more than {_MATCH_SECONDS:g} s to match {name!r}; write it without repeats in "
+            "repeats"
+        ) from None
+
+
+@lru_cache
+def _compiled(pattern: str) -> Any:
+    try:
+        return regex.compile(pattern)
+    except (regex.error, RecursionError, OverflowError) as error:
         raise CheckpointError(f"{pattern[:200]!r} is no regular expression: {error}") from None
-    ambiguous, repeats = [False], 0  # per open group: whether it holds a repeat or an alternative
-    place, after_group = 0, False
-    while place < len(pattern):
-        letter = pattern[place]
-        step = 1
-        if letter == "\\":
-            step = 2
-        elif letter == "[":
-            step = _class_length(pattern, place)
-        elif letter == "(":
-            ambiguous.append(False)
-        elif letter == "|" or (letter == "?" and pattern[place - 1 : place] != "("):
-            ambiguous[-1] = True
-        elif letter in "*+" or re.match(r"\{\d*,\d*\}", pattern[place:]):
-            repeats += 1
-            if after_group:
-                raise CheckpointError(
-                    f"{pattern[:200]!r} repeats a group with repeats or alternatives in it, which can take for ever; "
-                    "write it without"
-                )
-            ambiguous[-1] = True
-        if letter == ")":
-            after_group = ambiguous.pop() if len(ambiguous) > 1 else False
-            ambiguous[-1] = ambiguous[-1] or after_group
-        else:
-            after_group = False
-        place += step
-    if repeats > _MOST_REPEATS:
-        raise CheckpointError(f"{pattern[:200]!r} holds {repeats} repeats; at most {_MOST_REPEATS} are accepted")
-    return compiled
-
-
-def _class_length(pattern: str, start: int) -> int:
-    """Characters of a `[...]`; a `]` that comes first belongs to it."""
-    place = start + 1
-    if pattern[place : place + 1] == "^":
-        place += 1
-    if pattern[place : place + 1] == "]":
-        place += 1
-    while place < len(pattern) and pattern[place] != "]":
-        place += 2 if pattern[place] == "\\" else 1
-    return place + 1 - start
 
 
 def _regex(pattern: str) -> str:

@@ -24,7 +24,7 @@ LAYOUTS = ("gptq", "gptq_v2", "dense")
 
 def tune_memory_budget(
     model: str | Path | nn.Module, budget: int, *, dtype: torch.dtype = torch.float32, bits: int = 4,
-    group_size: int = 64, **options: Any,
+    group_size: int = 128, **options: Any,
 ) -> Budget:  # fmt: skip
     """What training takes by each method, and which to choose within a budget. No weight is read.
 

@@ -63,7 +63,7 @@ class Experts(nn.Module):
 
         Args:
             hidden_states: `[T, K]`.
-            top_k_index: int `[T, choices]`; an index of E or more stands for no expert.
+            top_k_index: int `[T, choices]`; an index outside of `[0, E)` stands for no expert.
             top_k_weights: `[T, choices]`.
         """
         choices = top_k_index.shape[-1]
@@ -73,7 +73,7 @@ class Experts(nn.Module):
         out = hidden_states.new_zeros(chosen.shape[0], hidden_states.shape[-1], dtype=dtype)
         experts = list(self)
         for index in chosen.unique().tolist():
-            if index < self.num_experts:
+            if 0 <= index < self.num_experts:
                 rows = (chosen == index).nonzero().squeeze(-1)
                 out[rows] = (experts[index](hidden_states[rows // choices]) * weights[rows]).to(dtype)
         return out.view(-1, choices, out.shape[-1]).sum(dim=1).to(hidden_states.dtype)

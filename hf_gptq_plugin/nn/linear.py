@@ -114,7 +114,8 @@ class QuantLinear(nn.Linear):
     def zero_format(self) -> str | None:
         """The format that the loaded zeros show, or None; see `format.checkpoint.zero_format`."""
         with _materialized(self):
-            return zero_format(self.qweight, self.qzeros, self.spec, self.out_features, self._stored_g_idx())
+            qweight = self.kernel_weight.canonical_qweight() if self.finalized else self.qweight
+            return zero_format(qweight, self.qzeros, self.spec, self.out_features, self._stored_g_idx())
 
     def finalize(self, spec: QuantSpec | None = None, name: str = "layer") -> None:
         """Check the loaded tensors and lay them out for the kernels.
@@ -131,6 +132,8 @@ class QuantLinear(nn.Linear):
             if parameter is not self.bias:
                 parameter.requires_grad_(False)  # loaders make floats trainable
         with _materialized(self) as offloaded:
+            if self.finalized and not offloaded:
+                self.qweight.data, self.perm = self.kernel_weight.canonical_qweight(), None
             check_values(name, self.scales, self.g_idx)
             weight = KernelWeight.from_canonical(
                 self.qweight, self.qzeros, self.scales, self.g_idx, self.spec, self.in_features
@@ -169,7 +172,7 @@ class QuantLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x @ weight.T + bias`; x `[..., K]` in fp32, bf16 or fp16."""
-        if torch.is_autocast_enabled(x.device.type):
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
         prepared = self._prepare()
@@ -181,15 +184,29 @@ class QuantLinear(nn.Linear):
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not self.finalized:
             return None
         own = self._parameters
-        tensors = (own["qweight"], own["scales"], own["qzeros"], own["g_idx"], self._buffers["perm"])
+        tensors = (*map(own.get, ("qweight", "scales", "qzeros", "g_idx")), self._buffers.get("perm"))
         kept = self.__dict__.get("_prepared")
         if kept is None or any(map(operator.is_not, tensors, kept[0])):
-            on_cpu = native.library() is not None and all(
-                t is None or (type(t) in (Tensor, nn.Parameter) and t.is_cpu) for t in tensors
-            )
-            prepared = PreparedWeight(self.kernel_weight) if on_cpu and self.qweight.dim() != 4 else None
-            kept = self.__dict__["_prepared"] = (tensors, prepared)
+            self.__dict__.pop("_prepared", None)
+            if not self._can_be_kept(tensors):
+                return None
+            kept = self.__dict__["_prepared"] = (tensors, PreparedWeight(self.kernel_weight))
         return kept[1]
+
+    def _can_be_kept(self, tensors: tuple[Tensor | None, ...]) -> bool:
+        """Whether tensors are the layer's own, and the CPU kernel's: not those that are here for one call, of an
+        offloaded layer or of a replica."""
+        qweight, scales = tensors[:2]
+        hook = self.__dict__.get("_hf_hook")
+        return (
+            native.library() is not None
+            and qweight is not None
+            and scales is not None
+            and qweight.dim() != 4
+            and scales.dtype in native.DTYPES
+            and not any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,)))
+            and all(t is None or (type(t) in (Tensor, nn.Parameter) and t.is_cpu) for t in tensors)
+        )
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A dense `nn.Linear` with the dequantized weight."""
@@ -213,6 +230,8 @@ class QuantLinear(nn.Linear):
     def _apply(self, fn: Any, recurse: bool = True) -> QuantLinear:
         """Moves and casts; on another kind of device the codes are laid out for its kernels."""
         super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scales.device)).dtype  # as a bias goes
+        self.__dict__.pop("_prepared", None)
         if self.finalized and all(p.device.type != "meta" for p in self.parameters(recurse=False)):
             packed = self.kernel_weight.packed()
             if packed.qweight is not self.qweight:
@@ -235,15 +254,17 @@ class QuantLinear(nn.Linear):
             destination[prefix + "g_idx"] = natural_groups(self.in_features, self.spec.group_size)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        if not self.finalized:
-            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-            return
-        self.qweight.data = self.kernel_weight.canonical_qweight()
-        self.perm = None
-        if self.g_idx is None:
+        # Writers may leave g_idx out where it says nothing, or not.
+        given = f"{prefix}g_idx" in state_dict
+        if given and self.g_idx is None:
             self.g_idx = _frozen(self._stored_g_idx())
+        elif not given and self.g_idx is not None and not self.spec.desc_act:
+            state_dict[f"{prefix}g_idx"] = natural_groups(self.in_features, self.spec.group_size)
+        if self.finalized:
+            self.qweight.data, self.perm = self.kernel_weight.canonical_qweight(), None
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.finalize(name=prefix.rstrip("."))
+        if self.finalized:
+            self.finalize(name=prefix.rstrip("."))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_prepared"}

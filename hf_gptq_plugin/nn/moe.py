@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops import KernelWeight, linear
+from .ops import KernelWeight, check_weight, linear
 
 _STACKED = ("qweight", "scales", "qzeros", "g_idx", "perm")
 _ARGUMENTS = (
@@ -82,7 +82,14 @@ def moe(
     Returns:
         `[T, K']` in x's dtype. A token's sum is taken over its choices in their order; on the CPU kernel its bits
         depend on that token alone.
+
+    Raises:
+        ValueError: shapes that do not belong together.
     """
+    hidden = up.scales.shape[-1] // (2 if gated else 1)
+    for what, features, weight in (("x", x.shape[-1], up), ("what up returns", hidden, down)):
+        if weight.in_features and features != weight.in_features:
+            raise ValueError(f"{what} has {features} features; the next weights have in_features={weight.in_features}")
     return torch.ops.hf_gptq.moe(
         x, topk_weights, topk_ids, expert_map, activation, gated, *up.arguments, *down.arguments
     )
@@ -94,6 +101,11 @@ def _moe(
 ) -> Tensor:  # fmt: skip
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} is not supported; use one of {', '.join(ACTIVATIONS)}")
+    if topk_ids.shape != topk_weights.shape or topk_ids.dim() != 2 or len(topk_ids) != len(x):
+        raise ValueError(
+            f"topk_ids {tuple(topk_ids.shape)} and topk_weights {tuple(topk_weights.shape)} must both be [T, choices] "
+            f"for x {tuple(x.shape)}"
+        )
     count = len(weights) // 2
     experts = [_Expert(weights[:count], weights[count:], index, activation, gated) for index in range(len(weights[0]))]
     ids = topk_ids
@@ -155,8 +167,10 @@ def _moe_fake(
     x: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None, activation: str, gated: bool,
     *weights: Any,
 ) -> Tensor:  # fmt: skip
-    down_scales = weights[len(weights) // 2 + 1]
-    return x.new_empty((*x.shape[:-1], down_scales.shape[-1]))
+    count = len(weights) // 2
+    for weight in (weights[:count], weights[count:]):
+        check_weight(x, weight)
+    return x.new_empty((*x.shape[:-1], weights[count + 1].shape[-1]))
 
 
 _LIBRARY.impl("moe", _moe, "CompositeExplicitAutograd")

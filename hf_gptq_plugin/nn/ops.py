@@ -11,23 +11,26 @@ new enough; `hf_gptq::linear_checked` is the same in Python, for weights in othe
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import native, native_cuda
 from ..format import packing, tiles
 from ..format.grid import dequantize as dequantize_codes
 from ..format.grid import natural_groups
-from ..format.spec import QuantSpec, words
+from ..format.spec import BITS, QuantSpec, words
 from . import cuda
 
 _WEIGHT = (
     "Tensor qweight, Tensor scales, Tensor? qzeros, Tensor? g_idx, Tensor? perm, "
     "int bits, int group_size, int zero_offset"
 )
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LIBRARY = torch.library.Library("hf_gptq", "DEF")
 _LIBRARY.define(f"linear(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")
 _LIBRARY.define(f"linear_checked(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")
@@ -159,11 +162,32 @@ def linear(x: Tensor, weight: KernelWeight, bias: Tensor | None = None) -> Tenso
         `[..., N]` in x's dtype. On the CPU kernel a row's bits depend on that row alone.
 
     Raises:
-        ValueError: x has other features than the weight, where that names its `in_features`.
+        ValueError: x has another dtype, or other features than the weight, where that names its `in_features`; tensors
+            on several devices.
     """
-    if weight.in_features and x.shape[-1] != weight.in_features:  # the op sees words, of several features
+    _check_floats(x)
+    # The op sees words, of several features.
+    if x.dim() < 1 or (weight.in_features and x.shape[-1] != weight.in_features):
         raise ValueError(f"x has shape {tuple(x.shape)}; the weight has in_features={weight.in_features}")
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        return _with_tangent(x, weight, bias)
     return torch.ops.hf_gptq.linear(x, bias, *weight.arguments)
+
+
+def _check_floats(x: Tensor) -> None:
+    if x.dtype not in _FLOATS:
+        raise ValueError(f"x has dtype {x.dtype}; accepted: float32, bfloat16, float16 and, slowly, float64")
+
+
+def _with_tangent(x: Tensor, weight: KernelWeight, bias: Tensor | None) -> Tensor:
+    """`linear` in forward-mode differentiation: it is linear in x, and plus the bias."""
+    x, by_x = forward_ad.unpack_dual(x)
+    bias, by_bias = (None, None) if bias is None else forward_ad.unpack_dual(bias)
+    y = torch.ops.hf_gptq.linear(x, bias, *weight.arguments)
+    if by_x is None and by_bias is None:
+        return y
+    tangent = torch.zeros_like(y) if by_x is None else torch.ops.hf_gptq.linear(by_x, None, *weight.arguments)
+    return forward_ad.make_dual(y, tangent if by_bias is None else tangent + by_bias)
 
 
 class PreparedWeight:
@@ -181,7 +205,7 @@ class PreparedWeight:
         """
         self._described, self._tensors = _describe(weight.in_features, *weight.arguments)
         present = [t for t in self._tensors if t is not None]
-        self._pointers = [(t.data_ptr, t.data_ptr()) for t in present]
+        self._pointers = [(t, t.data_ptr, t.data_ptr(), t.dtype) for t in present]
         # Copies, made of tensors that are not contiguous, would not follow their values.
         self._follows = all(a is b for a, b in zip(self._tensors, weight.arguments[:5], strict=True))
 
@@ -198,11 +222,12 @@ class PreparedWeight:
             or torch._C._functorch.peek_interpreter_stack() is not None
             or torch._C._get_tracing_state() is not None
             or torch.autograd._profiler_enabled()
+            or forward_ad._current_level >= 0
             or not self._follows
         ):
             return None
-        for address, known in self._pointers:
-            if address() != known:
+        for tensor, address, known, dtype in self._pointers:
+            if address() != known or tensor.dtype != dtype:
                 return None
         return _multiply(x, bias, self._described)
 
@@ -217,7 +242,11 @@ def linear_transposed(x: Tensor, weight: KernelWeight, in_features: int) -> Tens
 
     Returns:
         `[..., K]` in x's dtype. On the CPU kernel a row's bits depend on that row alone.
+
+    Raises:
+        ValueError: x has another dtype, or other features than the weight has outputs.
     """
+    _check_floats(x)
     return torch.ops.hf_gptq.linear_transposed(x, in_features, *weight.arguments)
 
 
@@ -288,7 +317,8 @@ def _dequantize_cpu(in_features: int, dtype: torch.dtype, *weight: Any) -> Tenso
     if library is None or dtype not in native.DTYPES:
         return _dequantize_reference(in_features, dtype, *weight)
     described, keep = _describe(in_features, *weight)
-    out = torch.empty(described.N, in_features, dtype=dtype)
+    # A perm that names an input twice leaves another's column unwritten.
+    out = (torch.empty if keep[4] is None else torch.zeros)(described.N, in_features, dtype=dtype)
     native.check(library.hf_gptq_dequantize(ctypes.byref(described), out.data_ptr(), native.DTYPES[dtype], in_features))
     del keep
     return out
@@ -322,6 +352,7 @@ def _multiply(x: Tensor, bias: Tensor | None, described: native.Weight) -> Tenso
     if bias is not None:
         if bias.shape != (out_features,):
             raise ValueError(f"bias has shape {tuple(bias.shape)}; the weight has out_features={out_features}")
+        _check_devices(x, bias=bias)
         bias = bias.to(x.dtype).contiguous()
     out = x.new_empty((*x.shape[:-1], out_features))
     native.check(
@@ -363,6 +394,11 @@ def _describe(
     Raises:
         ValueError: shapes or dtypes that do not belong together; native code never sees them.
     """
+    if bits not in BITS or zero_offset not in (0, 1) or scales.dim() != 2:
+        raise ValueError(
+            f"bits={bits}, zero_offset={zero_offset} and scales of shape {tuple(scales.shape)} are no weight; accepted "
+            "are bits 2, 3, 4 or 8, zero_offset 0 or 1, and scales [G, N]"
+        )
     groups, out_features = scales.shape
     rows = words(in_features, bits)
     blocks = -(-out_features // packing.BLOCK)
@@ -426,16 +462,39 @@ def _repack(qweight: Tensor, bits: int, order: Tensor | None) -> Tensor:
     return out
 
 
-def _linear_fake(x: Tensor, bias: Tensor | None, qweight: Tensor, scales: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty((*x.shape[:-1], scales.shape[1]))
+def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:
+    """All on one device. What is on `meta` has no values: PyTorch takes the fakes below for it, whatever else is real.
+
+    Raises:
+        ValueError: one is elsewhere.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, x on {x.device}; "
+                + ("load its values first" if tensor.is_meta else "move one of them")
+            )
+
+
+def check_weight(x: Tensor, weight: Sequence[Any]) -> None:
+    """`_check_devices` of the tensors of an op's trailing arguments."""
+    _check_devices(x, **dict(zip(("qweight", "scales", "qzeros", "g_idx", "perm"), weight, strict=False)))
+
+
+def _linear_fake(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
+    _check_devices(x, bias=bias)
+    check_weight(x, weight)
+    return x.new_empty((*x.shape[:-1], weight[1].shape[1]))
 
 
 def _linear_transposed_fake(x: Tensor, in_features: int, *weight: Any) -> Tensor:
+    check_weight(x, weight)
     return x.new_empty((*x.shape[:-1], in_features))
 
 
-def _dequantize_fake(in_features: int, dtype: torch.dtype, qweight: Tensor, scales: Tensor, *rest: Any) -> Tensor:
-    return scales.new_empty((scales.shape[1], in_features), dtype=dtype)
+def _dequantize_fake(in_features: int, dtype: torch.dtype, *weight: Any) -> Tensor:
+    check_weight(weight[1], weight)
+    return weight[1].new_empty((weight[1].shape[1], in_features), dtype=dtype)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -32,7 +32,7 @@ class SolveSettings:
         damp_percent: damping of the Hessian, as a fraction of its diagonal's mean; raised where it must be.
         order: "hessian" solves columns in order of falling Hessian diagonal, "natural" from left to right.
             Groups lie in natural order either way, unless the spec has desc_act.
-        scale_search: "mse" or "minmax", see `choose_scales`.
+        scale_search: "mse", "minmax", "percentile" or "entropy", see `choose_scales`.
         blocksize: columns per lazy batch; a matter of cache only, codes do not depend on it.
         propagation: how much of the error of layers already quantized a layer takes over, 0 to 1; 0 also saves the
             dense model's forward pass. See `refine.propagate`.

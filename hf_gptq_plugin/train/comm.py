@@ -42,7 +42,7 @@ class Int8AllReduce:
 
     def reduce(self, values: Tensor, key: int = 0) -> Tensor:
         """The mean over processes of fp32 values of one shape."""
-        processes, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        processes = dist.get_world_size(self.group)
         flat = values.flatten()
         left = self._left.get(key)
         if self.feedback and left is not None and left.shape == flat.shape:
@@ -52,8 +52,8 @@ class Int8AllReduce:
         packed = Int8Blocks.of(padded)
         if self.feedback:
             self._left[key] = (padded - packed.dense())[: flat.numel()]
-        codes = self._exchanged(packed.codes.view(processes, -1), rank)
-        scales = self._exchanged(packed.scales.view(processes, -1), rank)
+        codes = self._exchanged(packed.codes.view(processes, -1))
+        scales = self._exchanged(packed.scales.view(processes, -1))
         own = (codes.view(processes, -1, BLOCK).float() * scales[:, :, None]).mean(0)
         back = Int8Blocks.of(own)
         all_codes = [torch.empty_like(back.codes) for _ in range(processes)]
@@ -65,7 +65,7 @@ class Int8AllReduce:
         dense = torch.cat(all_codes).float() * torch.cat(all_scales)[:, None]
         return dense.flatten()[: flat.numel()].view_as(values)
 
-    def _exchanged(self, parts: Tensor, rank: int) -> Tensor:
+    def _exchanged(self, parts: Tensor) -> Tensor:
         """Row `i` to process `i`; rows `[processes, ...]` that came for this one."""
         received = torch.empty_like(parts)
         dist.all_to_all_single(received, parts.contiguous(), group=self.group)
@@ -116,8 +116,8 @@ class Exchange:
 class Int8Gradients:
     """Round the gradients of chosen parameters to int8 in blocks of 256, from a step on.
 
-    This is the source documents' "Q-GaLore": relative error about 0.02 for normal values, and no saving by itself while
-    a framework keeps `grad` in its own dtype; it shows what training in int8 gradients does.
+    The relative error is about 0.02 for normal values. Nothing is saved by it while a framework keeps `grad` in its own
+    dtype; it shows what training in int8 gradients does.
 
     Args:
         parameters: whose gradients.

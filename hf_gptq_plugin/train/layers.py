@@ -59,9 +59,11 @@ class LearnedGrid(nn.Module):
 
     def scales(self) -> Tensor:
         """The present scales as a checkpoint stores them, `[G, N]`."""
-        values = self.layer.scales.float() * self.alpha.detach().clamp_min(LEAST)
-        limit = torch.finfo(self.layer.scales.dtype).max
-        return values.clamp(-limit, limit).to(self.layer.scales.dtype)
+        start, limits = self.layer.scales.float(), torch.finfo(self.layer.scales.dtype)
+        size = start.abs() * self.alpha.detach().clamp_min(LEAST)
+        # None becomes subnormal; what a checkpoint had below that stays as it is.
+        size = size.clamp_max(limits.max).maximum(start.abs().clamp_max(limits.tiny))
+        return size.copysign(start).to(self.layer.scales.dtype)
 
     def zeros(self) -> Tensor:
         """The present zeros, int32 `[G, N]`."""

@@ -49,7 +49,7 @@ class TrainSettings:
         gradients: one of `GRADIENTS`; "int8-block" rounds them to int8 in blocks of 256 with a scale of their own, at
             every step after `gradient_warmup`.
         gradient_warmup: steps in which gradients stay as they are.
-        gradient_modules: last parts of names of the layers whose gradients are rounded; none for all.
+        gradient_modules: parts of the names of the layers whose gradients are rounded; none for all.
         exchange: one of `GRADIENTS`; how several processes send each other their gradients.
     """
 

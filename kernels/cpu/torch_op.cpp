@@ -145,15 +145,18 @@ TensorObject* product(const Value* stack) {
   }
   const int32_t int32 = torch.aoti_torch_dtype_int32();
   const int32_t dtype = kernel_dtype(x.dtype);
+  const int64_t bits = static_cast<int64_t>(stack[kBits]);
+  const int64_t offset = static_cast<int64_t>(stack[kOffset]);
+  if (bits < 2 || bits > 8 || offset < 0 || offset > 1) return nullptr;
   hf_gptq_weight w{};
-  w.bits = static_cast<int32_t>(stack[kBits]);
+  w.bits = static_cast<int32_t>(bits);
   w.scale_dtype = kernel_dtype(scales.dtype);
   w.K = x.sizes[x.dim - 1];
   w.G = scales.sizes[0];
   w.N = scales.sizes[1];
   w.group_size = static_cast<int64_t>(stack[kGroupSize]);
-  w.zero_offset = static_cast<int32_t>(stack[kOffset]);
-  if (w.bits < 2 || w.bits > 8 || w.K < 1 || w.N < 1) return nullptr;
+  w.zero_offset = static_cast<int32_t>(offset);
+  if (w.K < 1 || w.N < 1) return nullptr;
   const int64_t words = packed_words(w.K, w.bits);
   if (dtype < 0 || w.scale_dtype < 0 ||
       !qweight.is(int32, column_blocks(w.N), words, kBlockColumns)) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -91,13 +92,12 @@ import os, signal, sys, warnings
 warnings.simplefilter("ignore")
 from hf_gptq_plugin.calibrate import journal
 place, calls = int(sys.argv[2]), [0]
-for name in ("write_tensor", "save_file"):
-    def counted(*args, own=getattr(journal, name)):
-        calls[0] += 1
-        if calls[0] == place:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return own(*args)
-    setattr(journal, name, counted)
+def counted(*args, own=journal.save_file):
+    calls[0] += 1
+    if calls[0] == place:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return own(*args)
+journal.save_file = counted
 import torch, json
 from transformers import AutoModelForCausalLM
 from hf_gptq_plugin import GPTQConfig
@@ -106,18 +106,27 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, quantizat
 """
 
 
-def test_goes_on_after_sigkill(tiny: Callable[..., Path], windows: list[list[int]], tmp_path: Path) -> None:
+def test_goes_on_after_sigkill(
+    tiny: Callable[..., Path], windows: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, folder = tiny("llama"), tmp_path / "journal"
-    # 8 windows and 2 written ones, two streams: the first block's files are 20 entries, 1 of codes, 20 that leave it.
-    for place in (50, 25):
+    # 8 windows and 2 written ones, two streams: the first block's files are 20 entries, 1 of codes, 20 that leave it;
+    # the second's 1 and 20.
+    for place in (50, 10):
         done = subprocess.run(
             [sys.executable, "-c", KILLED, str(path), str(place), str(windows), str(folder)],
             capture_output=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )  # fmt: skip
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    assert Journal(folder, "") is not None  # another job's: starts over
+    # The second process went on from the block that the first had finished, and was killed before the next.
+    assert [b["name"] for b in json.loads((folder / "journal.json").read_text())["blocks"]] == ["model.layers.0"]
+    solved: list[str] = []
+    solve = blocks.solve_layer
+    monkeypatch.setattr(blocks, "solve_layer", lambda name, *rest: solved.append(name) or solve(name, *rest))
+    resumed = saved(quantize("llama", path, windows, journal=str(folder)), tmp_path / "b")
+    assert solved and all(name.startswith("model.layers.1.") for name in solved)
     undisturbed = saved(quantize("llama", path, windows), tmp_path / "a")
-    assert same(saved(quantize("llama", path, windows, journal=str(folder)), tmp_path / "b"), undisturbed)
+    assert same(resumed, undisturbed)
 
 
 def test_a_full_disk_is_named_and_nothing_is_lost(
@@ -149,7 +158,7 @@ def test_another_jobs_journal_is_not_gone_on_with(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = Journal(tmp_path / "j", "one")
-    first.commit("model.layers.0", first.write_block("model.layers.0", {"a": torch.ones(2)}), [{"name": "x"}], {})
+    first.commit("model.layers.0", first.write_block({"a": torch.ones(2)}), [{"name": "x"}], {})
     again = Journal(tmp_path / "j", "one")
     assert again.blocks == ["model.layers.0"] and again.records("model.layers.0") == [{"name": "x"}]
     assert torch.equal(load_file(again.file("model.layers.0"))["a"], torch.ones(2))

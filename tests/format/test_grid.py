@@ -16,6 +16,11 @@ def test_natural_groups_have_a_shorter_last_one() -> None:
     assert natural_groups(3, -1).tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("group_size", [100, 2**31, 2**32, 2**70])
+def test_groups_wider_than_the_weight_are_one(group_size: int) -> None:
+    assert natural_groups(64, group_size).tolist() == [0] * 64
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_dequantize(bits: int, dtype: torch.dtype) -> None:

@@ -23,7 +23,7 @@ def make(count: int = 3, dtype: torch.dtype = torch.float64) -> Experts:
 def test_every_token_gets_the_weighted_sum_of_its_experts() -> None:
     experts = make()
     x = torch.randn(7, 8, dtype=torch.float64)
-    index = torch.tensor([[0, 1], [2, 1], [0, 3], [3, 3], [1, 0], [0, 2], [2, 0]])  # 3 stands for no expert
+    index = torch.tensor([[0, 1], [2, 1], [0, 3], [3, -1], [1, 0], [0, 2], [2, 0]])  # 3 and -1 stand for none
     weights = torch.rand(7, 2, dtype=torch.float64)
     out = experts(x, index, weights)
     state = experts.state_dict()
@@ -32,7 +32,7 @@ def test_every_token_gets_the_weighted_sum_of_its_experts() -> None:
         expected = torch.zeros(8, dtype=torch.float64)
         for choice in range(2):
             e = int(index[t, choice])
-            if e < 3:
+            if 0 <= e < 3:
                 w1, w2, w3 = (state[f"{e}.{w}.weight"] for w in ("w1", "w2", "w3"))
                 expected += weights[t, choice] * (w2 @ (torch.tanh(w1 @ x[t]) * (w3 @ x[t])))
         torch.testing.assert_close(out[t], expected, rtol=1e-12, atol=1e-12)

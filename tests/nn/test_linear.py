@@ -117,6 +117,128 @@ def test_other_features_are_refused(training: bool, features: int) -> None:
         layer(torch.randn(3, features, requires_grad=training))
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("leaf", ["qweight", "scales", "qzeros", "bias", "all"])
+def test_values_that_were_never_loaded_are_refused(leaf: str, training: bool) -> None:
+    """PyTorch runs the shapes alone where anything is on `meta`, and returns memory that nobody wrote."""
+    layer = QuantLinear.from_quantized(quantized(QuantSpec(4, 32, sym=False)), torch.randn(40))
+    if leaf == "all":
+        layer = QuantLinear(100, 40, QuantSpec(4, 32), bias=True)
+    else:
+        setattr(layer, leaf, nn.Parameter(getattr(layer, leaf).to("meta"), requires_grad=False))
+    with (
+        torch.set_grad_enabled(training),
+        pytest.raises(ValueError, match="is on meta, x on cpu; load its values first"),
+    ):
+        layer(torch.randn(2, 100))
+    assert layer.to("meta")(torch.empty(2, 100, device="meta")).shape == (2, 40)  # shapes alone are wanted
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.float8_e4m3fn, torch.complex64])
+def test_activations_of_other_dtypes_are_refused(dtype: torch.dtype, training: bool) -> None:
+    layer = QuantLinear.from_quantized(quantized(QuantSpec(4, 32)))
+    with torch.set_grad_enabled(training), pytest.raises(ValueError, match=f"x has dtype {dtype}; accepted: float32"):
+        layer(torch.ones(2, 100).to(dtype))
+
+
+def test_a_layer_in_float64_computes_in_float64() -> None:
+    layer = QuantLinear.from_quantized(quantized(QuantSpec(4, 32))).double()
+    x = torch.randn(2, 100, dtype=torch.float64)
+    expected = x @ layer.quantized_weight().dequantize(torch.float64).T
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_conversion_converts_the_weight_too() -> None:
+    layer = QuantLinear.from_quantized(quantized(QuantSpec(4, 32)), torch.randn(40))
+    assert layer.weight.dtype == torch.float32 and layer.half().weight.dtype == layer.bias.dtype == torch.float16
+    assert QuantLinear.from_quantized(quantized(QuantSpec(4, 32))).bfloat16().weight.dtype == torch.bfloat16
+    assert layer.share_memory().weight.dtype == layer.to("meta").weight.dtype == torch.float16
+
+
+def test_a_replica_without_parameters_of_its_own() -> None:
+    """As DataParallel makes them: tensors are plain attributes."""
+    layer = QuantLinear.from_quantized(quantized(QuantSpec(4, 32)))
+    replica = layer._replicate_for_data_parallel()
+    for name, parameter in layer._parameters.items():
+        setattr(replica, name, parameter)
+    x = torch.randn(2, 100)
+    with torch.no_grad():
+        assert torch.equal(replica(x), layer(x))
+
+
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_finalizing_again_changes_nothing(desc_act: bool) -> None:
+    layer = QuantLinear.from_quantized(quantized(QuantSpec(4, 32, desc_act=desc_act), shuffled=desc_act))
+    weight, stored = layer.weight.clone(), {n: t.clone() for n, t in layer.state_dict().items()}
+    layer.finalize()
+    assert torch.equal(layer.weight, weight)
+    assert all(torch.equal(t, stored[n]) for n, t in layer.state_dict().items())
+    assert layer.zero_format() == QuantLinear.zero_format(layer)
+
+
+def test_g_idx_may_be_there_or_not() -> None:
+    made = quantized(QuantSpec(4, 32))
+    full = QuantLinear.from_quantized(made).state_dict()
+    without = {name: tensor for name, tensor in full.items() if name != "g_idx"}
+    x = torch.randn(3, 100)
+    expected = QuantLinear.from_quantized(made)(x)
+    for has_g_idx in (False, True):
+        for state in (full, without):
+            layer = QuantLinear(100, 40, made.spec, has_g_idx=has_g_idx, device="cpu")
+            layer.load_state_dict(state)
+            layer.finalize()
+            layer.load_state_dict(state)  # and again into the layout of the kernels
+            assert torch.equal(layer(x), expected)
+    with pytest.raises(RuntimeError, match=r"Missing key.*g_idx"):
+        ordered = quantized(QuantSpec(4, 32, desc_act=True), shuffled=True)
+        QuantLinear.from_quantized(ordered).load_state_dict(without)
+
+
+def test_what_is_kept_for_calls_follows_conversions() -> None:
+    """Memory may be given out again for another dtype, at the same address."""
+    layer = QuantLinear.from_quantized(quantized(QuantSpec(4, 32)))
+    x = torch.randn(2, 100)
+    with torch.no_grad():
+        layer(x)
+        layer.scales.data = layer.scales.data.view(torch.bfloat16)  # the same address for certain
+        assert torch.equal(layer(x), ops.linear(x, layer.kernel_weight))
+        layer.float()
+        assert "_prepared" not in vars(layer)
+
+
+def test_nothing_is_kept_of_an_offloaded_layer() -> None:
+    from accelerate import cpu_offload
+
+    made = QuantLinear.from_quantized(quantized(QuantSpec(4, 32)))
+    layer = QuantLinear(100, 40, QuantSpec(4, 32), device="cpu")
+    layer.load_state_dict(made.state_dict())
+    model = nn.Sequential(layer)
+    cpu_offload(model, "cpu")
+    layer.finalize()
+    x = torch.randn(2, 100)
+    with torch.no_grad():
+        assert torch.equal(model(x), made(x))
+    assert layer.qweight.is_meta and "_prepared" not in vars(layer)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own, of its first use
+@pytest.mark.parametrize("bias", [False, True])
+def test_forward_mode_differentiation(bias: bool) -> None:
+    layer = QuantLinear.from_quantized(quantized(QuantSpec(4, 32)), torch.randn(40) if bias else None)
+    x, direction = torch.randn(2, 3, 100), torch.randn(2, 3, 100)
+    expected = direction @ layer.weight.T
+    for watched in (True, False):
+        with torch.set_grad_enabled(watched), torch.autograd.forward_ad.dual_level():
+            out = layer(torch.autograd.forward_ad.make_dual(x, direction))
+            y, tangent = torch.autograd.forward_ad.unpack_dual(out)
+        torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(y, layer(x))
+    y, tangent = torch.func.jvp(layer, (x,), (direction,))
+    torch.testing.assert_close(tangent, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_gradient_reaches_the_input_and_no_integer() -> None:
     layer = QuantLinear.from_quantized(quantized(QuantSpec(4, 32, sym=False), shuffled=True), torch.randn(40))
     x = torch.randn(5, 100, requires_grad=True)

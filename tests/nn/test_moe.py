@@ -188,6 +188,23 @@ def test_weights_that_are_not_alike_are_refused() -> None:
         stacked([first, asymmetric])
 
 
+def test_shapes_that_do_not_belong_together_are_refused() -> None:
+    """63 features take as many words as 64."""
+    spec = QuantSpec(4, -1)
+    up, down = (stacked(random_weights(spec, *shape, 0)) for shape in ((2 * 64, 64), (64, 64)))
+    narrow = stacked(random_weights(spec, 2 * 63, 64, 0))
+    x, weights, ids = torch.randn(3, 64), torch.rand(3, 2), torch.randint(0, EXPERTS, (3, 2))
+    with pytest.raises(ValueError, match="x has 63 features; the next weights have in_features=64"):
+        moe(x[:, :63], weights, ids, up, down)
+    with pytest.raises(ValueError, match="what up returns has 63 features; the next weights have in_features=64"):
+        moe(x, weights, ids, narrow, down)
+    for wrong in ((weights[:2], ids[:2]), (weights, ids[:, :1]), (weights[0], ids[0])):
+        with pytest.raises(ValueError, match=r"must both be \[T, choices\]"):
+            moe(x, *wrong, up, down)
+    with pytest.raises(ValueError, match="scales is on meta, x on cpu"):
+        moe(x, weights, ids, replace(up, scales=up.scales.to("meta")), down)
+
+
 def test_unknown_activation_is_refused() -> None:
     spec = QuantSpec(4, 16)
     up, down = (stacked(random_weights(spec, *shape)) for shape in ((2 * INNER, HIDDEN, 0), (HIDDEN, INNER, 1)))

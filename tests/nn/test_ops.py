@@ -188,6 +188,11 @@ def test_shapes_that_do_not_belong_together_never_reach_native_code() -> None:
     named = layouts(one)["packed"]
     endless = KernelWeight(**{**vars(named), "group_size": 2**63 - 1})  # nothing overflows
     assert torch.equal(ops.linear(x, endless), ops.linear(x, named))
+    for field, value in (("bits", 5), ("bits", 2**32 + 4), ("zero_offset", 2), ("zero_offset", 2**32 + 1)):
+        with pytest.raises(refused, match=f"{field}={value}.*are no weight"):
+            ops.linear(x, KernelWeight(**{**vars(named), field: value}))
+    twice = KernelWeight(**{**vars(layouts(weight)["packed"]), "perm": torch.zeros(64, dtype=torch.int32)})
+    assert ops.dequantize(twice, 64).abs().max() < 1e6  # no memory that nobody wrote
     with pytest.raises(refused, match="bias has shape"):
         ops.linear(x, good, torch.zeros(3))
     with pytest.raises(ValueError, match="x has shape"):
@@ -223,7 +228,8 @@ def test_the_native_op_is_the_checked_one() -> None:
                 arguments = (x.to(dtype), b, *kernel_weight.arguments)
                 ours, checked = (getattr(torch.ops.hf_gptq, op)(*arguments) for op in ("linear", "linear_checked"))
                 assert ours.dtype == checked.dtype and torch.equal(ours, checked)
-    assert torch.ops.hf_gptq.linear(torch.empty(2, 100, device="meta"), None, *kernel_weight.arguments).shape == (2, 40)
+    shapes = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in kernel_weight.arguments]
+    assert torch.ops.hf_gptq.linear(torch.empty(2, 100, device="meta"), None, *shapes).shape == (2, 40)
     # Memory: results are new, and arguments are let go.
     x = torch.randn(4, 100)
     y = torch.ops.hf_gptq.linear(x, bias, *kernel_weight.arguments)

@@ -99,10 +99,25 @@ def test_the_grid_computes_with_what_it_exports() -> None:
     assert float(made.scales[0, 0]) == pytest.approx(float(layer.scales[0, 0]) * 2**-6, rel=1e-3)
     again = QuantLinear.from_quantized(made, layer.bias)
     x = torch.randn(9, 80)
-    assert torch.equal(learned(x), again(x) - again.bias + layer.bias) or torch.allclose(
-        learned(x), again(x), atol=1e-5
-    )
+    torch.testing.assert_close(learned(x), again(x), rtol=0, atol=1e-5)
     assert torch.equal(made.codes, layer.quantized_weight().codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_learned_scale_stays_a_normal_number(dtype: torch.dtype) -> None:
+    """Of its sign; what a checkpoint has that is smaller, or zero, stays what it is."""
+    tiny = torch.finfo(dtype).tiny
+    stored = torch.tensor([[3 * tiny, -2 * tiny, tiny / 4, 0.0, 0.5]]).to(dtype)
+    codes = torch.randint(16, (5, 32), dtype=torch.uint8)
+    weight = QuantizedWeight(
+        codes, stored, torch.full((1, 5), 8, dtype=torch.int32), torch.zeros(32, dtype=torch.int32), QuantSpec(4, -1)
+    )
+    learned = LearnedGrid(QuantLinear.from_quantized(weight, None))
+    assert torch.equal(learned.scales(), stored)
+    with torch.no_grad():
+        learned.alpha.fill_(2**-5)
+    expected = torch.tensor([[tiny, -tiny, tiny / 4, 0.0, 0.5 / 32]]).to(dtype)
+    assert torch.equal(learned.scales(), expected)
 
 
 def test_a_zero_at_the_end_of_its_field_gets_no_gradient() -> None:

@@ -208,7 +208,7 @@ def test_q_galore_learns_codes(load: Load, corpus: list[torch.Tensor]) -> None:
     assert mean_loss(model, corpus) < before - 0.1
 
 
-def test_gradients_in_int8_learn(load: Load, corpus: list[torch.Tensor], tmp_path: Path) -> None:
+def test_gradients_in_int8_learn(load: Load, corpus: list[torch.Tensor]) -> None:
     def run(**fields: Any) -> list[float]:
         model = load()
         attach(model, "affine", ["q_proj", "up_proj"])
