@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pages import DOCS, blocks
 from transformers import AutoModelForCausalLM
 
 from hf_gptq_plugin import GPTQConfig
@@ -21,16 +22,12 @@ pytestmark = pytest.mark.skipif(
     reason="DeepSpeed is not installed: DS_BUILD_OPS=0 pip install --no-build-isolation '.[test-deepspeed]'",
 )
 
-# As docs/training.md has it.
-ZERO_2 = {
-    "zero_optimization": {"stage": 2, "overlap_comm": True, "contiguous_gradients": True},
-    "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto", "bf16": {"enabled": "auto"},
-}  # fmt: skip
+(CONFIGURATION,) = [block for block in blocks(DOCS / "training.md") if block.language == "json"]
 
 WORK = """
 import json, sys
 import torch
+from pages import DOCS, blocks
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 import hf_gptq_plugin
@@ -89,7 +86,7 @@ def test_the_curve_of_one_process(tiny: Callable[..., Path], tmp_path: Path) -> 
         tiny("llama", initializer_range=0.1), dtype=torch.float32,
         quantization_config=GPTQConfig(bits=4, group_size=32, method="rtn"),
     ).save_pretrained(base)  # fmt: skip
-    config.write_text(json.dumps(ZERO_2))
+    config.write_text(CONFIGURATION.text)
     (wanted,) = trained(base, tmp_path / "plain", None, 4, 1)
     two = trained(base, tmp_path / "two", config, 2, 2)
     assert wanted["losses"][-1] < wanted["losses"][0] - 0.1  # type: ignore[index]

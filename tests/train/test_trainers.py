@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pages import DOCS, blocks
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -111,18 +111,12 @@ def test_accelerate(model: Any) -> None:
     assert losses[-1] < losses[0]
 
 
-ZERO_2 = {
-    "zero_optimization": {"stage": 2, "overlap_comm": True, "contiguous_gradients": True},
-    "train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto", "bf16": {"enabled": "auto"},
-}  # fmt: skip
-
-
 def test_a_deepspeed_configuration_loads(tmp_path: Path) -> None:
     """As far as it goes without DeepSpeed: the configuration is read by accelerate. `test_deepspeed.py` runs it."""
     from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
     path = tmp_path / "zero2.json"
-    path.write_text(json.dumps(ZERO_2))
+    (configuration,) = [block for block in blocks(DOCS / "training.md") if block.language == "json"]
+    path.write_text(configuration.text)
     config = HfDeepSpeedConfig(str(path))
     assert config.is_zero2() and not config.is_zero3() and not config.is_offload()
