@@ -55,14 +55,14 @@ def calibration_windows(
     tokens = sum(len(window) for window in windows)
     if longest < 2:
         raise CalibrationError(
-            f"the calibration data ({found.source}) gives windows of at most {longest} tokens; at least 2 are needed, "
+            f"the data ({found.source}) gives windows of at most {longest} tokens; at least 2 are needed, "
             f"and {samples} × {seqlen} = {samples * seqlen} were asked for: pass more text"
         )
     for i, window in enumerate(windows):
         _require_in_range(window, i, vocab_size)
     if len(windows) < samples and tokens < samples * seqlen:
         logger.warning(
-            "The calibration data gives %d windows, %d tokens; %d × %d were asked for: pass more, or ask for less.",
+            "The data gives %d windows, %d tokens; %d × %d were asked for: pass more, or ask for less.",
             len(windows), tokens, samples, seqlen,
         )  # fmt: skip
     return windows
@@ -152,7 +152,7 @@ def _encoded(found: Samples, tokenizer: Any, i: int, opening: list[int]) -> list
 def _rendered(chat: list[dict[str, Any]], tokenizer: Any, i: int) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise CalibrationError(
-            "the calibration data are chats, but the tokenizer has no chat template; set tokenizer.chat_template, or "
+            "the data are chats, but the tokenizer has no chat template; set tokenizer.chat_template, or "
             "pass texts"
         )
     try:
