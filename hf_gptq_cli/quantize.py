@@ -129,6 +129,7 @@ def quantize(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from hf_gptq_plugin.calibrate import processes
+    from hf_gptq_plugin.calibrate.journal import discard
     from hf_gptq_plugin.calibrate.report import Perplexity
     from hf_gptq_plugin.calibrate.sources import read_text
     from hf_gptq_plugin.config import GPTQConfig
@@ -146,15 +147,24 @@ def quantize(
         block_epochs=block_epochs, model_epochs=model_epochs, order=order, scale_search=scale_search,
         damp_percent=damp_percent, format=checkpoint_format, lm_head=lm_head, low_memory=low_memory,
     )  # fmt: skip
-    journal = out.with_name(f"{out.name}.journal")
+    place = out.resolve()  # of a name of its own, whatever OUT is
+    journal, offloaded = (place.with_name(f"{place.name}.{what}") for what in ("journal", "offload"))
     if method == "gptq":
         config.journal = str(journal)
     if out.is_file():
         raise ValueError(f"OUT={str(out)!r} is a file; name a folder")
+    if place == Path(model).resolve():
+        raise ValueError(f"OUT={str(out)!r} is MODEL, whose dense weights would be lost; name another folder")
+    if low_memory and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        raise ValueError(
+            f"--device-map {device_map} shares a model among devices, and --low-memory works on one; name it: cpu, cuda"
+        )
     tokenizer = AutoTokenizer.from_pretrained(model)
     config.tokenizer = tokenizer
     where = {"": device_map} if low_memory else device_map
     loading = {"dtype": torch_dtype(dtype), "device_map": where}
+    if low_memory:
+        loading["offload_folder"] = str(offloaded)  # for what the checkpoint holds in another form: fused experts
     pieces, before = [], None
     if eval_text is not None:
         pieces = text_windows(tokenizer, read_text(eval_text), eval_seqlen, eval_windows or None)
@@ -168,7 +178,10 @@ def quantize(
         tokens = sum(p.shape[1] for p in pieces)
         quality = Perplexity(eval_text.name, len(pieces), eval_seqlen, tokens, before, perplexity(quantized, pieces))
     page = write_report(out, quantized, quality) if report else None
-    shutil.rmtree(journal, ignore_errors=True)
+    if method == "gptq" and processes.count() == 1:
+        discard(journal)
+    if low_memory:
+        shutil.rmtree(offloaded, ignore_errors=True)
     size = sum(f.stat().st_size for f in out.glob("*.safetensors"))
     layers, seconds = len(quantized.hf_quantizer.reports), time.perf_counter() - start
     if as_json:

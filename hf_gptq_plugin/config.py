@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import GPTQConfig as StockGPTQConfig
 
-from .format.spec import CheckpointConfig, QuantSpec, check_dynamic
+from .format.spec import FORMATS, CheckpointConfig, QuantSpec, check_dynamic
 from .solve.gptq import SolveSettings
 from .solve.learn import TuneSettings
 from .version import __version__
@@ -46,6 +46,10 @@ PRESETS["best"] = {
 # nothing, for a third more time.
 _FEW_BITS = 3
 _AT_FEW_BITS: dict[str, Any] = {"token_weights": "loss"}
+
+_MOST_GENERATED = 100
+# Fields that only a checkpoint that is finished has.
+_FINISHED = {"checkpoint_format", "meta"}
 
 METHODS = ("gptq", "rtn", "hqq")
 TOKEN_WEIGHTS = ("uniform", "loss")
@@ -175,7 +179,9 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         unknown = sorted(set(stock) - _stock_names())
         if unknown:
             raise TypeError(f"GPTQConfig got an unexpected argument {unknown[0]!r}; it takes {', '.join(_names())}")
-        if preset not in PRESETS:
+        if not isinstance(stock.get("format", ""), str):
+            raise ValueError(f"format={stock['format']!r} is not supported; use one of {', '.join(FORMATS)}")
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise ValueError(f"preset={preset!r} is not known; use one of {', '.join(PRESETS)}")
         self.preset = preset
         asked = (
@@ -188,7 +194,7 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
             setattr(self, name, usual[name] if value is None else value)
         self.journal = None if journal is None else str(journal)
         self.low_memory = low_memory
-        self.dynamic = dict(dynamic or {})
+        self.dynamic = dict(dynamic) if isinstance(dynamic, Mapping) else dynamic or {}  # checked below
         self.lm_head = lm_head
         self.samples = samples
         self.seqlen = seqlen
@@ -210,6 +216,17 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
             sym=sym,
             **stock,
         )
+        stages = modules_in_block_to_quantize
+        if stages is not None and not (
+            isinstance(stages, (list, tuple))
+            and all(
+                isinstance(stage, (list, tuple)) and all(isinstance(name, str) for name in stage) for stage in stages
+            )
+        ):
+            raise ValueError(
+                f"modules_in_block_to_quantize={stages!r} is not supported; use a list of lists of names, e.g. "
+                '[["self_attn.q_proj", "self_attn.k_proj"], ["mlp.down_proj"]]'
+            )
         # The stock check of this field asks for an installed optimum, which plays no part here.
         self.modules_in_block_to_quantize = modules_in_block_to_quantize
 
@@ -234,9 +251,10 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
             fields.pop("damp_percent", None)  # only ever a record in a finished checkpoint
         if fields.get("method") not in METHODS:
             fields.pop("method", None)  # other writers mean other things by it
-        # Calibration text that some writers leave in a config.json is not read back.
-        for name in ("dataset", "tokenizer"):
-            fields.pop(name, None)
+        # Calibration text that some writers leave in a finished checkpoint is not read back.
+        if set(config_dict) & _FINISHED:
+            for name in ("dataset", "tokenizer"):
+                fields.pop(name, None)
         fields["format"] = checkpoint.spec.checkpoint_format
         fields.pop("checkpoint_format", None)
         return super().from_dict(fields, return_unused_kwargs=return_unused_kwargs, **kwargs)
@@ -266,16 +284,21 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         few = self.min_expert_tokens
         if few is not None and (type(few) is not int or few < 1):
             raise ValueError(f"min_expert_tokens={few!r} must be an integer of at least 1, or None")
-        if type(self.generated) not in (int, float) or not 0 <= self.generated < float("inf"):
-            raise ValueError(f"generated={self.generated!r} must be a number of at least 0")
+        if type(self.generated) not in (int, float) or not 0 <= self.generated <= _MOST_GENERATED:
+            raise ValueError(f"generated={self.generated!r} must be a number from 0 to {_MOST_GENERATED}")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed!r} must be an integer from 0 to 2**32 - 1")
+        for name in ("low_memory", "true_sequential", "lm_head"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not supported; use True or False")
+        if self.meta is not None and not isinstance(self.meta, Mapping):
+            raise ValueError(f"meta={self.meta!r} is not supported; use a mapping")
         for name, without in _WHOLE_MODEL.items() if self.low_memory and self.method == "gptq" else ():
             if getattr(self, name) != without:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} needs the whole model at once, and low_memory=True holds one "
                     f"block at a time; set {name}={without!r}"
                 )
-        if not isinstance(self.lm_head, bool):
-            raise ValueError(f"lm_head={self.lm_head!r} is not supported; use True or False")
         if self.backend is None:
             self.backend = "auto"
 

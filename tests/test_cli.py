@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_gptq_cli import app, choices, main
@@ -129,6 +130,47 @@ def test_quantize_then_eval(hf_gptq: Run, model: Path, text: Path, tmp_path: Pat
         hf_gptq("convert", tmp_path / "natural", tmp_path / "n", "--to", "gptq_v2", "--natural-order", "--json").out
     )
     assert told["natural"] == [] and len(told["act_order"]) == 12
+
+
+def test_what_is_not_the_commands_own_stays(
+    hf_gptq: Run, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out, journal = tmp_path / "m", tmp_path / "out", tmp_path / "out.journal"
+    shutil.copytree(model, source)
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    options = ("--method", "rtn", "--group-size", 32)
+    monkeypatch.chdir(source)
+    for place in (source, "."):
+        result = hf_gptq("quantize", source, place, *options)
+        assert result.code == 1 and "is MODEL, whose dense weights would be lost; name another folder" in result.err
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+    journal.mkdir()
+    (journal / "mine.txt").write_text("mine")
+    assert hf_gptq("quantize", model, out, *options).code == 0
+    assert (journal / "mine.txt").read_text() == "mine"
+    # A run with a journal of its own takes that with it, and the folder only where nothing else is in it.
+    shutil.rmtree(journal)
+    few = ("--group-size", 32, "--calibration", text, "--samples", 2, "--seqlen", 32, "--preset", "fast")
+    assert hf_gptq("quantize", model, out, *few).code == 0 and not journal.exists()
+
+
+def test_low_memory(hf_gptq: Run, model: Path, text: Path, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Fused experts, too, whose weights are written in another form before they are worked on."""
+    source = tmp_path / "mixtral"
+    shutil.copytree(tiny("mixtral"), source)
+    for file in model.glob("tokenizer*"):
+        shutil.copy(file, source)
+    few = ("--group-size", 32, "--calibration", text, "--samples", 2, "--seqlen", 32, "--preset", "fast")
+    states = []
+    for option in ((), ("--low-memory",)):
+        out = tmp_path / f"out{len(states)}"
+        result = hf_gptq("quantize", source, out, *few, *option)
+        assert result.code == 0, result.err
+        states.append({n: t for file in out.glob("*.safetensors") for n, t in load_file(file).items()})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mixtral", "out0", "out1"]
+    assert states[0].keys() == states[1].keys() and all(torch.equal(t, states[1][n]) for n, t in states[0].items())
+    result = hf_gptq("quantize", source, tmp_path / "out2", *few, "--low-memory", "--device-map", "auto")
+    assert result.code == 1 and "--low-memory works on one; name it" in result.err
 
 
 def test_files_of_rows_and_methods_without_data(hf_gptq: Run, model: Path, text: Path, tmp_path: Path) -> None:

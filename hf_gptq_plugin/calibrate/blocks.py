@@ -108,10 +108,10 @@ def _quantize_block(
     stream.leave()
 
 
-def _learn(block: Block, entered: Iterable[Tensor], exact: Stream, dense: dict[str, Tensor], plan: Plan) -> None:
+def _learn(block: Block, entered: Sequence[Tensor], exact: Stream, dense: dict[str, Tensor], plan: Plan) -> None:
     layers = {local: TunedLayer(block.module.get_submodule(local), weight) for local, weight in dense.items()}  # type: ignore[arg-type]
     targets, settings = exact.hiddens, plan.tuning
-    tune([block], [layers], [{}], list(entered), output_loss(lambda w: targets[w]), settings.block_epochs, settings)
+    tune([block], [layers], [{}], entered, output_loss(lambda w: targets[w]), settings.block_epochs, settings)
     for local, tuned in layers.items():
         block.module.set_submodule(local, tuned.finished())
 

@@ -152,8 +152,7 @@ def _encoded(found: Samples, tokenizer: Any, i: int, opening: list[int]) -> list
 def _rendered(chat: list[dict[str, Any]], tokenizer: Any, i: int) -> str:
     if not getattr(tokenizer, "chat_template", None):
         raise CalibrationError(
-            "the data are chats, but the tokenizer has no chat template; set tokenizer.chat_template, or "
-            "pass texts"
+            "the data are chats, but the tokenizer has no chat template; set tokenizer.chat_template, or pass texts"
         )
     try:
         return tokenizer.apply_chat_template(chat, tokenize=False)

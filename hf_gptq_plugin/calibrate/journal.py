@@ -135,6 +135,18 @@ class Journal:
         return next(entry for entry in self._index["blocks"] if entry["name"] == block)
 
 
+def discard(folder: Path) -> None:
+    """Delete a journal whose work is done: its own files, and the folder if nothing else is in it."""
+    if not (folder / _INDEX).exists():
+        return
+    (folder / _INDEX).unlink()
+    for path in folder.iterdir():
+        if _ours(path.name):
+            path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
 class Hiddens(Sequence[Tensor]):
     """Hidden states, one tensor per window: in memory, on disk, or both.
 
@@ -157,11 +169,10 @@ class Hiddens(Sequence[Tensor]):
             self.append(value)
 
     @classmethod
-    def written(cls, folder: Path, sequence: str, in_memory: bool, device: torch.device) -> Hiddens:
-        """Those that an earlier process wrote."""
+    def written(cls, folder: Path, sequence: str, in_memory: bool, device: torch.device, count: int) -> Hiddens:
+        """Those of `count` windows that an earlier process wrote."""
         made = cls((), folder, sequence, in_memory)
         made._device = device
-        count = sum(1 for _ in folder.glob(f"{sequence}.*.hidden"))
         made._values = [None] * count
         return made
 
@@ -169,8 +180,7 @@ class Hiddens(Sequence[Tensor]):
         """Add the next window's, `[1, tokens, width]`."""
         self._device = value.device
         if self._folder is not None:
-            with _named_errors(self._folder):
-                write_tensor(self._path(len(self._values)), value)
+            write_tensor(self._path(len(self._values)), value)
         self._values.append(value if self._in_memory else None)
 
     def __len__(self) -> int:
@@ -195,14 +205,25 @@ class Hiddens(Sequence[Tensor]):
 
 def write_tensor(path: Path, value: Tensor) -> None:
     """Write one tensor to a file of its own."""
-    save_file({"hidden": value.detach().cpu().contiguous()}, path)
+    with _named_errors(path.parent):
+        save_file({"hidden": value.detach().cpu().contiguous()}, path)
 
 
 def read_tensor(path: Path) -> Tensor:
     """What `write_tensor` wrote, on the CPU."""
+    with reading(path), safe_open(path, framework="pt") as handle:
+        return handle.get_tensor("hidden").clone()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """While the context lasts, a file of a journal is read.
+
+    Raises:
+        JournalError: it cannot be.
+    """
     try:
-        with safe_open(path, framework="pt") as handle:
-            return handle.get_tensor("hidden").clone()
+        yield
     except (SafetensorError, OSError) as error:
         raise JournalError(f"{path} cannot be read ({error}); delete the folder {path.parent} and start over") from None
 
@@ -210,7 +231,7 @@ def read_tensor(path: Path) -> Tensor:
 def fingerprint(model: nn.Module, windows: Iterable[Tensor], job: Mapping[str, Any]) -> str:
     """What tells one calibration from another: equal only where model, data and settings are the same.
 
-    Of a weight in memory some values take part, of one that is offloaded the file's name, size and time.
+    Of every weight some values take part.
 
     Args:
         model: before anything of it is quantized.
@@ -254,8 +275,11 @@ def _where(module: nn.Module, name: str) -> list[Any]:
     file = entry.get("safetensors_file")
     if file is None:
         return []
-    stat = os.stat(file)
-    return [Path(file).name, entry.get("weight_name"), stat.st_size, stat.st_mtime_ns]
+    # Some values, not the file's time: Transformers writes anew what a checkpoint holds in another form.
+    with safe_open(file, framework="pt") as handle:
+        stored = handle.get_slice(entry["weight_name"])
+        row = stored[:1] if stored.get_shape() else handle.get_tensor(entry["weight_name"])
+    return [Path(file).name, entry["weight_name"], *row.reshape(-1)[:_SAMPLED].float().tolist()]
 
 
 def _ours(name: str) -> bool:

@@ -25,7 +25,7 @@ from .blocks import layer_hessian, quantize_block, replace_layer, solve_layer, u
 from .chains import find_chains
 from .experts import layouts, refuse_unknown, routers, unfuse_experts
 from .generate import generated_windows
-from .journal import Hiddens, Journal, fingerprint
+from .journal import Hiddens, Journal, fingerprint, reading
 from .offload import FileTensors, Offloaded, attach, execution_device
 from .plan import Plan
 from .products import dense_twin
@@ -66,9 +66,11 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
     model.eval()
     try:
         windows = processes.share(windows)
+        chains = find_chains(model, windows[0], plan.block_name)
+        with single_threaded():
+            record_calls(model, chains[0], [max(windows, key=len)])  # too long a window shows now
         count, seed = round(plan.generated * len(windows)), plan.seed + (processes.rank() << 32)
         windows = [*windows, *generated_windows(model, windows, count, seed)]
-        chains = find_chains(model, windows[0], plan.block_name)
         journal = _journal(model, chains, windows, plan)
         separate_experts(model, chains, plan)
         specs = find_specs(chains, plan)
@@ -104,6 +106,7 @@ def _journal(model: nn.Module, chains: list[Chain], windows: list[Tensor], plan:
         folder = Path(tempfile.mkdtemp(prefix="hf-gptq-"))
         weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
     job = {**asdict(replace(plan, journal=None)), "version": __version__, "torch": torch.__version__}
+    job["dynamic"] = list(plan.checkpoint.dynamic.items())  # the first rule that matches holds
     return Journal(folder, fingerprint(model, windows, job))
 
 
@@ -202,6 +205,8 @@ def _quantize_chains(
                 twins, exact_entries = record_calls(model, chain, windows, finished_exact)
         stream = _stream(f"quantized-{number}", entries, blocks, plan, journal)
         exact = _stream(f"dense-{number}", exact_entries, blocks, plan, journal) if plan.needs_exact else None
+        if not plan.tuning.model_epochs:
+            entries, exact_entries = [], []  # on disk, where that is asked for
         calls = [block.calls for block in blocks]
         for block, dense in zip(blocks, twins, strict=True):
             if journal is not None and block.name in journal.blocks:
@@ -240,7 +245,7 @@ def _stream(name: str, entries: list[Tensor], blocks: list[Block], plan: Plan, j
     position = sum(block.name in journal.blocks for block in blocks)
     if not position or any(map(_shares, blocks)):
         return Stream(entries, name, journal.folder, in_memory)
-    left = Hiddens.written(journal.folder, journal.streams()[name], in_memory, entries[0].device)
+    left = Hiddens.written(journal.folder, journal.streams()[name], in_memory, entries[0].device, len(entries))
     return Stream(left, name, journal.folder, in_memory, position)
 
 
@@ -294,7 +299,9 @@ def _restore(module: nn.Module, name: str, journal: Journal) -> list[LayerReport
             )
         else:
             device = layer.weight.device
-            tensors = {leaf: value.to(device) for leaf, value in FileTensors(journal.file(name), report.name).items()}
+            with reading(journal.file(name)):
+                stored = dict(FileTensors(journal.file(name), report.name))
+            tensors = {leaf: value.to(device) for leaf, value in stored.items()}
             bias = tensors.pop("bias", None)
             quantized = QuantizedWeight.unpack(**tensors, spec=report.spec)
             made = QuantLinear.from_quantized(quantized, bias, dtype)

@@ -130,12 +130,14 @@ class Resumable:
                 state.calls.append(args)
                 if name not in self.block.repeated:
                     raise _Stop
+            opened = state.open
             state.open |= name in self._targets and not finished
             state.inside.append(name)
             out = own(*args, **kwargs)
             state.inside.pop()
-            # What holds the layer that is looked at must be entered again for the next one.
-            if finished and first and not state.calls:
+            # What holds the layer that is looked at must be entered again for the next one, and what stands behind a
+            # layer that will change computes something else then.
+            if finished and first and not opened and not state.calls:
                 for part in [k for k in kept if k.startswith(f"{name}.")]:
                     del kept[part]
                 kept[name] = _stored(out, self._folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
@@ -44,7 +44,9 @@ def in_order(
             if threads == 1 or len(batch) == 1:
                 results = [work(item) for item in batch]
             else:
-                results = list(_workers(threads).map(work, batch))
+                futures = [_workers(threads).submit(work, item) for item in batch]
+                wait(futures)  # for all, also where one of them fails: none works on behind its caller's back
+                results = [future.result() for future in futures]
         # Outside: what the caller does between items may use all threads.
         yield from results
 

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.linear import QuantLinear
+from ..solve.hessian import SolveError
 from ..solve.learn import LearnedVector, LearnedWeight, TuneSettings
+from ..solve.linalg import all_finite
 from . import processes
 from .products import compute_dtype, computing, own_products
 from .threads import in_order
@@ -86,8 +88,12 @@ def tune(
         settings: rates.
         seed: of the order of windows.
         progress: called after every step with the step's mean loss.
+
+    Raises:
+        SolveError: a gradient is not finite.
     """
     dtype = compute_dtype(hiddens[0].device)
+    lift = _lift(hiddens[0])
     batch = min(settings.batch, len(hiddens))
     order = torch.Generator().manual_seed(seed)
     steps = settings.steps(len(hiddens), epochs)
@@ -99,12 +105,17 @@ def tune(
                     continue
                 weights = [{name: t.learned.weight(dtype) for name, t in part.items()} for part in layers]
                 parameters = [{name: v.parameter for name, v in part.items()} for part in vectors]
-                value, gradients = _gradients(blocks, weights, parameters, hiddens, loss, chosen.tolist(), dtype)
+                value, gradients = _gradients(blocks, weights, parameters, hiddens, loss, chosen.tolist(), dtype, lift)
                 # The first steps are small: Adam does not know the gradients' size yet.
                 decay = min(1.0, (done + 1) / 4) * 0.5 * (1 + math.cos(math.pi * done / steps))
-                for part, plain, found in zip(layers, vectors, gradients, strict=True):
+                for block, part, plain, found in zip(blocks, layers, vectors, gradients, strict=True):
                     for name, gradient in found.items():
-                        mean = processes.sum_in_place(gradient).div_(batch * processes.count())
+                        mean = processes.sum_in_place(gradient).div_(batch * processes.count() * lift)
+                        if not all_finite(mean):
+                            raise SolveError(
+                                f"{block.full(name)}: the gradient is not finite while it is tuned (NaN or infinity); "
+                                "load the model in float32 or bfloat16, or set block_epochs=0 and model_epochs=0"
+                            )
                         learned = plain[name] if name in plain else part[name].learned
                         learned.step(mean, settings, decay)
                 done += 1
@@ -114,9 +125,9 @@ def tune(
 
 def _gradients(
     blocks: Sequence[Block], weights: list[dict[str, Tensor]], vectors: list[dict[str, Tensor]],
-    hiddens: Sequence[Tensor], loss: Loss, windows: list[int], dtype: torch.dtype,
+    hiddens: Sequence[Tensor], loss: Loss, windows: list[int], dtype: torch.dtype, lift: float = 1.0,
 ) -> tuple[float, list[dict[str, Tensor]]]:  # fmt: skip
-    """The loss and its gradients by every weight and vector, summed over windows."""
+    """The loss and its gradients by every weight and vector, summed over windows; these times `lift`."""
 
     entered: list[list[Tensor]] = []
     slopes: list[Tensor] = []
@@ -129,7 +140,7 @@ def _gradients(
                 hidden.append(block.run(hidden[-1], window))
         last = _Graph(blocks[-1], weights[-1], vectors[-1], hidden.pop(), window, dtype)
         given, slope = loss(last.out.detach(), window)
-        return hidden, given, *last.backward(slope)
+        return hidden, given, *last.backward(slope * lift)
 
     total = _Sums()
     for hidden, given, slope, found in in_order(forward, windows):
@@ -151,6 +162,17 @@ def _gradients(
             total.add(found)
         sums.append(total.of({**handed, **plain}))
     return value, sums[::-1]
+
+
+def _lift(hidden: Tensor, size: int | None = None) -> float:
+    """What gradients are multiplied with where they pass in fp16: losses are means, over so many numbers that most of
+    their slopes are less than its least. A power of two; 1 for dtypes that hold any size.
+
+    Args:
+        hidden: what they are gradients by.
+        size: how many numbers the mean is taken over; None for all of `hidden`.
+    """
+    return 2.0 ** round(math.log2(size or hidden.numel())) if hidden.dtype == torch.float16 else 1.0
 
 
 class _Graph:
@@ -308,7 +330,8 @@ def model_loss(
             entered = hidden.detach().requires_grad_()
             given = logits(entered, window)
         value, slope = divergence(given.detach(), wanted)
-        return value, torch.autograd.grad(given, entered, slope.to(given.dtype))[0]
+        lift = _lift(given, len(windows[window]))
+        return value, torch.autograd.grad(given, entered, (slope * lift).to(given.dtype))[0].float() / lift
 
     with ExitStack() as stack:
         if compute_dtype(target[0].device) == torch.float32:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
+from .sources import CalibrationError
+
 LINEAR = (nn.Linear, Conv1D)
 
 
@@ -210,7 +212,7 @@ def record_calls(
             recorder = _recorder(block, stub, entries if i == 0 else None, last=i == len(recorded) - 1)
             stack.enter_context(forward_replaced(block.module, recorder))
         for ids in windows:
-            with suppress(_Recorded):
+            with suppress(_Recorded), _window_fits(model, ids):
                 model(**text_inputs(model, ids))
     for block in recorded:
         if len(block.calls) != len(windows):
@@ -220,6 +222,22 @@ def record_calls(
                 'dynamic={"-:<regex>": {}}'
             )
     return recorded, entries
+
+
+@contextmanager
+def _window_fits(model: nn.Module, ids: Tensor) -> Iterator[None]:
+    """Raises CalibrationError where the model fails on a window that is longer than its positions."""
+    try:
+        yield
+    except (IndexError, RuntimeError) as error:
+        config = getattr(model, "config", None)
+        most = getattr(config, "max_position_embeddings", None)
+        if isinstance(error, WalkError) or type(most) is not int or len(ids) <= most:
+            raise
+        raise CalibrationError(
+            f"{type(model).__name__} has {most} positions, and a window of calibration text {len(ids)} tokens; set "
+            f"seqlen to {most} at most"
+        ) from error
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -55,16 +55,16 @@ class SolveSettings:
     scales_dtype: torch.dtype = torch.float16
 
     def __post_init__(self) -> None:
-        if not 0 < self.damp_percent < 1:
-            raise ValueError(f"damp_percent={self.damp_percent!r} must lie between 0 and 1")
+        if type(self.damp_percent) not in (int, float) or not 0 < self.damp_percent < 1:
+            raise ValueError(f"damp_percent={self.damp_percent!r} must be a number between 0 and 1")
         if self.order not in ORDERS:
             raise ValueError(f"order={self.order!r} is not supported; use one of {', '.join(ORDERS)}")
         if self.scale_search not in METHODS:
             raise ValueError(f"scale_search={self.scale_search!r} is not supported; use one of {', '.join(METHODS)}")
         if type(self.blocksize) is not int or self.blocksize < 1:
             raise ValueError(f"blocksize={self.blocksize!r} must be an integer of at least 1")
-        if not 0 <= self.propagation <= 1:
-            raise ValueError(f"propagation={self.propagation!r} must lie between 0 and 1")
+        if type(self.propagation) not in (int, float) or not 0 <= self.propagation <= 1:
+            raise ValueError(f"propagation={self.propagation!r} must be a number between 0 and 1")
         for name in ("alternations", "descent"):
             value = getattr(self, name)
             if type(value) is not int or value < 0:

@@ -97,7 +97,7 @@ class Hessian:
             weight = self.tokens + self._borrowed
             if weight == 0:
                 raise SolveError("no calibration token reached this layer; use more or other calibration text")
-            if not all_finite(self._sum):
+            if not all_finite(self._sum) or (self._cross is not None and not all_finite(self._cross)):
                 raise SolveError(
                     "the layer's inputs are not finite on the calibration text (NaN or infinity); load the model in "
                     "float32 or bfloat16, and check its weights"

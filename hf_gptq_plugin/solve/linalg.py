@@ -87,7 +87,8 @@ def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
     if library is None or graph or not ours or x.dtype != weight.dtype or weight.dim() != 2:
         return torch.nn.functional.linear(x, weight)
     product = matmul(x.reshape(-1, x.shape[-1]).float(), weight.float().T)
-    return product.to(x.dtype).view(*x.shape[:-1], len(weight))
+    # No view for autograd, so that models may write into it, as into the output of torch's own product.
+    return torch.ops.aten._unsafe_view(product.to(x.dtype), [*x.shape[:-1], len(weight)])  # type: ignore[no-any-return]
 
 
 def multiplies_bf16() -> bool:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from hf_gptq_plugin import GPTQConfig
@@ -26,8 +27,10 @@ from hf_gptq_plugin.calibrate.journal import Journal, JournalError, fingerprint
 def quantize(kind: str, path: Path, windows: list[list[int]], **fields: Any) -> Any:
     auto = getattr(transformers, getattr(ARCHITECTURES.get(kind), "auto", "AutoModelForCausalLM"))
     rules = getattr(ARCHITECTURES.get(kind), "rules", {})
+    # Fused experts are in another form than the checkpoint's: Transformers writes them anew to offload them.
+    loading = {"offload_folder": fields.pop("offload_folder")} if "offload_folder" in fields else {}
     config = GPTQConfig(bits=3, group_size=32, dataset=windows, samples=len(windows), dynamic=rules, **fields)
-    return auto.from_pretrained(path, dtype=torch.float32, quantization_config=config)
+    return auto.from_pretrained(path, dtype=torch.float32, quantization_config=config, **loading)
 
 
 def saved(model: Any, folder: Path) -> dict[str, torch.Tensor]:
@@ -52,8 +55,6 @@ def test_goes_on_after_any_layer(
     kind: str, low_memory: bool, tiny: Callable[..., Path], windows: list[list[int]], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    if low_memory and kind == "mixtral":
-        pytest.skip("Transformers offloads fused experts only into an offload_folder of the caller's")
     path = tiny(kind)
     usual: dict[str, Any] = {"token_weights": "loss", "output_hessian": "loss"}
     if low_memory:
@@ -62,6 +63,8 @@ def test_goes_on_after_any_layer(
     wanted, reports = saved(undisturbed, tmp_path / "undisturbed"), undisturbed.hf_quantizer.reports
     solve = blocks.solve_layer
     fields = {"journal": str(tmp_path / "journal"), "low_memory": low_memory, **usual}
+    if low_memory and kind == "mixtral":
+        fields["offload_folder"] = str(tmp_path / "offload")
     # Each attempt gets a third of the layers further, so that blocks are left finished, begun and untouched.
     allowed = -(-len(reports) // 3)
     interruptions = 0
@@ -188,3 +191,53 @@ def test_fingerprints(tiny: Callable[..., Path]) -> None:
     with torch.no_grad():
         changed.model.layers[1].mlp.down_proj.weight[0, 0] += 1
     assert fingerprint(changed, windows, job) != first
+
+
+def test_the_order_of_rules_is_part_of_the_job(
+    tiny: Callable[..., Path], windows: list[list[int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first rule that matches holds."""
+    rules = {"+:.*q_proj": {"bits": 8}, "+:.*(q|k|v)_proj": {"bits": 2}}
+    for dynamic, again in ((rules, False), (rules, False), (dict(reversed(rules.items())), True)):
+        caplog.clear()
+        config = GPTQConfig(
+            group_size=32, dataset=windows, preset="fast", dynamic=dynamic, journal=str(tmp_path / "j"),
+            samples=len(windows),
+        )  # fmt: skip
+        transformers.AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config=config)
+        assert ("starting over" in caplog.text) == again
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "hidden gone"])
+def test_a_damaged_journal_is_named(
+    damage: str, tiny: Callable[..., Path], windows: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, solve = tmp_path / "j", blocks.solve_layer
+
+    def interrupted(name: str, *rest: Any) -> Any:
+        if name.startswith("model.layers.1."):
+            raise Interrupted
+        return solve(name, *rest)
+
+    monkeypatch.setattr(blocks, "solve_layer", interrupted)
+    with pytest.raises(Interrupted):
+        quantize("llama", tiny("llama"), windows, journal=str(folder))
+    monkeypatch.setattr(blocks, "solve_layer", solve)
+    (block,) = folder.glob("block-*")
+    hidden = sorted(folder.glob("quantized-0-1.*.hidden"))[-1]
+    if damage == "cut":
+        block.write_bytes(block.read_bytes()[:-100])
+    else:
+        (block if damage == "gone" else hidden).unlink()
+    named = hidden if damage == "hidden gone" else block
+    with pytest.raises(JournalError, match=f"{named.name} cannot be read .*delete the folder .* and start over"):
+        quantize("llama", tiny("llama"), windows, journal=str(folder))
+
+
+def test_what_is_kept_for_a_block_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(journal, "save_file", full)
+    with pytest.raises(JournalError, match="is on a disk that is full"):
+        journal.write_tensor(tmp_path / "kept-0.hidden", torch.ones(2))

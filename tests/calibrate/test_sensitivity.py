@@ -18,7 +18,7 @@ from hf_gptq_plugin.calibrate import blocks as calibrated_blocks
 from hf_gptq_plugin.calibrate import sensitivity
 from hf_gptq_plugin.calibrate.chains import find_chains
 from hf_gptq_plugin.calibrate.experts import layouts, unfuse_experts
-from hf_gptq_plugin.calibrate.products import computing
+from hf_gptq_plugin.calibrate.products import computing, own_products
 from hf_gptq_plugin.calibrate.sensitivity import Sensitivity
 from hf_gptq_plugin.calibrate.walk import linears
 from hf_gptq_plugin.nn.experts import Experts
@@ -150,6 +150,20 @@ def test_attention_in_fp32_is_rounded_once(keywords: bool) -> None:
     found = torch.autograd.grad(out, inputs, slope)
     wanted = torch.autograd.grad(expected, wide, slope.float())
     assert all(torch.equal(a, b.bfloat16()) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_may_write_into_what_a_layer_returned(dtype: torch.dtype) -> None:
+    """As some clamp or scale it in place."""
+    layer = nn.Linear(32, 16, bias=False, dtype=dtype)
+    x = torch.randn(2, 40, 32, dtype=dtype, requires_grad=True)
+    with own_products(nn.Sequential(layer)):
+        out = layer(x)
+        out *= 2
+        out.sum().backward()
+    torch.testing.assert_close(out, 2 * (x.float() @ layer.weight.float().T).to(dtype), rtol=2e-2, atol=1e-2)
+    expected = 2 * layer.weight.float().sum(0).expand(2, 40, 32).to(dtype)
+    torch.testing.assert_close(x.grad, expected, rtol=2e-2, atol=2e-2)
 
 
 def test_threads_change_nothing_and_seeds_do(tiny: Callable[..., Path], windows: list[list[int]]) -> None:

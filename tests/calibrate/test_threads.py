@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -52,6 +53,20 @@ def test_errors_reach_the_caller(two_threads: None) -> None:
     with pytest.raises(ValueError, match="window 3"):
         list(results)
     assert torch.get_num_threads() == 2
+
+
+def test_none_works_on_after_an_error(two_threads: None) -> None:
+    done = threading.Event()
+
+    def work(item: int) -> None:
+        if item == 0:
+            raise ValueError("window 0")
+        time.sleep(0.3)
+        done.set()
+
+    with pytest.raises(ValueError, match="window 0"):
+        list(in_order(work, range(2)))
+    assert done.is_set()
 
 
 def test_single_threaded(two_threads: None) -> None:

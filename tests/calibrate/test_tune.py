@@ -15,6 +15,7 @@ from hf_gptq_plugin import GPTQConfig
 from hf_gptq_plugin.calibrate import tune
 from hf_gptq_plugin.calibrate.chains import find_chains
 from hf_gptq_plugin.calibrate.walk import linears, record_calls
+from hf_gptq_plugin.solve.hessian import SolveError
 from hf_gptq_plugin.solve.learn import LearnedVector, TuneSettings
 
 
@@ -49,18 +50,19 @@ def test_output_loss() -> None:
     torch.testing.assert_close(found, slope, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_16_bit_models_loss_is_that_of_fp32(
-    tiny: Callable[..., Path], windows: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, tiny: Callable[..., Path], windows: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where torch is slow in 16 bits the head multiplies with our own product, forward and back."""
     monkeypatch.setattr(tune, "compute_dtype", lambda device: torch.float32)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=dtype).eval()
     ids = [torch.tensor(windows[0])]
     with torch.no_grad():
         (chain,) = find_chains(model, ids[0])
         blocks, (entry,) = record_calls(model, chain, ids)
-    hidden, target = (entry + torch.randn(entry.shape).bfloat16() * size for size in (0.1, 0.2))
+    hidden, target = (entry + torch.randn(entry.shape).to(dtype) * size for size in (0.1, 0.2))
     narrow = []
 
     def linear(x: Tensor, weight: Tensor, *bias: Tensor, own: Any = nn.functional.linear) -> Tensor:
@@ -70,8 +72,7 @@ def test_a_16_bit_models_loss_is_that_of_fp32(
     monkeypatch.setattr(nn.functional, "linear", linear)
     with tune.model_loss(model, chain, blocks, ids, [target]) as loss:
         value, slope = loss(hidden, 0)
-    assert torch.bfloat16 not in narrow
-    assert slope.dtype == torch.bfloat16
+    assert dtype not in narrow
     norm, head = model.model.norm.weight.float(), model.lm_head.weight.float()
 
     def logits(x: Tensor) -> Tensor:
@@ -190,3 +191,49 @@ def test_learns_the_dense_blocks_output(tiny: Callable[..., Path], windows: list
 def test_too_few_windows_make_one_step() -> None:
     settings = TuneSettings(model_epochs=3, batch=4)
     assert [settings.steps(windows, 3) for windows in (1, 3, 4, 7, 8)] == [3, 3, 3, 3, 6]
+
+
+def entered(model: Any, windows: list[list[int]]) -> tuple[list[Any], list[Tensor]]:
+    """A model's blocks, and what enters the first."""
+    ids = [torch.tensor(w) for w in windows[:2]]
+    with torch.no_grad():
+        (chain,) = find_chains(model, ids[0])
+        return record_calls(model, chain, ids)
+
+
+def tuned(blocks: list[Any]) -> list[dict[str, tune.TunedLayer]]:
+    return [{n: tune.TunedLayer(layer, None) for n, layer in linears(block.module).items()} for block in blocks]
+
+
+def test_gradients_in_fp16_do_not_vanish(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
+    """Slopes of means over many numbers are less than fp16's least."""
+    model = load(tiny("llama"), windows, preset="fast")
+    slopes: list[Tensor] = []
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        nn.Module.to(model, dtype)  # which Transformers forbids
+        blocks, entries = entered(model, windows)
+        slopes = slopes or [torch.randn(entry.shape) * 1e-7 for entry in entries]
+        layers = tuned(blocks)
+        weights = [{n: t.learned.weight(torch.float32) for n, t in part.items()} for part in layers]
+        lift = tune._lift(entries[0])
+        with tune._weights_handed_in(layers):
+            _, gradients = tune._gradients(
+                blocks, weights, [{}] * 2, entries, lambda hidden, window, slopes=slopes: (0.0, slopes[window]), [0, 1],
+                torch.float32, lift,
+            )  # fmt: skip
+        found.append([{n: g / lift for n, g in part.items()} for part in gradients])
+    for full, half in zip(*found, strict=True):
+        for name, expected in full.items():
+            assert expected.norm() > 0
+            assert float((half[name] - expected).norm() / expected.norm()) < 0.05, name
+
+
+def test_a_gradient_that_is_not_finite_is_named(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
+    blocks, entries = entered(load(tiny("llama"), windows, preset="fast"), windows)
+    layers = tuned(blocks[:1])
+    before = {n: t.learned.scales.clone() for n, t in layers[0].items()}
+    loss = lambda hidden, window: (float("nan"), torch.full_like(hidden, float("nan")))  # noqa: E731
+    with pytest.raises(SolveError, match=r"model\.layers\.0\..*: the gradient is not finite while it is tuned"):
+        tune.tune(blocks[:1], layers, [{}], entries, loss, 1, TuneSettings())
+    assert all(torch.equal(t.learned.scales, before[n]) for n, t in layers[0].items())

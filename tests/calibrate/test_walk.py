@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from architectures import ARCHITECTURES
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from hf_gptq_plugin import GPTQConfig
 from hf_gptq_plugin.calibrate import walk
 from hf_gptq_plugin.calibrate.chains import find_chains
+from hf_gptq_plugin.calibrate.sources import CalibrationError
 from hf_gptq_plugin.calibrate.stream import Resumable
 
 # What stands in one block, in the order in which it runs; layers in one list read the same tensor.
@@ -149,3 +153,30 @@ def test_a_twin_keeps_the_layers_that_are_replaced(tiny: Callable[..., Path], wi
         assert torch.equal(copy.run(hiddens[0], 0), before)
         assert not torch.equal(chain[0].run(hiddens[0], 0), before)
     assert copy.module.mlp.up_proj.weight is weight
+
+
+def test_what_stands_behind_a_layer_that_changes_is_computed_again(
+    tiny: Callable[..., Path], windows: list[list[int]]
+) -> None:
+    """A layer that is left dense is final from the start; what it made of a layer before it is not."""
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
+    chain, hiddens = record(model, [torch.tensor(w) for w in windows[:2]])
+    layers = walk.linears(chain[0].module)
+    resumable = Resumable(chain[0], layers, final={"self_attn.o_proj"})
+    for stage in STAGES["llama"]:  # all are looked at before any is replaced
+        list(resumable.inputs_of(stage[0], hiddens))
+    with torch.no_grad():
+        layers["self_attn.v_proj"].weight *= 2
+    resumable.final.update(layers)
+    for i, (left, entered) in enumerate(zip(resumable.outputs(hiddens), hiddens, strict=True)):
+        with torch.no_grad():
+            assert torch.equal(left, chain[0].run(entered, i))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "bert"])
+@pytest.mark.parametrize("generated", [0, 1.0])
+def test_windows_longer_than_the_models_positions(kind: str, generated: float, tiny: Callable[..., Path]) -> None:
+    auto = getattr(transformers, getattr(ARCHITECTURES[kind], "auto", "AutoModelForCausalLM"))
+    config = GPTQConfig(dataset=[list(range(3, 203))] * 2, group_size=32, samples=2, seqlen=200, generated=generated)
+    with pytest.raises(CalibrationError, match=r"has 128 positions, .* 200 tokens; set seqlen to 128 at most"):
+        auto.from_pretrained(tiny(kind), quantization_config=config)

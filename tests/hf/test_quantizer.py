@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -389,7 +390,7 @@ def test_fields_of_other_writers_are_ignored(damaged: Callable[..., Path]) -> No
         ({"dataset": [[1, 999]]}, CalibrationError, "token id 999; this model takes 0 to 255"),
         ({"dataset": ["text"]}, CalibrationError, "no tokenizer could be loaded"),
         ({"block_name_to_quantize": "model.blocks"}, WalkError, "'model.blocks' is not a list of modules"),
-        ({"modules_in_block_to_quantize": ["q"]}, WalkError, "names 'q'; the blocks of model.layers have"),
+        ({"modules_in_block_to_quantize": [["q"]]}, WalkError, "names 'q'; the blocks of model.layers have"),
         ({"dynamic": {"-:.*": {}}}, WalkError, "no linear layer of model.layers is left"),
     ],
 )
@@ -484,3 +485,25 @@ def test_low_memory_refuses_what_contradicts_it(tiny: Callable[..., Path], windo
     config = GPTQConfig(group_size=32, dataset=windows, samples=8, low_memory=True)
     with pytest.raises(ValueError, match="device_map='auto' and low_memory=True both say where blocks go"):
         AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config=config, device_map="auto")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("damp_percent", "a"), ("damp_percent", None), ("propagation", "x"), ("dynamic", "abc"), ("dynamic", [1]),
+        ("preset", []), ("seed", "x"), ("seed", 1.5), ("seed", 2**70), ("seed", -1), ("generated", 1e300),
+        ("modules_in_block_to_quantize", 5), ("modules_in_block_to_quantize", [5]), ("meta", 5), ("low_memory", "no"),
+        ("true_sequential", "no"), ("lm_head", 1), ("format", 5),
+    ],
+)  # fmt: skip
+def test_a_field_that_cannot_be_is_named(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{field}.*{re.escape(repr(value))}|{re.escape(repr(value))}.*{field}"):
+        GPTQConfig(bits=4, **{field: value})
+
+
+def test_a_plain_mapping_is_a_config(tiny: Tiny, windows: list[list[int]]) -> None:
+    """As Transformers takes one; a finished checkpoint's text is not read back."""
+    fields = {"quant_method": "gptq", "bits": 4, "group_size": 32, "dataset": windows, "samples": 2, "preset": "fast"}
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config=fields)
+    assert isinstance(model.model.layers[0].mlp.up_proj, QuantLinear)
+    assert GPTQConfig.from_dict({**fields, "checkpoint_format": "gptq"}).dataset is None
