@@ -220,11 +220,12 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         if stages is not None and not (
             isinstance(stages, (list, tuple))
             and all(
-                isinstance(stage, (list, tuple)) and all(isinstance(name, str) for name in stage) for stage in stages
+                isinstance(stage, str) or (isinstance(stage, (list, tuple)) and all(isinstance(n, str) for n in stage))
+                for stage in stages
             )
         ):
             raise ValueError(
-                f"modules_in_block_to_quantize={stages!r} is not supported; use a list of lists of names, e.g. "
+                f"modules_in_block_to_quantize={stages!r} is not supported; use names, or lists of them, e.g. "
                 '[["self_attn.q_proj", "self_attn.k_proj"], ["mlp.down_proj"]]'
             )
         # The stock check of this field asks for an installed optimum, which plays no part here.

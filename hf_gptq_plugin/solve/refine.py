@@ -124,6 +124,8 @@ def refit_scales(
         matrix = group_systems(q, hessian, width)
         right = group_sums(matmul(weight[rows], hessian) * q, width)
         fitted = solve_symmetric(matrix.double(), right.double()).to(dtype).float()
+        # Any scale does for codes that are all zero in a group: not to be found, it stays, and no other depends on it.
+        fitted = torch.where(group_sums(q.abs(), width) > 0, fitted, scales[rows])
         usable = (torch.isfinite(fitted) & (fitted.abs() >= torch.finfo(dtype).tiny)).all(1)
         fitted = torch.where(usable[:, None], fitted, scales[rows])
         better = row_errors(weight[rows] - q * fitted[:, group], hessian) < errors[rows]

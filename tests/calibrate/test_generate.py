@@ -103,5 +103,5 @@ def test_a_calibration_uses_them(tiny: Callable[..., Path], windows: list[list[i
     model = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32, quantization_config=config)
     assert {report.tokens for report in model.hf_quantizer.reports} == {12 * 32}
     assert model.config.quantization_config.meta["solver"]["generated"] == 0.5
-    with pytest.raises(ValueError, match="generated=-1 must be a number of at least 0"):
+    with pytest.raises(ValueError, match="generated=-1 must be a number from 0 to 100"):
         GPTQConfig(generated=-1)

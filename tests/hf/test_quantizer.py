@@ -390,7 +390,7 @@ def test_fields_of_other_writers_are_ignored(damaged: Callable[..., Path]) -> No
         ({"dataset": [[1, 999]]}, CalibrationError, "token id 999; this model takes 0 to 255"),
         ({"dataset": ["text"]}, CalibrationError, "no tokenizer could be loaded"),
         ({"block_name_to_quantize": "model.blocks"}, WalkError, "'model.blocks' is not a list of modules"),
-        ({"modules_in_block_to_quantize": [["q"]]}, WalkError, "names 'q'; the blocks of model.layers have"),
+        ({"modules_in_block_to_quantize": ["q"]}, WalkError, "names 'q'; the blocks of model.layers have"),
         ({"dynamic": {"-:.*": {}}}, WalkError, "no linear layer of model.layers is left"),
     ],
 )
