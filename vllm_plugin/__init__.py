@@ -11,5 +11,7 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from .config import NAME, HfGptqConfig
+    from .dense import require_every_weight
 
     register_quantization_config(NAME)(HfGptqConfig)
+    require_every_weight()

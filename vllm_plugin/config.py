@@ -17,7 +17,8 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from hf_gptq_plugin.format.checkpoint import TensorInfo, quantized_modules
+from hf_gptq_plugin.convert.source import weight_files
+from hf_gptq_plugin.format.checkpoint import TensorInfo, quantized_modules, read_headers
 from hf_gptq_plugin.format.spec import CheckpointConfig, CheckpointError, QuantSpec, resolve
 
 from .linear import HfGptqLinearMethod, Scheme, ZeroFormat
@@ -94,13 +95,17 @@ class HfGptqConfig(QuantizationConfig):
         """Read the headers of the checkpoint's files.
 
         Raises:
-            CheckpointError: no quantized tensor, one of a wrong dtype, or a module that lacks one.
+            CheckpointError: a damaged file, no quantized tensor, one of a wrong dtype, or a module that lacks one.
         """
-        metadata = get_safetensors_params_metadata(model_name, revision=revision)
-        metadata.pop("__metadata__", None)
-        self._headers = {
-            name: TensorInfo(info["dtype"], tuple(info["shape"]), Path(model_name)) for name, info in metadata.items()
-        }
+        if Path(model_name).is_dir():
+            self._headers = read_headers(weight_files(Path(model_name)))
+        else:
+            metadata = get_safetensors_params_metadata(model_name, revision=revision)
+            metadata.pop("__metadata__", None)
+            self._headers = {
+                name: TensorInfo(info["dtype"], tuple(info["shape"]), Path(model_name))
+                for name, info in metadata.items()
+            }
         self._quantized = quantized_modules(self._headers)
         if self._headers and not self._quantized:
             raise CheckpointError(

@@ -55,7 +55,7 @@ class Gptq:
         check_shapes(module, shapes, spec, in_features, scales.shape[-1])
         check_values(module, scales, g_idx)
         group = natural_groups(in_features, spec.group_size) if g_idx is None else g_idx
-        return QuantizedWeight.unpack(qweight, tensors["qzeros"], scales, group, spec)
+        return QuantizedWeight.unpack(qweight, tensors["qzeros"], scales, group.int(), spec)
 
     def write(self, module: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         """A module's tensors.
@@ -142,6 +142,8 @@ class Awq:
         if len(sizes) > 1:
             raise CheckpointError(f"AWQ has one group_size for all modules, and these have {sorted(sizes)}")
         out: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": sizes.pop(), "zero_point": True}
+        if any(name.rpartition(".")[2] == "lm_head" for name in specs):
+            out["lm_head"] = True
         return {**out, "version": "gemm", "modules_to_not_convert": dense or None}
 
 
@@ -155,7 +157,7 @@ class PackQuantized:
     def read(self, module: str, tensors: Mapping[str, Tensor], spec: QuantSpec) -> QuantizedWeight:
         """The weight of a module."""
         shape = tensors["weight_shape"].tolist()
-        if len(shape) != 2 or min(shape) < 1:
+        if tensors["weight_shape"].dim() != 1 or len(shape) != 2 or min(shape) < 1:
             raise CheckpointError(f"{module}.weight_shape is {shape}; it must hold out_features and in_features")
         out_features, in_features = shape
         each, groups = WORD // spec.bits, spec.groups(in_features)
@@ -174,8 +176,9 @@ class PackQuantized:
         scales = tensors["weight_scale"].T.contiguous()
         group = natural_groups(in_features, spec.group_size)
         if "weight_g_idx" in tensors:
-            group = tensors["weight_g_idx"].int()
+            group = tensors["weight_g_idx"]
         check_values(module, scales, group)
+        group = group.int()  # only now: more would wrap around
         if spec.sym:
             zeros = torch.full(scales.shape, 2 ** (spec.bits - 1), dtype=torch.int32)
         else:
@@ -314,7 +317,7 @@ def pack_quantized_specs(config: Mapping[str, Any]) -> dict[str, tuple[list[str]
         if config.get(name):
             raise CheckpointError(f"compressed-tensors {name}={config[name]!r} has no counterpart in GPTQ")
     sparsity = config.get("sparsity_config") or {}
-    if sparsity and sparsity.get("format", "dense") != "dense":
+    if not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") != "dense":
         raise CheckpointError(f"compressed-tensors sparsity_config={sparsity!r} has no counterpart in GPTQ")
     found: dict[str, tuple[list[str], QuantSpec]] = {}
     groups = config.get("config_groups")

@@ -80,8 +80,7 @@ class Source:
         found = []
         for name, info in self.headers.items():
             module, _, leaf = name.rpartition(".")
-            numbered = any(part.isdigit() for part in module.split("."))
-            if leaf == "weight" and len(info.shape) == 2 and (numbered or module.endswith("lm_head")):
+            if leaf == "weight" and len(info.shape) == 2:
                 found.append(module)
         if "lm_head" not in (*found, *self.modules):
             found.append("lm_head")  # tied
@@ -157,6 +156,12 @@ def open_source(folder: str | Path) -> Source:
     if quantization is not None and not isinstance(quantization, dict):
         raise CheckpointError(f"quantization_config must be a JSON object, but it is {quantization!r}")
     headers = read_headers(weight_files(folder))
+    index = folder / INDEX
+    absent = sorted(set(read_json(index)["weight_map"]) - set(headers)) if index.exists() else []
+    if absent:
+        raise CheckpointError(
+            f"{INDEX} names {absent[0]}, and no file holds it; the checkpoint is incomplete: fetch it again"
+        )
     method = str((quantization or {}).get("quant_method", "gptq" if quantization else "dense"))
     if method in ("gptq", "hf_gptq"):
         return _gptq(folder, config, quantization or {}, headers)
@@ -166,6 +171,8 @@ def open_source(folder: str | Path) -> Source:
         return Source(folder, config, "awq", "awq", headers, modules, dict.fromkeys(modules, spec))
     if method == "compressed-tensors":
         return _pack_quantized(folder, config, quantization or {}, headers)
+    if method == "gptq_v2":
+        raise CheckpointError(f'quant_method={method!r} is not known; use "gptq", with checkpoint_format="gptq_v2"')
     if method == "dense":
         packed = [n for n in headers if n.rpartition(".")[2] in ("qweight", "weight_packed", "weight_scale_inv")]
         if packed:
@@ -188,6 +195,13 @@ def _modules(headers: Mapping[str, TensorInfo], kind: Layout) -> dict[str, dict[
         if leaf in kind.leaves and (f"{module}.{first}" in headers or leaf == "qzeros"):
             found.setdefault(module, {})[leaf] = info
     for module, tensors in found.items():
+        if f"{module}.weight" in headers:
+            raise CheckpointError(f"the checkpoint holds both {module}.{first} and {module}.weight; remove one of them")
+        for leaf, info in tensors.items():
+            if 0 in info.shape:
+                raise CheckpointError(
+                    f"{module}.{leaf} has shape {list(info.shape)}, which holds nothing: fetch it again"
+                )
         for leaf in kind.required:
             if leaf not in tensors:
                 raise CheckpointError(f"{module}.{leaf} is missing from the checkpoint: fetch it again")

@@ -21,6 +21,8 @@ from .layouts import Dense, Layout, layout
 from .order import moved
 from .source import INDEX, Source
 
+# Whose dense layers are Conv1D, which stores `[K, N]`.
+_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 SHARD = 1_000_000_000  # bytes
 # What goes along: no checkpoints of other frameworks, no model card, which describes the source.
 _CARRIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".vocab", ".merges")
@@ -87,6 +89,8 @@ def convert(
             written = kind.write(module, weight)
             specs[module] = _spec(weight, kind)
             outcome = _compared(module, weight, written, kind, specs[module])
+            if isinstance(kind, Dense) and source.config.get("model_type") in _CONV1D:
+                written = {leaf: tensor.T.contiguous() for leaf, tensor in written.items()}
             done.append(outcome)
             if progress is not None:
                 progress(outcome)

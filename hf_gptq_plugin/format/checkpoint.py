@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -216,6 +217,10 @@ def agreed_format(label: str, evidence: Mapping[str, str | None]) -> str:
     return fmt
 
 
+# A whole checkpoint, or a part of it; other names are other people's.
+_SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+
+
 @contextmanager
 def written_whole(directory: str | Path) -> Iterator[Path]:
     """Write a folder's files beside it and move them in when all are complete.
@@ -224,17 +229,26 @@ def written_whole(directory: str | Path) -> Iterator[Path]:
     last, so that an interrupted save leaves either the old checkpoint or none that can be loaded. On an error
     nothing of it stays.
     """
-    target = Path(directory)
+    target = Path(directory).resolve()  # what a link points to, which may lie on another disk
     existed = target.exists()
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    beside = target if existed and target.stat().st_dev != target.parent.stat().st_dev else target.parent
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=beside))
     try:
         yield staging
         target.mkdir(exist_ok=True)
+        for path in staging.iterdir():
+            if path.is_file() and (target / path.name).is_dir():
+                raise ValueError(
+                    f"{target / path.name} is a folder where a file is to be; remove it, or name another folder"
+                )
         if existed:
             _remove_stale_shards(target, {path.name for path in staging.iterdir()})
         for path in sorted(staging.iterdir(), key=lambda p: (p.name == "config.json", p.name)):
-            os.replace(path, target / path.name)
+            if path.is_dir():  # of files whose folder may be there already
+                shutil.copytree(path, target / path.name, dirs_exist_ok=True)
+            else:
+                os.replace(path, target / path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -243,7 +257,8 @@ def _remove_stale_shards(target: Path, written: set[str]) -> None:
     """An older save may have had other shards, which a reader would mix with the new ones."""
     if not any(name.endswith(".safetensors") for name in written):
         return
-    for path in [*target.glob("model*.safetensors"), target / "model.safetensors.index.json"]:
+    shards = [p for p in target.glob("model*.safetensors") if _SHARD.fullmatch(p.name)]
+    for path in [*shards, target / "model.safetensors.index.json"]:
         if path.name not in written:
             path.unlink(missing_ok=True)
 

@@ -14,7 +14,7 @@ from ..format.spec import CheckpointError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FLOATS = ("F16", "BF16", "F32")
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.weight)?")
+FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>[AB])(\.weight)?")
 
 
 def check_adapter(folder: str | Path) -> dict[str, tuple[int, int, int]]:
@@ -46,7 +46,7 @@ def check_adapter(folder: str | Path) -> dict[str, tuple[int, int, int]]:
         raise CheckpointError(f"{WEIGHTS} is missing from the adapter; pickled files can run code and are not read")
     factors: dict[str, dict[str, TensorInfo]] = {}
     for name, info in read_headers([path / WEIGHTS]).items():
-        match = _FACTOR.fullmatch(name)
+        match = FACTOR.fullmatch(name)
         if match is None:
             continue
         if info.dtype not in _FLOATS or len(info.shape) != 2 or 0 in info.shape:

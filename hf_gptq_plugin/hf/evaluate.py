@@ -12,6 +12,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 
+def require_length(model: Any, seqlen: int) -> None:
+    """Check that windows are no longer than what the model was made for.
+
+    Raises:
+        ValueError: they are.
+    """
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(most, int) and seqlen > most:
+        raise ValueError(f"seqlen={seqlen} is more than the {most} tokens that the model was made for; shorten it")
+
+
 def text_windows(tokenizer: Any, text: str, seqlen: int, windows: int | None = None, bos: bool = False) -> list[Tensor]:
     """Cut a text into its first non-overlapping windows.
 
@@ -101,7 +112,11 @@ def perplexity(
     for number, ids in enumerate(tqdm(windows, desc="Perplexity", unit="window", disable=not progress)):
         ids = ids.to(model.device)
         last = ids.shape[1] - 1 if counts is None else counts[number]
-        logits = model(input_ids=ids, use_cache=False).logits[0, -last - 1 : -1].float()
+        try:
+            logits = model(input_ids=ids, use_cache=False).logits[0, -last - 1 : -1].float()
+        except IndexError:
+            require_length(model, ids.shape[1])
+            raise
         total += float(torch.nn.functional.cross_entropy(logits, ids[0, -last:], reduction="sum"))
         count += last
     model.train(was_training)

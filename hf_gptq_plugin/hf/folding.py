@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,18 +16,20 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..calibrate.data import calibration_windows
+from ..format.checkpoint import read_headers
 from ..format.spec import CheckpointError
 from ..nn.linear import QuantLinear
 from ..solve.hessian import Hessian
 from ..train.fold import FoldReport, fold
-from .adapter import check_adapter, local_adapter
-from .evaluate import Comparison, compared
+from .adapter import CONFIG, FACTOR, WEIGHTS, check_adapter, local_adapter
+from .evaluate import Comparison, compared, require_length
 from .saving import save_checkpoint
 
 # Hessians that are in memory at a time; with more layers, the text is run through the model more than once.
 _BYTES = 2 << 30
 # Folding is recommended where the folded model is this much closer to the adapted one than the base is.
 _CLOSER = 0.25
+_PREFIX = "base_model.model."  # of names in an adapter's file
 
 
 @dataclass
@@ -76,9 +79,13 @@ def run(
         raise ImportError("adapters are read by PEFT; install it: pip install hf-gptq-plugin[peft]") from None
     if out.is_file():
         raise ValueError(f"OUT={str(out)!r} is a file; name a folder")
+    for what, given in (("BASE", base), ("ADAPTER", adapter), ("ADAPTER", str(local_adapter(adapter)))):
+        if out.exists() and Path(given).exists() and out.samefile(given):
+            raise ValueError(f"OUT={str(out)!r} is {what} itself, which would be overwritten; name another folder")
     adapter = str(local_adapter(adapter))
-    check_adapter(adapter)
+    factors = check_adapter(adapter)
     _require_plain(peft.PeftConfig.from_pretrained(adapter))
+    _require_factors_alone(adapter)
     tokenizer = AutoTokenizer.from_pretrained(base)
     windows = calibration_windows(data, tokenizer, samples, seqlen, seed, len(tokenizer))
     kept = max(1, len(windows) // 8)
@@ -86,10 +93,18 @@ def run(
         raise ValueError(f"the text gives {len(windows)} window; two are needed: pass more text or a smaller seqlen")
     windows, held_out = windows[:-kept], [window[None] for window in windows[-kept:]]
     plain: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    adapted: Any = peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base, dtype=dtype), adapter
-    ).eval()
+    _require_fitting(plain, factors)
+    require_length(plain, seqlen)
+    adapted: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error, below
+        adapted = peft.PeftModel.from_pretrained(adapted, adapter).eval()
     updates = _updated(adapted)
+    for name in updates:
+        if f"{_PREFIX}{name}" not in factors:
+            raise CheckpointError(
+                f"{CONFIG} names {name}, for which {WEIGHTS} has no lora_A and lora_B; the adapter is incomplete"
+            )
     reports: dict[str, FoldReport] = {}
     folded: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     with tqdm(total=len(updates), desc="Folding", unit="layer") as bar:
@@ -116,7 +131,10 @@ def _require_plain(config: Any) -> None:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind != "LORA":
         raise ValueError(f"peft_type={kind!r} is not LoRA; only LoRA adapters are folded")
-    for name in ("use_dora", "modules_to_save", "trainable_token_indices", "target_parameters"):
+    for name in (
+        "use_dora", "modules_to_save", "trainable_token_indices", "target_parameters", "lora_bias",
+        "alora_invocation_tokens", "layer_replication",
+    ):  # fmt: skip
         if getattr(config, name, None):
             raise ValueError(
                 f"the adapter has {name}={getattr(config, name)!r}, which a fold of linear layers would lose; serve it "
@@ -124,6 +142,33 @@ def _require_plain(config: Any) -> None:
             )
     if getattr(config, "bias", "none") != "none":
         raise ValueError(f"the adapter has bias={config.bias!r}; only bias='none' is folded")
+
+
+def _require_factors_alone(adapter: str) -> None:
+    """PEFT loads whatever stands in an adapter's file; a fold takes its factors.
+
+    Raises:
+        CheckpointError: there is something else.
+    """
+    for name in read_headers([Path(adapter) / WEIGHTS]):
+        if FACTOR.fullmatch(name) is None:
+            raise CheckpointError(
+                f"the adapter holds {name} beside lora_A and lora_B, which a fold would lose; serve it as an adapter"
+            )
+
+
+def _require_fitting(model: Any, factors: Mapping[str, tuple[int, int, int]]) -> None:
+    """Raises CheckpointError where an adapter's module is none of the base, or of another shape there."""
+    layers = dict(model.named_modules())
+    for module, (_, in_features, out_features) in factors.items():
+        layer = layers.get(module.removeprefix(_PREFIX)) if module.startswith(_PREFIX) else None
+        if layer is None:
+            raise CheckpointError(f"{module} of the adapter is no layer of the base; the adapter is another model's")
+        if isinstance(layer, QuantLinear) and (layer.in_features, layer.out_features) != (in_features, out_features):
+            raise CheckpointError(
+                f"{module} of the adapter is for a weight {[out_features, in_features]}, and the base's is "
+                f"{[layer.out_features, layer.in_features]}; the adapter is another model's"
+            )
 
 
 def _updated(adapted: Any) -> dict[str, Any]:

@@ -312,7 +312,8 @@ def _require_all_tensors(model: PreTrainedModel, headers: Mapping[str, TensorInf
     for target, origin in tied.items():
         if origin in present or target in present:
             present |= {target, origin}
-    same_class = type(model).__name__ in (model.config.architectures or [])
+    # Of the class without a head, all tensors are the saved architecture's.
+    same_class = type(model).__name__ in (model.config.architectures or []) or model.base_model is model
     head = model.get_output_embeddings()
     prefixes = tuple(f"{n}." for n, m in model.named_modules() if n == model.base_model_prefix or (n and m is head))
     for key in expected:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -25,11 +26,13 @@ from ..config import GPTQConfig
 from ..convert.source import open_source
 from ..convert.stream import convert
 from ..format.checkpoint import written_whole
+from ..nn.experts import Experts
 from ..nn.linear import QuantLinear
 from ..train.checkpointing import disable_checkpointing, enable_checkpointing
 from ..train.layers import require_rank
-from ..train.loop import TrainingError, TrainSettings, mean_loss, train
+from ..train.loop import NOT_FINITE, STATE, TrainingError, TrainSettings, mean_loss, train
 from ..train.methods import METHODS, attach, export, narrowest, targeted, trained
+from .evaluate import require_length
 from .saving import save_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -39,6 +42,7 @@ LORA_RATE = 2e-4
 GALORE_FACTOR = 4.0
 TRAINABLE = ("lora", *METHODS)
 ADAPTER = "adapter"
+_DIGESTED = 1 << 16  # bytes at either end of a file that tell it from others
 # Of the exported model's logits to the trained one's, relative to the largest: the same weights, summed in another
 # order and, below float32, rounded elsewhere.
 _CLOSE, _CLOSE_HALF = 1e-3, 5e-2
@@ -136,14 +140,18 @@ def run(
         f"{len(windows)} windows of up to {data.seqlen} tokens to train on, {settings.batch} at each of "
         f"{settings.steps} steps; {len(held_out)} held out to evaluate on."
     )
-    state = out.with_name(f"{out.name}.training")
+    place = out.resolve() if out.name in ("", "..") else out  # of a name of its own
+    state = place.with_name(f"{place.name}.training")
+    _require_own(state)
     base = state / "base"
-    job = json.dumps([model, method, options, target_modules, str(dtype), dict(quantization)], default=str)
+    job = json.dumps(
+        [model, _digest(model), method, options, target_modules, str(dtype), dict(quantization)], default=str
+    )
     with ExitStack() as stack:
         loaded, made = _quantized(model, base, tokenizer, quantization, dtype, stack, tell)
-        _require_length(loaded, data.seqlen)
+        require_length(loaded, data.seqlen)
         torch.manual_seed(settings.seed)
-        given = _attached(loaded, method, target_modules, options)
+        given = _attached(loaded, method, target_modules, options, tell)
         if checkpointing:
             enable_checkpointing(given, use_reentrant=False)
         trainable = sum(p.numel() for p in given.parameters() if p.requires_grad)
@@ -173,6 +181,36 @@ def run(
         shutil.rmtree(state, ignore_errors=True)
     where = None if adapter is None else str(adapter)
     return Outcome(method, layers, trainable, before, after, losses, difference, folder, where)
+
+
+def _require_own(state: Path) -> None:
+    """Check that the folder for a training's state, which is deleted at the end, holds nothing else.
+
+    Raises:
+        ValueError: it does.
+    """
+    if not state.exists():
+        return
+    ours = {"base", "journal", STATE, NOT_FINITE}
+    inside = sorted(path.name for path in state.iterdir()) if state.is_dir() else [state.name]
+    others = [name for name in inside if name not in ours and not name.endswith(".part")]
+    if others:
+        raise ValueError(
+            f"{state} is where the state of this training goes, and holds {others[0]!r}; name another OUT, or move that"
+        )
+
+
+def _digest(model: str) -> str:
+    """What tells the weights in a folder from others: sizes, beginnings and ends of their files."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as handle:
+            for start in (0, max(0, size - _DIGESTED)):
+                handle.seek(start)
+                digest.update(handle.read(_DIGESTED))
+    return digest.hexdigest()
 
 
 def _windows(data: Data, tokenizer: Any, seed: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -211,7 +249,7 @@ def _quantized(
     if kind != "dense":
         raise ValueError(f"{model} is {kind}; training starts from GPTQ, AWQ, compressed-tensors or a dense model")
     config = GPTQConfig(tokenizer=tokenizer, **quantization)
-    asked = json.dumps([model, dict(quantization)], default=str)
+    asked = json.dumps([model, _digest(model), dict(quantization)], default=str)
     record = base / "asked.json"
     if (base / "config.json").exists():  # an interrupted run has already quantized it
         if record.read_text(encoding="utf-8") != asked:
@@ -234,19 +272,12 @@ def _quantized(
     return AutoModelForCausalLM.from_pretrained(base, dtype=dtype), True
 
 
-def _require_length(model: Any, seqlen: int) -> None:
-    """Check that windows are no longer than what the model was made for.
-
-    Raises:
-        ValueError: they are.
-    """
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(most, int) and seqlen > most:
-        raise ValueError(f"seqlen={seqlen} is more than the {most} tokens that the model was made for; shorten it")
-
-
-def _attached(model: Any, method: str, targets: list[str] | None, options: dict[str, Any]) -> Any:
+def _attached(
+    model: Any, method: str, targets: list[str] | None, options: dict[str, Any], tell: Callable[[str], None]
+) -> Any:
     """The model with something that learns."""
+    if method == "lora" or METHODS[method].exported == "adapter":
+        targets = _addressable(model, targets, tell)
     if method != "lora":
         attach(model, method, targets, **options)
         return model
@@ -264,14 +295,37 @@ def _attached(model: Any, method: str, targets: list[str] | None, options: dict[
     return peft.get_peft_model(model, config)
 
 
+def _addressable(model: Any, targets: list[str] | None, tell: Callable[[str], None]) -> list[str] | None:
+    """Targets that an adapter's file can name. PEFT takes the names of a mixture's experts for those of fused ones.
+
+    Raises:
+        ValueError: experts were asked for, or there is nothing else.
+    """
+    mixtures = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Experts))
+    layers = targeted(model, targets)
+    experts = [name for name in layers if name.startswith(mixtures)]
+    if not experts:
+        return targets
+    others = [name for name in layers if name not in experts]
+    if targets is not None or not others:
+        raise ValueError(
+            f"{experts[0]} is an expert of a mixture, which PEFT's adapters cannot name; choose other layers by "
+            "target_modules, or another method"
+        )
+    tell(f"{len(experts)} layers of experts are left out: PEFT's adapters cannot name them.")
+    return others
+
+
 def _write(
     given: Any, loaded: Any, method: str, options: dict[str, Any], out: Path, adapter: Path | None, made: bool,
     tokenizer: Any, model: str,
 ) -> None:  # fmt: skip
     """Write the checkpoint, the adapter, or both."""
     if method == "lora":
+        for config in given.peft_config.values():
+            config.base_model_name_or_path = str(out) if made else model  # not where it was made
         with written_whole(out / ADAPTER) as staging:
-            given.save_pretrained(staging)
+            given.save_pretrained(staging, save_embedding_layers=False)  # else PEFT looks for the base, not there yet
         if made:
             save_checkpoint(given.unload(), out, tokenizer=tokenizer)
         return

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from .methods import advance, parameter_groups, trained
 from .qgalore import QGaLore
 
 STATE = "training.safetensors"
+NOT_FINITE = "not-finite"
 OPTIMIZERS = ("adamw", "q-galore")
 GRADIENTS = ("float", "int8-block")
 
@@ -268,7 +269,7 @@ class _State:
     ) -> None:  # fmt: skip
         self._path = None if folder is None else folder / STATE
         # Beside the state of a training whose loss was not finite: it goes on at other rates, too.
-        self._mark = None if folder is None else folder / "not-finite"
+        self._mark = None if folder is None else folder / NOT_FINITE
         self._job = _job(named, windows, settings, job, ["save_every"])
         self._mended = _job(named, windows, settings, job, ["save_every", "rate", "warmup", "clip"])
         self._model, self._named, self._optimizer = model, named, optimizer
@@ -306,15 +307,29 @@ class _State:
             self._mark.unlink(missing_ok=True)
 
     def read(self) -> list[float]:
-        """Take up an earlier state. Returns its losses; none where there is no state, or it is of another job."""
+        """Take up an earlier state. Returns its losses; none where there is no state.
+
+        Raises:
+            TrainingError: it is of another job, or damaged.
+        """
         if self._path is None or not self._path.exists():
             return []
-        with safe_open(self._path, framework="pt") as handle, torch.no_grad():
+        try:
+            return self._taken_up(self._path)
+        except (SafetensorError, KeyError, RuntimeError) as error:
+            if isinstance(error, TrainingError):
+                raise
+            raise TrainingError(
+                f"{self._path} is damaged ({error}); remove {self._path.parent} to begin anew"
+            ) from None
+
+    def _taken_up(self, path: Path) -> list[float]:
+        with safe_open(path, framework="pt") as handle, torch.no_grad():
             found = handle.metadata() or {}
             mended = self._mark is not None and self._mark.exists() and found.get("mended") == self._mended
             if found.get("job") != self._job and not mended:
                 raise TrainingError(
-                    f"{self._path.parent} is the state of another training (another model, data, settings or layers): "
+                    f"{path.parent} is the state of another training (another model, data, settings or layers): "
                     "repeat that one's arguments to go on with it, remove the folder, or name another"
                 )
             parts: dict[str, dict[str, dict[str, Tensor]]] = {}

@@ -80,12 +80,14 @@ def attach(
     targets = targeted(model, target_modules)
     if "rank" in options:  # before anything is changed
         require_rank(options["rank"], narrowest(targets))
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
     for name, layer in targets.items():
         if any(parameter.is_meta for parameter in layer.parameters()):
             raise ValueError(f"{name} is offloaded; training needs the layers that learn in memory")
-        model.set_submodule(name, chosen.make(layer, **options).train(model.training))
+    made = {name: chosen.make(layer, **options).train(model.training) for name, layer in targets.items()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name, learning in made.items():
+        model.set_submodule(name, learning)
     return list(targets)
 
 

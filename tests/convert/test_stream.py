@@ -209,3 +209,66 @@ def test_an_old_checkpoint_there_is_replaced_whole(quantized: Make, tmp_path: Pa
     assert [p.name for p in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
     assert not (tmp_path / "out/quantize_config.json").exists()
     assert open_source(tmp_path / "out").layout == "compressed-tensors"
+
+
+@pytest.mark.parametrize("rules", [{}, {"-:.*(c_attn|c_fc|mlp.c_proj)": {}}])
+def test_layers_of_conv1d_come_out_as_they_are_stored(tiny: Make, tmp_path: Path, rules: dict[str, Any]) -> None:
+    """GPT-2's matrices lie `[K, N]`; square ones load either way."""
+    config = GPTQConfig(bits=4, group_size=32, method="rtn", dynamic=rules)
+    model = AutoModelForCausalLM.from_pretrained(tiny("gpt2"), quantization_config=config, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "q")
+    convert(open_source(tmp_path / "q"), tmp_path / "dense", "dense", dtype=torch.float32)
+    torch.testing.assert_close(logits(tmp_path / "dense"), logits(tmp_path / "q"), rtol=1e-4, atol=1e-4)
+
+
+def test_dense_layers_outside_of_blocks_are_named(tiny: Make, tmp_path: Path) -> None:
+    """Readers take a layer that is not named for a quantized one."""
+    folder = tiny("opt", word_embed_proj_dim=32)
+    config = GPTQConfig(bits=4, group_size=32, method="rtn")
+    AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float16).save_pretrained(
+        tmp_path / "q"
+    )
+    convert(open_source(tmp_path / "q"), tmp_path / "c", "compressed-tensors")
+    written = json.loads((tmp_path / "c" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert {"model.decoder.project_in", "model.decoder.project_out", "lm_head"} <= set(written)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+def test_sources_that_contradict_themselves(quantized: Make, tmp_path: Path) -> None:
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(quantized(), tmp_path / name))
+
+    both = copy("both")
+    rewrite(both, lambda s: s.update({f"{DOWN}.weight": torch.zeros(64, 64)}))
+    with pytest.raises(CheckpointError, match=rf"holds both {DOWN}\.qweight and {DOWN}\.weight"):
+        open_source(both)
+    empty = copy("empty")
+    rewrite(empty, lambda s: s.update({f"{DOWN}.g_idx": torch.zeros(0, dtype=torch.int32)}))
+    with pytest.raises(CheckpointError, match=rf"{DOWN}\.g_idx has shape \[0\], which holds nothing"):
+        open_source(empty)
+    absent = copy("absent")
+    names = {n: "model.safetensors" for n in [*load_file(absent / "model.safetensors"), "model.extra.weight"]}
+    (absent / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(CheckpointError, match=r"names model\.extra\.weight, and no file holds it"):
+        open_source(absent)
+    odd = copy("odd")
+    config = json.loads((odd / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "gptq_v2"
+    (odd / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="quant_method='gptq_v2' is not known"):
+        open_source(odd)
+
+
+def test_an_int64_group_index_comes_out_as_int32(quantized: Make, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(quantized(), tmp_path / "q"))
+    rewrite(source, lambda s: s.update({f"{DOWN}.g_idx": s[f"{DOWN}.g_idx"].long()}))
+    convert(open_source(source), tmp_path / "out", "gptq_v2")
+    assert load_file(tmp_path / "out" / "model.safetensors")[f"{DOWN}.g_idx"].dtype == torch.int32

@@ -162,6 +162,29 @@ def test_written_whole_leaves_nothing_after_an_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_written_whole_touches_nothing_else(tmp_path: Path) -> None:
+    """Other people's files, folders that are there already, a link to another place."""
+    place, target = tmp_path / "place", tmp_path / "out"
+    (place / "templates").mkdir(parents=True)
+    target.symlink_to(place)
+    for name in ("model_mine.safetensors", "model.fp16.safetensors", "model-00001-of-00002.safetensors"):
+        (place / name).write_text("old")
+    with checkpoint.written_whole(target) as staging:
+        (staging / "model.safetensors").write_text("new")
+        (staging / "templates").mkdir()
+        (staging / "templates" / "a.jinja").write_text("new")
+    assert target.is_symlink() and sorted(p.name for p in tmp_path.iterdir()) == ["out", "place"]
+    assert sorted(p.name for p in place.iterdir()) == [
+        "model.fp16.safetensors", "model.safetensors", "model_mine.safetensors", "templates",
+    ]  # fmt: skip
+    assert (place / "templates" / "a.jinja").read_text() == "new"
+    (place / "config.json").mkdir()
+    with pytest.raises(ValueError, match=r"config\.json is a folder"), checkpoint.written_whole(target) as staging:
+        (staging / "model-00001-of-00001.safetensors").write_text("newer")
+        (staging / "config.json").write_text("newer")
+    assert (place / "model.safetensors").read_text() == "new"
+
+
 def test_written_whole_replaces_and_removes_stale_shards(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()

@@ -507,3 +507,15 @@ def test_a_plain_mapping_is_a_config(tiny: Tiny, windows: list[list[int]]) -> No
     model = AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config=fields)
     assert isinstance(model.model.layers[0].mlp.up_proj, QuantLinear)
     assert GPTQConfig.from_dict({**fields, "checkpoint_format": "gptq"}).dataset is None
+
+
+def test_a_base_model_is_whole(tiny: Tiny, checkpoint: Path, tmp_path: Path) -> None:
+    """The class without a head initialises nothing either."""
+    shutil.copytree(checkpoint, tmp_path / "m")
+    state = load_file(tmp_path / "m" / "model.safetensors")
+    expected = AutoModel.from_pretrained(tmp_path / "m").norm.weight
+    assert torch.equal(expected, state["model.norm.weight"])
+    del state["model.norm.weight"]
+    save_file(state, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"norm\.weight is missing from the checkpoint"):
+        AutoModel.from_pretrained(tmp_path / "m")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,54 @@ def test_what_would_lose_something(hf_gptq: Any, model: Path, chats: Path, tmp_p
     (base / "config.json").write_text("{}")
     (base / "asked.json").write_text("[]")
     assert "has quantized from other arguments" in train(model, tmp_path / "other")
+    # What is deleted at the end holds nothing but the training's own files.
+    for kept in (model.with_name("run.training"), tmp_path / "notes.training"):
+        shutil.copytree(model, kept) if kept.name == "run.training" else kept.mkdir()
+        (kept / "mine.md").write_text("mine")
+        before = sorted(path.name for path in kept.iterdir())
+        assert "is where the state of this training goes, and holds" in train(model, kept.with_suffix(""))
+        assert sorted(path.name for path in kept.iterdir()) == before
+
+
+def test_a_damaged_state_is_named(hf_gptq: Any, model: Path, chats: Path, tmp_path: Path) -> None:
+    arguments = ("--data", chats, "--method", "affine", "--start", "rtn", *SETTINGS)
+    state = tmp_path / "out.training" / STATE
+    state.parent.mkdir()
+    for content in (b"", b"\x40\0\0\0\0\0\0\0{}"):
+        state.write_bytes(content)
+        code, _, err = hf_gptq("train", model, tmp_path / "out", *arguments)
+        assert code == 1 and f"{STATE} is damaged" in err and "to begin anew" in err
+
+
+def test_an_adapter_names_the_base_that_is_kept(
+    hf_gptq: Any, model: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a dense model that is OUT, also where OUT has no name of its own."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    arguments = ("--data", chats, "--method", "lora", "--rank", 4, "--start", "rtn", *SETTINGS)
+    code, _, err = hf_gptq("train", model, ".", *arguments)
+    assert code == 0, err
+    config = json.loads(Path("adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "." and Path("config.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here"]
+
+
+def test_experts_are_left_out_of_adapters(
+    hf_gptq: Any, model: Path, chats: Path, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "mixtral"
+    shutil.copytree(tiny("mixtral"), source)
+    for file in model.glob("tokenizer*"):
+        shutil.copy(file, source)
+    shutil.copy(model / "chat_template.jinja", source)
+    arguments = ("--data", chats, "--method", "lora", "--rank", 4, "--start", "rtn", *SETTINGS)
+    code, out, err = hf_gptq("train", source, tmp_path / "out", *(a for a in arguments if a != "--json"))
+    assert code == 0 and "24 layers of experts are left out" in (out + err).replace("\n", " "), err
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert not config.get("target_parameters") and len(config["target_modules"]) == 8
+    code, _, err = hf_gptq("train", source, tmp_path / "no", *arguments, "--target-modules", "w1")
+    assert code == 1 and "is an expert of a mixture" in err
 
 
 def test_plan(hf_gptq: Any, model: Path) -> None:

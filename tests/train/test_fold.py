@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hf_gptq_plugin import GPTQConfig
 from hf_gptq_plugin.format.grid import QuantizedWeight, natural_groups
-from hf_gptq_plugin.format.spec import QuantSpec
+from hf_gptq_plugin.format.spec import CheckpointError, QuantSpec
 from hf_gptq_plugin.hf import folding
 from hf_gptq_plugin.nn.linear import QuantLinear
 from hf_gptq_plugin.train.fold import fold
@@ -168,3 +169,55 @@ def test_adapters_that_are_more_than_lora(
     with pytest.raises(ValueError, match=message):
         folding.run(str(base), str(made), tmp_path / "folded", windows)
     assert not (tmp_path / "folded").exists()
+
+
+def renamed(state: dict[str, Tensor]) -> None:
+    for name in list(state):
+        state[name.replace("base_model.model.", "base_model.")] = state.pop(name)
+
+
+def without_a_layer(state: dict[str, Tensor]) -> None:
+    for name in [n for n in state if ".layers.1." in n]:
+        del state[name]
+
+
+def with_an_embedding(state: dict[str, Tensor]) -> None:
+    state["base_model.model.model.norm.weight"] = torch.ones(64)
+
+
+def of_another_width(state: dict[str, Tensor]) -> None:
+    for name in list(state):
+        if "q_proj.lora_A" in name:
+            state[name] = torch.ones(4, 48)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (renamed, r"base_model\.model\.layers\..* is no layer of the base; the adapter is another model's"),
+        (without_a_layer, r"adapter_config\.json names model\.layers\.1\..*the adapter is incomplete"),
+        (with_an_embedding, r"the adapter holds base_model\.model\.model\.norm\.weight beside lora_A and lora_B"),
+        (of_another_width, r"q_proj of the adapter is for a weight \[96, 48\], and the base's is \[96, 96\]"),
+    ],
+)
+def test_what_an_adapters_file_holds_is_what_is_folded(
+    damage: Callable[..., None], message: str, base: Path, windows: list[list[int]], tmp_path: Path
+) -> None:
+    made = adapter(base, tmp_path / "adapter", 0.3)
+    state = load_file(made / "adapter_model.safetensors")
+    damage(state)
+    save_file(state, made / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        folding.run(str(base), str(made), tmp_path / "folded", windows, samples=8, seqlen=32)
+    assert not (tmp_path / "folded").exists()
+
+
+def test_a_fold_overwrites_neither_of_its_sources(base: Path, windows: list[list[int]], tmp_path: Path) -> None:
+    made = adapter(base, tmp_path / "adapter", 0.3)
+    for out, what in ((base, "BASE"), (made, "ADAPTER")):
+        before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+        with pytest.raises(ValueError, match=f"is {what} itself, which would be overwritten"):
+            folding.run(str(base), str(made), out, windows, samples=8, seqlen=32)
+        assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    with pytest.raises(ValueError, match="seqlen=200 is more than the 128 tokens"):
+        folding.run(str(base), str(made), tmp_path / "o", [list(range(200))] * 4, samples=4, seqlen=200)

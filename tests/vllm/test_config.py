@@ -202,6 +202,22 @@ def test_an_incomplete_checkpoint_is_refused_before_it_is_loaded(tmp_path: Path,
         config(folder)
 
 
+def test_files_that_cannot_be_served_are_named(tmp_path: Path) -> None:
+    """Pickles, damaged headers, a tensor twice."""
+    folder = write(tmp_path, ATTENTION)
+    save_file({f"{ATTENTION[0]}.scales": torch.ones(2, 64)}, folder / "zz.safetensors")
+    with pytest.raises(CheckpointError, match=r"zz\.safetensors"):
+        config(folder)
+    (folder / "zz.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(CheckpointError, match=r"zz\.safetensors cannot be read as safetensors"):
+        config(folder)
+    for file in folder.iterdir():
+        file.unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"no safetensors|pickle"):
+        config(folder)
+
+
 def test_a_dense_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tensor of the checkpoint ends in \.qweight"):
         config(write(tmp_path, [], dense=("lm_head",)))

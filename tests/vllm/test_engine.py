@@ -109,9 +109,19 @@ def missing(tensors: dict[str, torch.Tensor]) -> None:
     del tensors["model.layers.1.self_attn.o_proj.qzeros"]
 
 
+def without_a_norm(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.norm.weight"]
+
+
+def without_a_head(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["lm_head.weight"]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (without_a_norm, r"not initialized from checkpoint: \{'model\.norm\.weight'\}"),
+        (without_a_head, r"not initialized from checkpoint: \{'lm_head\.weight'\}"),
         (g_idx_out_of_range, r"layers\.1\.mlp\.down_proj\.g_idx holds group 7; with 7 groups"),
         (wrong_shape, r"layers\.0\.self_attn\.k_proj\.scales has shape \(4, 63\)"),
         (missing, r"layers\.1\.self_attn\.o_proj\.qzeros is missing"),
