@@ -51,8 +51,13 @@ def plan(
     """
     from hf_gptq_plugin.hf.planning import tune_memory_budget
 
+    kept = torch_dtype(dtype)
+    if kept == "auto":
+        from transformers import AutoConfig
+
+        kept = AutoConfig.from_pretrained(model).dtype or torch_dtype("float32")
     found = tune_memory_budget(
-        model, size(budget), dtype=torch_dtype(dtype), bits=bits, group_size=group_size, seqlen=seqlen,
+        model, size(budget), dtype=kept, bits=bits, group_size=group_size, seqlen=seqlen,
         windows=windows, methods=None if methods is None else _names(methods), optimizers=_names(optimizers),
         target_modules=None if target_modules is None else _names(target_modules), rank=rank, subspace=subspace,
     )  # fmt: skip

@@ -19,7 +19,7 @@ from .gguf_blocks import BLOCK, SIZES, TYPES, Choice, blocks, choose, rotary_ord
 from .gguf_meta import architecture, number, rope_factors, write_config, write_tokenizer
 from .order import moved
 from .source import Move, Source
-from .stream import Converted, read_module, relative_error
+from .stream import Converted, read_module, relative_error, require_kept
 
 # llama.cpp's numbers of the commonest type, for general.file_type.
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
@@ -108,6 +108,8 @@ def write_gguf(
         done = []
         for tensor in planned:
             data, outcome = _written(source, tensor)
+            if outcome is not None:
+                require_kept(outcome, f"GGUF's {tensor.type}")
             writer.write_tensor_data(data)
             if outcome is not None:
                 done.append(outcome)

@@ -83,12 +83,13 @@ def convert(
         for name in sorted(source.headers, key=lambda n: (source.headers[n].file, n)):
             if name not in belonging:
                 value = source.dense(name)
-                yield name, value.to(dtype) if target == "dense" and value.is_floating_point() else value
+                yield name, _rounded(name, value, dtype) if target == "dense" and value.is_floating_point() else value
         for module in source.modules:
             weight = read_module(source, module)
             written = kind.write(module, weight)
             specs[module] = _spec(weight, kind)
             outcome = _compared(module, weight, written, kind, specs[module])
+            require_kept(outcome, target)
             if isinstance(kind, Dense) and source.config.get("model_type") in _CONV1D:
                 written = {leaf: tensor.T.contiguous() for leaf, tensor in written.items()}
             done.append(outcome)
@@ -160,6 +161,26 @@ def _compared(
         error = relative_error(weight, lambda rows: back.rows(rows).dequantize())
         lost = "scales rounded to float16"
     return Converted(module, not error, error, lost if error else "")
+
+
+def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    made = value.to(dtype)
+    if not bool(torch.isfinite(made).all()) and bool(torch.isfinite(value).all()):
+        raise CheckpointError(f"{name} holds values that {dtype} cannot; choose another dtype")
+    return made
+
+
+def require_kept(outcome: Converted, target: str) -> None:
+    """Check that a module still is what it was, but for rounding.
+
+    Raises:
+        CheckpointError: scales or weights went out of what the layout's numbers hold.
+    """
+    if not outcome.error < 0.5:  # NaN, too
+        raise CheckpointError(
+            f"{outcome.module} would be lost: its relative error is {outcome.error:.3g} as {target}, whose numbers do "
+            "not hold its scales; choose another target or dtype"
+        )
 
 
 def relative_error(weight: QuantizedWeight, given: Callable[[slice], Tensor]) -> float:

@@ -272,3 +272,24 @@ def test_an_int64_group_index_comes_out_as_int32(quantized: Make, tmp_path: Path
     rewrite(source, lambda s: s.update({f"{DOWN}.g_idx": s[f"{DOWN}.g_idx"].long()}))
     convert(open_source(source), tmp_path / "out", "gptq_v2")
     assert load_file(tmp_path / "out" / "model.safetensors")[f"{DOWN}.g_idx"].dtype == torch.int32
+
+
+@pytest.mark.parametrize(
+    ("target", "scale", "dtype"), [("dense", 1e5, torch.float16), ("dense", 1e-9, torch.float16), ("awq", 1e-9, None)]
+)
+def test_what_would_be_lost_is_not_written(
+    quantized: Make, tmp_path: Path, target: str, scale: float, dtype: torch.dtype | None
+) -> None:
+    source = Path(shutil.copytree(quantized(), tmp_path / "q"))
+    rewrite(source, lambda s: s.update({f"{DOWN}.scales": torch.full_like(s[f"{DOWN}.scales"].float(), scale)}))
+    with pytest.raises(CheckpointError, match=rf"{DOWN} would be lost: its relative error is (inf|nan|1) as {target}"):
+        convert(open_source(source), tmp_path / "out", target, dtype=dtype or torch.bfloat16)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dense_tensor_that_would_overflow_is_named(quantized: Make, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(quantized(), tmp_path / "q"))
+    rewrite(source, lambda s: s.update({"model.norm.weight": torch.full((64,), 1e6)}))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds values that torch\.float16 cannot"):
+        convert(open_source(source), tmp_path / "out", "dense", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()

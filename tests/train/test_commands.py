@@ -223,5 +223,11 @@ def test_plan(hf_gptq: Any, model: Path) -> None:
     assert code == 1 and "--budget='12 apples' is not a size; write 24GB" in err
 
 
+def test_plan_in_the_checkpoints_own_dtype(hf_gptq: Any, model: Path) -> None:
+    arguments = ("plan", model, "--budget", "1GB", "--seqlen", 32, "--methods", "lora", "--json", "--dtype")
+    plans = {dtype: json.loads(hf_gptq(*arguments, dtype)[1]) for dtype in ("auto", "float32", "bfloat16")}
+    assert plans["auto"] == plans["float32"] != plans["bfloat16"]
+
+
 def test_sizes() -> None:
     assert [size(text) for text in ("24GB", "16 GiB", "0.5mb", "7B")] == [24 * 10**9, 16 * 2**30, 500_000, 7]
