@@ -34,7 +34,20 @@ SPREAD = 0.999  # of the latents of one code, in codes; the gap that is left mus
 LEAST = 2.0**-6  # of α: a scale keeps its sign and stays a normal number
 
 
-class LearnedGrid(nn.Module):
+class _InPlaceOf(nn.Module):
+    """What stands in a quantized layer's place while it learns."""
+
+    layer: QuantLinear
+
+    @property
+    def weight(self) -> Tensor:
+        """The present weight `[N, K]`, a new tensor without gradient: some models ask for their layers' (T5, for the
+        dtype)."""
+        made = getattr(self, "quantized", None)
+        return self.layer.weight if made is None else made().dequantize(self.layer.dtype)
+
+
+class LearnedGrid(_InPlaceOf):
     """A quantized layer whose scales, and if asked zeros, learn; codes stay.
 
     Args:
@@ -177,7 +190,7 @@ def _placed(places: Tensor) -> Tensor:
     return (places.float() - 127.5) * (SPREAD / 255)
 
 
-class LearnedCodes(nn.Module):
+class LearnedCodes(_InPlaceOf):
     """A quantized layer whose codes learn, on its own grid.
 
     Args:
@@ -251,7 +264,7 @@ class LearnedCodes(nn.Module):
         return replace(base, codes=codes.clone())
 
 
-class LowRankCodes(nn.Module):
+class LowRankCodes(_InPlaceOf):
     """A quantized layer whose codes follow a low-rank update of the weight, `q = clip(round(q₀ + u + γ B A / s))`, with
     a fixed u that is spread evenly over what rounds to 0.
 
@@ -300,7 +313,7 @@ class LowRankCodes(nn.Module):
         return replace(self.layer.quantized_weight(), codes=codes)
 
 
-class PooledLora(nn.Module):
+class PooledLora(_InPlaceOf):
     """A quantized layer with an adapter on inputs summed by group. It is an ordinary LoRA adapter whose A repeats
     within a group, and is exported as that.
 

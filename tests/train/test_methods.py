@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from hf_gptq_plugin import GPTQConfig
 from hf_gptq_plugin.train.loop import STATE, TrainingError, TrainSettings, mean_loss, train
@@ -253,3 +253,29 @@ def test_zeros_step_in_a_group_of_their_own(load: Load) -> None:
     assert len(first["params"]) == len(second["params"]) == 2
     assert second["lr"] == pytest.approx(2e-2)
     assert first["weight_decay"] == second["weight_decay"] == 0
+
+
+def test_a_method_that_cannot_be_attached_changes_nothing(load: Load) -> None:
+    model = load()
+    before = [(name, p.requires_grad) for name, p in model.named_parameters()]
+    kinds = [type(module) for module in model.modules()]
+    for method, options in (("shadow", {"every": 0}), ("l4q", {"rank": 1000}), ("ste", {"cap": 2})):
+        if set(options) <= set(METHODS[method].options):
+            with pytest.raises(ValueError, match=r"must be|rank"):
+                attach(model, method, **options)
+        assert [(name, p.requires_grad) for name, p in model.named_parameters()] == before
+        assert [type(module) for module in model.modules()] == kinds
+    assert attach(model, "affine")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_models_that_ask_for_a_layers_weight(method: str, tiny: Callable[..., Path]) -> None:
+    """T5 looks at its layers' dtype on the way."""
+    config = GPTQConfig(bits=4, group_size=32, method="rtn")
+    model = AutoModelForSeq2SeqLM.from_pretrained(tiny("t5"), quantization_config=config, dtype=torch.float32)
+    ids = torch.arange(3, 20)[None]
+    expected = model(input_ids=ids, decoder_input_ids=ids).logits
+    names = attach(model, method, rank=4) if "rank" in METHODS[method].options else attach(model, method)
+    torch.testing.assert_close(model(input_ids=ids, decoder_input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    layer = model.get_submodule(names[0])
+    torch.testing.assert_close(layer.weight, layer.layer.weight)
