@@ -17,8 +17,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-from hf_gptq_plugin.convert.source import weight_files
-from hf_gptq_plugin.format.checkpoint import TensorInfo, quantized_modules, read_headers
+from hf_gptq_plugin.format.checkpoint import TensorInfo, quantized_modules, read_headers, weight_files
 from hf_gptq_plugin.format.spec import CheckpointConfig, CheckpointError, QuantSpec, resolve
 
 from .linear import HfGptqLinearMethod, Scheme, ZeroFormat

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,11 +11,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..format.checkpoint import TensorInfo, agreed_format, read_headers, zero_format
+from ..format.checkpoint import INDEX, TensorInfo, agreed_format, read_headers, read_json, weight_files, zero_format
 from ..format.spec import CheckpointConfig, CheckpointError, QuantSpec, name_matches
 from .layouts import Layout, awq_spec, layout, pack_quantized_specs
 
-INDEX = "model.safetensors.index.json"
 # Modules whose stored zeros are looked at to tell v1 from v2.
 _LOOKED_AT = 8
 
@@ -91,50 +89,6 @@ def load(info: TensorInfo, name: str) -> Tensor:
     """One tensor of a file."""
     with safe_open(info.file, framework="pt") as handle:
         return handle.get_tensor(name)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a file.
-
-    Raises:
-        CheckpointError: no such file, or something else in it.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} cannot be read as JSON ({error}); the checkpoint is incomplete") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name} holds a {type(value).__name__}; it must hold a JSON object")
-    return value
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those of the index where there is one.
-
-    Raises:
-        CheckpointError: none, a file of the index that is missing, or a name that leads out of the folder.
-    """
-    index = folder / INDEX
-    if not index.exists():
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-            raise CheckpointError(
-                f"{folder} has no safetensors file"
-                + (f", only {', '.join(others)}; pickled files can run code and are not read" if others else "")
-            )
-        return files
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise CheckpointError(f"{INDEX} has no weight_map of tensor names to file names")
-    files = []
-    for name in sorted(set(names.values())):
-        if Path(name).name != name:
-            raise CheckpointError(f"{INDEX} names the file {name!r}; accepted are plain names of files in its folder")
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{name} is missing, and {INDEX} names it; the checkpoint is incomplete")
-        files.append(folder / name)
-    return files
 
 
 def open_source(folder: str | Path) -> Source:

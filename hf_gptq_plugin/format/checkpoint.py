@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +27,7 @@ from .spec import BITS, FORMATS, WORD, CheckpointError, QuantSpec
 
 logger = logging.getLogger(__name__)
 
+INDEX = "model.safetensors.index.json"
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
 _REQUIRED = ("qweight", "qzeros", "scales")
 _DTYPES = {"qweight": ("I32",), "qzeros": ("I32",), "scales": ("F16", "BF16", "F32"), "g_idx": ("I32",)}
@@ -44,6 +46,50 @@ class TensorInfo:
     def torch_dtype(self) -> torch.dtype:
         """The dtype in torch's terms; only those that GPTQ tensors may have."""
         return _TORCH_DTYPES[self.dtype]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those of the index where there is one.
+
+    Raises:
+        CheckpointError: none, a file of the index that is missing, or a name that leads out of the folder.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+            raise CheckpointError(
+                f"{folder} has no safetensors file"
+                + (f", only {', '.join(others)}; pickled files can run code and are not read" if others else "")
+            )
+        return files
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{INDEX} has no weight_map of tensor names to file names")
+    files = []
+    for name in sorted(set(names.values())):
+        if Path(name).name != name:
+            raise CheckpointError(f"{INDEX} names the file {name!r}; accepted are plain names of files in its folder")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{name} is missing, and {INDEX} names it; the checkpoint is incomplete")
+        files.append(folder / name)
+    return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file.
+
+    Raises:
+        CheckpointError: no such file, or something else in it.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} cannot be read as JSON ({error}); the checkpoint is incomplete") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path.name} holds a {type(value).__name__}; it must hold a JSON object")
+    return value
 
 
 def read_headers(files: Iterable[str | Path]) -> dict[str, TensorInfo]:
@@ -258,7 +304,7 @@ def _remove_stale_shards(target: Path, written: set[str]) -> None:
     if not any(name.endswith(".safetensors") for name in written):
         return
     shards = [p for p in target.glob("model*.safetensors") if _SHARD.fullmatch(p.name)]
-    for path in [*shards, target / "model.safetensors.index.json"]:
+    for path in [*shards, target / INDEX]:
         if path.name not in written:
             path.unlink(missing_ok=True)
 

@@ -21,6 +21,9 @@ from hf_gptq_cli.plan import size
 from hf_gptq_plugin.convert.source import open_source
 from hf_gptq_plugin.train.loop import STATE
 
+# PEFT 0.21 uses names that Transformers 5.23 replaced.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+
 
 @pytest.fixture(scope="module")
 def model(tiny: Callable[..., Path]) -> Path:
