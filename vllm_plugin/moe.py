@@ -21,7 +21,7 @@ from hf_gptq_plugin.format.grid import natural_groups
 from hf_gptq_plugin.format.packing import pack_stream, unpack_zeros
 from hf_gptq_plugin.format.spec import CheckpointError, QuantSpec
 from hf_gptq_plugin.nn.moe import ACTIVATIONS, moe, stack
-from hf_gptq_plugin.nn.ops import KernelWeight
+from hf_gptq_plugin.nn.ops import WEIGHT_TENSORS, KernelWeight
 
 from .compiled import note
 from .linear import ZeroFormat
@@ -279,8 +279,7 @@ class HfGptqMoEMethod(FusedMoEMethodBase):
 
     def _weight(self, layer: Any, stem: str) -> KernelWeight:
         bits, group_size = self._numbers[stem]
-        leaves = ("qweight", "scales", "qzeros", "g_idx", "perm")
-        tensors = {leaf: getattr(layer, f"{stem}_{leaf}") for leaf in leaves}
+        tensors = {leaf: getattr(layer, f"{stem}_{leaf}") for leaf in WEIGHT_TENSORS}
         return KernelWeight(**tensors, bits=bits, group_size=group_size, zero_offset=self._zeros.offset)
 
 

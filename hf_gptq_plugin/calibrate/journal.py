@@ -124,10 +124,7 @@ class Journal:
 
     def clear(self) -> None:
         """Delete all of the journal's files."""
-        (self.folder / _INDEX).unlink(missing_ok=True)
-        for path in self.folder.iterdir():
-            if _ours(path.name):
-                path.unlink()
+        _delete_files(self.folder)
         self._index = {**self._index, "blocks": []}
         self._index.pop("streams", None)
 
@@ -139,12 +136,17 @@ def discard(folder: Path) -> None:
     """Delete a journal whose work is done: its own files, and the folder if nothing else is in it."""
     if not (folder / _INDEX).exists():
         return
-    (folder / _INDEX).unlink()
+    _delete_files(folder)
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _delete_files(folder: Path) -> None:
+    """The index first: without it, what is left counts for nothing."""
+    (folder / _INDEX).unlink(missing_ok=True)
     for path in folder.iterdir():
         if _ours(path.name):
             path.unlink()
-    if not any(folder.iterdir()):
-        folder.rmdir()
 
 
 class Hiddens(Sequence[Tensor]):

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .ops import KernelWeight, check_weight, linear
+from .ops import WEIGHT_TENSORS, KernelWeight, check_weight, linear
 
-_STACKED = ("qweight", "scales", "qzeros", "g_idx", "perm")
 _ARGUMENTS = (
     "Tensor {0}_qweight, Tensor {0}_scales, Tensor? {0}_qzeros, Tensor? {0}_g_idx, Tensor? {0}_perm, "
     "int {0}_bits, int {0}_group_size, int {0}_zero_offset"
@@ -46,12 +45,12 @@ def stack(weights: Sequence[KernelWeight]) -> KernelWeight:
         ValueError: weights that are not alike.
     """
     first = weights[0]
-    numbers = first.arguments[len(_STACKED) :]
+    numbers = first.arguments[len(WEIGHT_TENSORS) :]
     stacked: dict[str, Any] = {}
-    for name in _STACKED:
+    for name in WEIGHT_TENSORS:
         tensors = [getattr(weight, name) for weight in weights]
         absent = [tensor is None for tensor in tensors]
-        if any(weight.arguments[len(_STACKED) :] != numbers for weight in weights) or len(set(absent)) > 1:
+        if any(weight.arguments[len(WEIGHT_TENSORS) :] != numbers for weight in weights) or len(set(absent)) > 1:
             raise ValueError(f"the experts' weights are not alike ({name}); stack only weights of one description")
         stacked[name] = None if absent[0] else torch.stack(tensors)
     return replace(first, **stacked)
@@ -140,8 +139,8 @@ class _Expert:
         return linear(hidden, down)
 
     def _weight(self, stacked: Sequence[Any]) -> KernelWeight:
-        tensors = (None if t is None else t[self._index] for t in stacked[: len(_STACKED)])
-        arguments: list[Any] = [*tensors, *stacked[len(_STACKED) :]]
+        tensors = (None if t is None else t[self._index] for t in stacked[: len(WEIGHT_TENSORS)])
+        arguments: list[Any] = [*tensors, *stacked[len(WEIGHT_TENSORS) :]]
         return KernelWeight(*arguments)
 
 

@@ -26,6 +26,8 @@ from ..format.grid import natural_groups
 from ..format.spec import BITS, QuantSpec, words
 from . import cuda
 
+# The tensors of a weight, in the order of the ops' arguments.
+WEIGHT_TENSORS = ("qweight", "scales", "qzeros", "g_idx", "perm")
 _WEIGHT = (
     "Tensor qweight, Tensor scales, Tensor? qzeros, Tensor? g_idx, Tensor? perm, "
     "int bits, int group_size, int zero_offset"
@@ -478,7 +480,7 @@ def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:
 
 def check_weight(x: Tensor, weight: Sequence[Any]) -> None:
     """`_check_devices` of the tensors of an op's trailing arguments."""
-    _check_devices(x, **dict(zip(("qweight", "scales", "qzeros", "g_idx", "perm"), weight, strict=False)))
+    _check_devices(x, **dict(zip(WEIGHT_TENSORS, weight, strict=False)))
 
 
 def _linear_fake(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
