@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, MIXTURES, Architecture
+
+# Processes that tests start import what is installed, as the tests do, and not the checkout that they are started in,
+# which has no native library.
+os.environ["PYTHONSAFEPATH"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 OPTIMUM = "optimum==2.3.0"
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def optimum(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(site: Path, module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(map(str, (site, ROOT, *filter(None, [os.environ.get("PYTHONPATH")]))))
+    path = os.pathsep.join(map(str, (site, *filter(None, [os.environ.get("PYTHONPATH")]))))
     return subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": path, "COLUMNS": "120"},

@@ -25,7 +25,7 @@ def run(*command: object, **environment: str) -> str:
         [sys.executable, *map(str, command)],
         env={
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+            "PYTHONPATH": os.pathsep.join(sys.path),
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
             **environment,

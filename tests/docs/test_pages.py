@@ -121,7 +121,7 @@ WITH_CODE = [p for p in pages() if p.parent != DOCS / "tutorials" and any(block.
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: str(page.relative_to(DOCS)))
 def test_code_on_other_pages_runs(page: Path, tmp_path: Path) -> None:
-    environment = {"PYTHONPATH": f"{ROOT / 'tests/support'}:{ROOT}", "PATH": "/usr/bin:/bin"}
+    environment = {"PYTHONPATH": str(ROOT / "tests/support"), "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
         [sys.executable, ROOT / "tests/support/run_page.py", page],
         cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
