@@ -209,6 +209,8 @@ def compare(
     if out.is_dir():
         raise ValueError(f"--out={str(out)!r} is a folder; name a file")
     content = read_text(text)
+    if out.exists() and out.samefile(text):
+        raise ValueError(f"--out={str(out)!r} is the text itself, which would be overwritten; name another file")
     folders = [folder_of(model) for model in models]
     rows = measure(
         models, folders, content, windows or None, seqlen, torch_dtype(dtype), device_map, speed, prompt, new

@@ -352,6 +352,9 @@ def test_compare(hf_gptq: Run, four_bit: Path, model: Path, text: Path, tmp_path
     result = hf_gptq("compare", model, model, *common, "--out", page)
     assert result.code == 1 and "named twice" in result.err
     assert page.read_text() == html and [p.name for p in page.parent.iterdir()] == ["c.html"]
+    before = text.read_text()
+    result = hf_gptq("compare", model, four_bit, *common, "--out", text)
+    assert result.code == 1 and "is the text itself" in result.err and text.read_text() == before
 
 
 class Balanced(HTMLParser):

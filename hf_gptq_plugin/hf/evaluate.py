@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +12,32 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 
-def require_length(model: Any, seqlen: int) -> None:
-    """Check that windows are no longer than what the model was made for.
+def require_readable(model: Any, windows: Iterable[Tensor]) -> None:
+    """Check that a model can read windows of token ids, `[tokens]` or `[1, tokens]`.
 
     Raises:
-        ValueError: they are.
+        ValueError: one is longer than what the model was made for, or holds a token that it does not know.
     """
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(most, int) and seqlen > most:
-        raise ValueError(f"seqlen={seqlen} is more than the {most} tokens that the model was made for; shorten it")
+    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    for ids in windows:
+        seqlen, highest = ids.shape[-1], int(ids.max())
+        if isinstance(known, int) and highest >= known:
+            raise ValueError(
+                f"the text holds the token id {highest}, and the model knows 0 to {known - 1}: the tokenizer is "
+                "another model's"
+            )
+        if isinstance(most, int) and seqlen > most:
+            raise ValueError(f"seqlen={seqlen} is more than the {most} tokens that the model was made for; shorten it")
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    """What a model makes of token ids `[1, tokens]`, for all tokens but the last, `[tokens - 1, vocabulary]`."""
+    try:
+        return model(input_ids=ids.to(model.device), use_cache=False).logits[0, :-1]
+    except IndexError:
+        require_readable(model, [ids])
+        raise
 
 
 def text_windows(tokenizer: Any, text: str, seqlen: int, windows: int | None = None, bos: bool = False) -> list[Tensor]:
@@ -110,14 +127,9 @@ def perplexity(
     model.eval()
     total, count = 0.0, 0
     for number, ids in enumerate(tqdm(windows, desc="Perplexity", unit="window", disable=not progress)):
-        ids = ids.to(model.device)
         last = ids.shape[1] - 1 if counts is None else counts[number]
-        try:
-            logits = model(input_ids=ids, use_cache=False).logits[0, -last - 1 : -1].float()
-        except IndexError:
-            require_length(model, ids.shape[1])
-            raise
-        total += float(torch.nn.functional.cross_entropy(logits, ids[0, -last:], reduction="sum"))
+        logits = _logits(model, ids)[-last:].float()
+        total += float(torch.nn.functional.cross_entropy(logits, ids[0, -last:].to(logits.device), reduction="sum"))
         count += last
     model.train(was_training)
     return _exp(total / count)
@@ -217,8 +229,7 @@ def compared(model: Any, reference: Any, windows: list[Tensor], progress: bool =
         logs = []
         for number, each in enumerate((model, reference)):
             each.eval()
-            logits = each(input_ids=ids.to(each.device), use_cache=False).logits[0, :-1].float().cpu()
-            logs.append(torch.log_softmax(logits, -1))
+            logs.append(torch.log_softmax(_logits(each, ids).float().cpu(), -1))
             loss[number] += float(torch.nn.functional.nll_loss(logs[-1], ids[0, 1:], reduction="sum"))
         each_token = (logs[1].exp() * (logs[1] - logs[0])).sum(-1)
         divergence += float(each_token.sum())

@@ -22,7 +22,7 @@ from ..nn.linear import QuantLinear
 from ..solve.hessian import Hessian
 from ..train.fold import FoldReport, fold
 from .adapter import CONFIG, FACTOR, WEIGHTS, check_adapter, local_adapter
-from .evaluate import Comparison, compared, require_length
+from .evaluate import Comparison, compared, require_readable
 from .saving import save_checkpoint
 
 # Hessians that are in memory at a time; with more layers, the text is run through the model more than once.
@@ -94,7 +94,7 @@ def run(
     windows, held_out = windows[:-kept], [window[None] for window in windows[-kept:]]
     plain: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     _require_fitting(plain, factors)
-    require_length(plain, seqlen)
+    require_readable(plain, [*windows, *held_out])
     adapted: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error, below

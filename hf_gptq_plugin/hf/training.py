@@ -32,7 +32,7 @@ from ..train.checkpointing import disable_checkpointing, enable_checkpointing
 from ..train.layers import require_rank
 from ..train.loop import NOT_FINITE, STATE, TrainingError, TrainSettings, mean_loss, train
 from ..train.methods import METHODS, attach, export, narrowest, targeted, trained
-from .evaluate import require_length
+from .evaluate import require_readable
 from .saving import save_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def run(
     )
     with ExitStack() as stack:
         loaded, made = _quantized(model, base, tokenizer, quantization, dtype, stack, tell)
-        require_length(loaded, data.seqlen)
+        require_readable(loaded, [*windows, *held_out])
         torch.manual_seed(settings.seed)
         given = _attached(loaded, method, target_modules, options, tell)
         if checkpointing:

@@ -105,6 +105,14 @@ def test_protocols_that_are_none() -> None:
         sliding_windows(without, TEXT, 16, None, None, True)
 
 
+def test_a_token_that_the_model_does_not_know(tiny: Callable[..., Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    windows = [torch.tensor([[3, 4, 5]]), torch.tensor([[3, 256, 5]])]
+    for read in (lambda: perplexity(model, windows, False), lambda: compared(model, model, windows, False)):
+        with pytest.raises(ValueError, match="the token id 256, and the model knows 0 to 255: the tokenizer is"):
+            read()
+
+
 def test_a_loss_too_large_for_a_number(tiny: Callable[..., Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
     with torch.no_grad():

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_gptq_cli import main
 from hf_gptq_cli.plan import size
@@ -147,6 +147,10 @@ def test_what_would_lose_something(hf_gptq: Any, model: Path, chats: Path, tmp_p
 
     assert "is MODEL itself, which would be overwritten" in train(model, model)
     assert "seqlen=200 is more than the 128 tokens" in train(model, tmp_path / "long", "--seqlen", 200)
+    larger = AutoTokenizer.from_pretrained(model)
+    assert larger.add_tokens(["number"]) == 1
+    larger.save_pretrained(shutil.copytree(model, tmp_path / "larger"))
+    assert "the token id 256, and the model knows 0 to 255" in train(tmp_path / "larger", tmp_path / "none")
     base = tmp_path / "other.training" / "base"
     base.mkdir(parents=True)
     (base / "config.json").write_text("{}")
