@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import types
@@ -12,8 +13,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..format.checkpoint import write_json, written_whole
+from ..nn.linear import QuantLinear
+from ..train.methods import trained
 from .card import card_metadata, facts, inherited_metadata, model_card
 from .push import push_folder
+
+logger = logging.getLogger(__name__)
 
 OFFLOADED_SHARD = "500MB"  # of a model on disk: one shard is in memory at a time
 
@@ -56,6 +61,13 @@ def save_pretrained(
 
 def save_checkpoint(model: PreTrainedModel, target: Path, *args: Any, tokenizer: Any = None, **kwargs: Any) -> None:
     """Write a whole checkpoint, the tokenizer with it where one is given, or nothing."""
+    if learning := trained(model):
+        logger.warning(
+            "%s (of %d layers) is still learning: %s can go on with training, but is no GPTQ checkpoint. "
+            "hf_gptq_plugin.train.methods.export(model) first makes it one.",
+            next(iter(learning)), len(learning), target,
+        )  # fmt: skip
+    _relabel(model)
     with written_whole(target) as staging:
         if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
             kwargs.setdefault("max_shard_size", OFFLOADED_SHARD)
@@ -66,6 +78,16 @@ def save_checkpoint(model: PreTrainedModel, target: Path, *args: Any, tokenizer:
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         _describe(model, staging, target)
+
+
+def _relabel(model: PreTrainedModel) -> None:
+    """Say asymmetric in a model's config where a layer has become so."""
+    config = model.config.quantization_config
+    labels = config.checkpoint
+    now = [n for n, m in model.named_modules() if isinstance(m, QuantLinear) and not m.spec.sym]
+    if any((label := labels.for_module(name)) is None or label.sym for name in now):
+        config.sym = False
+        config.dynamic = {k: {**rule, "sym": False} if "sym" in rule else rule for k, rule in config.dynamic.items()}
 
 
 def _describe(model: PreTrainedModel, staging: Path, target: Path) -> None:

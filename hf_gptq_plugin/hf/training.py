@@ -332,7 +332,6 @@ def _write(
     adapters = export(loaded)
     if adapters:
         _write_adapter(adapters, out / ADAPTER, options, str(out) if made else model)
-    _relabel(loaded)
     if adapter is None or made:
         save_checkpoint(loaded, out, tokenizer=tokenizer)
 
@@ -352,14 +351,6 @@ def _write_adapter(adapters: dict[str, dict[str, Tensor]], folder: Path, options
     with written_whole(folder) as staging:
         config.save_pretrained(staging)
         save_file(tensors, staging / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def _relabel(model: Any) -> None:
-    """Say asymmetric where a layer has become so."""
-    config = model.config.quantization_config
-    if config.sym and any(isinstance(m, QuantLinear) and not m.spec.sym for m in model.modules()):
-        config.sym = False
-        config.dynamic = {k: {**rule, "sym": False} if "sym" in rule else rule for k, rule in config.dynamic.items()}
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -74,9 +75,35 @@ def test_learning_is_kept(load: Load, corpus: list[torch.Tensor], tmp_path: Path
     assert (len(adapters) == 8) == (method == "qa-lora")
     if method == "qa-lora":
         return
-    if any(not m.spec.sym for m in model.modules() if hasattr(m, "spec")):
-        model.config.quantization_config.sym = False
     model.save_pretrained(tmp_path / "learned")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "learned", dtype=torch.float32)
+    torch.testing.assert_close(again(input_ids=corpus[0][None]).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dynamic", [{}, {".*q_proj": {"sym": True}, ".*v_proj": {"sym": False}}])
+def test_what_is_saved_says_what_layers_have_become(
+    tiny: Callable[..., Path], corpus: list[torch.Tensor], tmp_path: Path, dynamic: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    config = GPTQConfig(bits=4, group_size=32, method="rtn", dynamic=dynamic)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        tiny("llama", initializer_range=0.1), quantization_config=config, dtype=torch.float32
+    )
+
+    def saved(name: str) -> dict[str, Any]:
+        model.save_pretrained(tmp_path / name)
+        return json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+
+    assert saved("base")["sym"] is True and saved("base").get("dynamic", {}) == dynamic
+    attach(model, "eetq")
+    train(model, corpus, TrainSettings(steps=8, batch=4, rate=2e-2))
+    assert not caplog.text
+    saved("learning")
+    assert "model.layers.0.self_attn.q_proj (of 14 layers) is still learning" in caplog.text
+    wanted = model(input_ids=corpus[0][None]).logits.detach()
+    export(model)
+    said = saved("learned")
+    assert said["sym"] is False and all(rule["sym"] is False for rule in said.get("dynamic", {}).values())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "learned", dtype=torch.float32)
     torch.testing.assert_close(again(input_ids=corpus[0][None]).logits, wanted, rtol=1e-4, atol=1e-4)
 
