@@ -2,8 +2,9 @@
 
     python train_scales.py SmolLM2-4bit tuned --data corpus.txt
 
-Codes and zeros stay, so the result has the size and the speed of what went in. Other ways of learning are attached in
-the same place: `hf_gptq_plugin.train.methods.METHODS` lists them.
+Codes and zeros stay, so the result has the size and the speed of what went in. `eetq` (zeros too) and `l4q` are
+attached in the same place. Of the others, `ste` and `shadow` also need `train.methods.advance(model)` after every step,
+and of `qa-lora` `export` returns an adapter.
 """
 
 from __future__ import annotations

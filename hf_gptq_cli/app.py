@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
-TRACEBACK = "HF_GPTQ_TRACEBACK"  # environment variable: show where an unforeseen error happened
+TRACEBACK = "HF_GPTQ_TRACEBACK"  # environment variable: show where an error happened
 # Exit codes beside 0; 2, for a command line that cannot be read, is the parser's.
 FAILED = 1  # an error a user can mend, told in one line
 CHECK_FAILED = 3  # the command did its work, and what it looked at is not as it should be
@@ -47,6 +47,8 @@ def main(arguments: list[str] | None = None, name: str = "hf-gptq") -> None:
     except Exception as error:
         if not isinstance(error, user_errors()):
             _unexpected(error)
+        if os.environ.get(TRACEBACK):
+            traceback.print_exception(error)
         _told(f"{type(error).__name__}: {error}")
     except BaseException as error:
         # A library written in Rust that gives up on its input raises an exception that is no Exception.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from dataclasses import asdict
@@ -28,7 +29,10 @@ def quantize(
     desc_act: Annotated[bool, typer.Option(help="Let groups follow the solve order (g_idx).")] = DEFAULT["desc_act"],
     calibration: Annotated[
         str,
-        typer.Option(help=f"File (.txt, .json, .jsonl, .csv, .parquet), or name of a data set: {', '.join(DATASETS)}."),
+        typer.Option(
+            help="File (.txt, .json, .jsonl, .csv, .parquet), or name of a data set, fetched with the extra `data`: "
+            f"{', '.join(DATASETS)}."
+        ),
     ] = "wikitext2",
     method: Annotated[
         str, typer.Option(help=f"One of {', '.join(METHODS)}; all but gptq use no calibration data.")
@@ -100,6 +104,13 @@ def quantize(
     ] = DEFAULT["damp_percent"],
     checkpoint_format: Annotated[str, typer.Option("--format", help="gptq (v1) or gptq_v2.")] = "gptq",
     lm_head: Annotated[bool, typer.Option(help="Quantize the output embedding too.")] = DEFAULT["lm_head"],
+    dynamic: Annotated[
+        str | None,
+        typer.Option(
+            help="Rules for single layers: JSON, or a file of it, from regular expressions on their names to bits, "
+            'group_size, sym, desc_act; behind "-:" layers that stay dense.'
+        ),
+    ] = None,
     dtype: Dtype = "auto",
     device_map: DeviceMap = "cpu",
     low_memory: Annotated[
@@ -122,9 +133,11 @@ def quantize(
 
     hf-gptq quantize ./smollm2 ./smollm2-4bit --group-size 64 --calibration corpus.txt --samples 64
 
-    hf-gptq quantize ./smollm2 ./smollm2-3bit --bits 3 --group-size 64 --preset best --eval-text held-out.txt
+    hf-gptq quantize ./smollm2 ./smollm2-3bit --bits 3 --group-size 64 --preset best --calibration corpus.txt
 
-    hf-gptq quantize ./large ./large-4bit --low-memory
+    hf-gptq quantize ./smollm2 ./smollm2-mixed --dynamic '{".*down_proj": {"bits": 8}, "-:.*layers.0.": {}}'
+
+    hf-gptq quantize ./large ./large-4bit --low-memory --calibration corpus.txt
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -146,6 +159,7 @@ def quantize(
         output_hessian=output_hessian, propagation=propagation, refit=refit, alternations=alternations, descent=descent,
         block_epochs=block_epochs, model_epochs=model_epochs, order=order, scale_search=scale_search,
         damp_percent=damp_percent, format=checkpoint_format, lm_head=lm_head, low_memory=low_memory,
+        dynamic=None if dynamic is None else _rules(dynamic),
     )  # fmt: skip
     place = out.resolve()  # of a name of its own, whatever OUT is
     journal, offloaded = (place.with_name(f"{place.name}.{what}") for what in ("journal", "offload"))
@@ -198,3 +212,22 @@ def quantize(
     )
     if page is not None:
         console.print(f"What the calibration did: {page}")
+
+
+def _rules(text: str) -> Any:
+    """`dynamic` from JSON, or from a file of it.
+
+    Raises:
+        ValueError: neither.
+    """
+    given = text.strip()
+    where = "--dynamic"
+    if not given.startswith("{"):
+        path = Path(given)
+        if not path.is_file():
+            raise ValueError(f"--dynamic={given!r} is neither a JSON object nor a file")
+        where, given = str(path), path.read_text(encoding="utf-8")
+    try:
+        return json.loads(given)
+    except ValueError as error:
+        raise ValueError(f"{where} is no JSON: {error}") from None

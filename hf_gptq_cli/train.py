@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 def train(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder or Hub name: GPTQ, AWQ, compressed-tensors, or dense.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Folder or Hub name of a GPTQ or dense model; folder of an AWQ or compressed-tensors one.",
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; adapters go to OUT/adapter.")],
     data: Annotated[str, typer.Option(help="Text or chats: a file, or the name of a data set.")],
@@ -37,15 +41,23 @@ def train(
     save_every: Annotated[
         int, typer.Option(help="Steps between two states that an interrupted training goes on from.")
     ] = TRAINING["save_every"],
-    rank: Annotated[int | None, typer.Option(help="Of lora, qa-lora and l4q.", rich_help_panel="Method")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Of lora, qa-lora and l4q; 16 by default.", rich_help_panel="Method")
+    ] = None,
     gamma: Annotated[
-        float | None, typer.Option(help="Factor of lora, qa-lora and l4q (lora_alpha / r).", rich_help_panel="Method")
+        float | None,
+        typer.Option(help="Factor of lora, qa-lora and l4q (lora_alpha / r); 2 by default.", rich_help_panel="Method"),
     ] = None,
-    every: Annotated[int | None, typer.Option(help="Steps between roundings.", rich_help_panel="shadow")] = None,
+    every: Annotated[
+        int | None, typer.Option(help="Steps between roundings; 4 by default.", rich_help_panel="shadow")
+    ] = None,
     cap: Annotated[
-        float | None, typer.Option(help="Largest share of codes that change at once.", rich_help_panel="shadow")
+        float | None,
+        typer.Option(help="Largest share of codes that change at once; 0.05 by default.", rich_help_panel="shadow"),
     ] = None,
-    decay: Annotated[float | None, typer.Option(help="How much a rounding forgets.", rich_help_panel="shadow")] = None,
+    decay: Annotated[
+        float | None, typer.Option(help="How much a rounding forgets; 0.01 by default.", rich_help_panel="shadow")
+    ] = None,
     optimizer: Annotated[str, typer.Option(help="adamw, or q-galore for whole matrices.")] = "adamw",
     subspace: Annotated[
         int, typer.Option(help="Rank of the gradients' projection.", rich_help_panel="q-galore")
@@ -54,7 +66,7 @@ def train(
         str, typer.Option(help="float, or int8-block: rounded in blocks of 256.", rich_help_panel="Gradients")
     ] = "float",
     gradient_warmup: Annotated[
-        int, typer.Option(help="Steps before int8-block begins.", rich_help_panel="Gradients")
+        int, typer.Option(help="Steps before int8-block begins; fewer than --steps.", rich_help_panel="Gradients")
     ] = TRAINING["gradient_warmup"],
     gradient_modules: Annotated[
         str | None,

@@ -44,7 +44,7 @@ def _native() -> Finding:
         return Finding(
             "note", "native library",
             f"absent ({status.detail}); everything runs through PyTorch, slower. With a C++ compiler installed: "
-            "pip install --force-reinstall --no-deps hf-gptq-plugin",
+            "pip install --force-reinstall --no-deps --no-cache-dir hf-gptq-plugin",
         )  # fmt: skip
     return Finding(
         "broken", "native library",
@@ -78,7 +78,8 @@ def _cuda() -> Finding:
     return Finding(
         "broken" if found.state == "unloadable" else "note", "CUDA kernels",
         f"layers on the GPU run through PyTorch, slower: {problem}. With nvcc on PATH: pip install --force-reinstall "
-        "--no-deps -C cmake.define.HF_GPTQ_CUDA=ON hf-gptq-plugin; built by CUDA 13, they need driver 580 or newer",
+        "--no-deps --no-cache-dir --no-binary hf-gptq-plugin -C cmake.define.HF_GPTQ_CUDA=ON hf-gptq-plugin; built by "
+        "CUDA 13, they need driver 580 or newer",
     )  # fmt: skip
 
 

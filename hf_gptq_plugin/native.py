@@ -11,8 +11,10 @@ import ctypes
 import functools
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,6 @@ import torch
 from torch import Tensor
 
 ABI_VERSION = 7
-PACKAGED = Path(__file__).parent / "_native" / "libhf_gptq.so"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -102,9 +103,9 @@ def _load() -> tuple[ctypes.CDLL | None, Status]:
     name = os.environ.get("HF_GPTQ_LIBRARY", "")
     if name == "none":
         return None, Status("absent", "", "switched off by HF_GPTQ_LIBRARY=none")
-    path = Path(name) if name else PACKAGED
+    path = Path(name) if name else packaged("libhf_gptq.so")
     if not path.exists():
-        why = "no such file" if name else "the package was built without a C++ compiler"
+        why = "no such file" if name else "the package was built without a C++ compiler, or is a checkout"
         return None, Status("absent", str(path), why)
     try:
         library = opened(path, "hf_gptq_abi_version", ABI_VERSION, _SIGNATURES)
@@ -118,6 +119,18 @@ def _load() -> tuple[ctypes.CDLL | None, Status]:
     if problem:
         detail += f"; {problem.decode()}"
     return library, Status("loaded", str(path), detail, library.hf_gptq_cpu_isa().decode(), threads)
+
+
+def packaged(name: str) -> Path:
+    """A library that came with the package: beside it, or, where it is imported from a checkout, whose source has no
+    library (`python -m` looks into the working directory first), beside the installed one."""
+    beside = Path(__file__).parent / "_native" / name
+    if not beside.exists():
+        with suppress(PackageNotFoundError):
+            installed = Path(str(distribution("hf-gptq-plugin").locate_file(f"hf_gptq_plugin/_native/{name}")))
+            if installed.exists():
+                return installed
+    return beside
 
 
 def opened(path: Path, version_of: str, needed: int, signatures: Mapping[str, Sequence[Any]]) -> ctypes.CDLL:

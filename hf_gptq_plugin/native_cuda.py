@@ -16,10 +16,9 @@ from pathlib import Path
 
 import torch
 
-from .native import DTYPES, NativeError, opened
+from .native import DTYPES, NativeError, opened, packaged
 
 ABI_VERSION = 1
-PACKAGED = Path(__file__).parent / "_native" / "libhf_gptq_cuda.so"
 DENSE = 0  # hf_gptq_cuda_regime: dequantize, then a dense product
 
 __all__ = ["DENSE", "DTYPES", "Plan", "Status", "Weight", "check", "library", "problem", "status"]
@@ -85,7 +84,7 @@ def _load() -> tuple[ctypes.CDLL | None, Status]:
     name = os.environ.get("HF_GPTQ_CUDA_LIBRARY", "")
     if name == "none":
         return None, Status("absent", "", "switched off by HF_GPTQ_CUDA_LIBRARY=none")
-    path = Path(name) if name else PACKAGED
+    path = Path(name) if name else packaged("libhf_gptq_cuda.so")
     if not path.exists():
         return None, Status(
             "absent",

@@ -221,6 +221,9 @@ def test_quantize_reports(hf_gptq: Run, model: Path, text: Path, tmp_path: Path)
         (("--eval-text", "missing.txt"), "missing.txt: there is no such file"),
         (("--dtype", "int8"), "--dtype='int8' is not supported"),
         (("--format", "marlin"), "checkpoint_format='marlin' is not supported"),
+        (("--dynamic", "rules.json"), "--dynamic='rules.json' is neither a JSON object nor a file"),
+        (("--dynamic", '{"a": '), "--dynamic is no JSON: "),
+        (("--dynamic", '{"a": {"bits": 5}}'), "dynamic['a']: bits=5 is not supported"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -231,6 +234,34 @@ def test_mistakes_are_one_line(
     assert done.code == 1
     assert message in done.err and "Traceback" not in done.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rules_for_single_layers(hf_gptq: Run, model: Path, tmp_path: Path) -> None:
+    rules = {".*down_proj": {"bits": 8}, "-:.*layers\\.0\\.": {}}
+    (tmp_path / "rules.json").write_text(json.dumps(rules))
+    for name, given in (("text", json.dumps(rules)), ("file", tmp_path / "rules.json")):
+        done = hf_gptq("quantize", model, tmp_path / name, "--method", "rtn", "--group-size", 32, "--dynamic", given)
+        assert done.code == 0, done.err
+        written = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        assert written["bits"] == 4 and list(written["dynamic"].items()) == list(rules.items())
+        assert json.loads((tmp_path / name / "quantize_config.json").read_text()) == written
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        words = {leaf: tensors[f"model.layers.1.mlp.{leaf}.qweight"].shape[0] for leaf in ("down_proj", "up_proj")}
+        assert words == {"down_proj": 160 * 8 // 32, "up_proj": 96 * 4 // 32}
+        # The first rule that matches counts.
+        assert "model.layers.0.mlp.up_proj.weight" in tensors and "model.layers.0.mlp.down_proj.qweight" in tensors
+    assert hf_gptq("convert", tmp_path / "file", tmp_path / "v2", "--to", "gptq_v2").code == 0
+    assert hf_gptq("convert", tmp_path / "v2", tmp_path / "v1", "--to", "gptq").code == 0
+    again = load_file(tmp_path / "v1" / "model.safetensors")
+    assert again.keys() == tensors.keys() and all(torch.equal(again[key], value) for key, value in tensors.items())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "file").save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "config.json").read_bytes() == (tmp_path / "file" / "config.json").read_bytes()
+
+
+def test_where_an_error_arose(hf_gptq: Run, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_GPTQ_TRACEBACK", "1")
+    done = hf_gptq("quantize", "nowhere", "out", "--bits", 5, "--calibration", text)
+    assert done.code == 1 and "Traceback" in done.err and done.err.rstrip().endswith("use one of 2, 3, 4, 8")
 
 
 def test_an_error_nobody_foresaw_is_one_line_too(

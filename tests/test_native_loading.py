@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,21 @@ def test_forced_instruction_set(isa: str) -> None:
 def test_unknown_instruction_set_is_reported() -> None:
     found = probe(HF_GPTQ_ISA="quantum")
     assert found["state"] == "loaded" and "quantum" in str(found["detail"])
+
+
+@needs_library
+def test_a_checkout_takes_the_installed_library(tmp_path: Path) -> None:
+    """`python -m benchmarks.cpu_kernels` in a checkout imports its source, beside which there is no library."""
+    package = Path(native.__file__).parent
+    checkout = shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("_native"))
+    try:
+        installed = distribution("hf-gptq-plugin").locate_file("hf_gptq_plugin/_native/libhf_gptq.so")
+    except PackageNotFoundError:
+        installed = checkout / "none"
+    if not Path(str(installed)).exists():
+        pytest.skip("the package is on the path, but not installed")
+    found = probe(PYTHONPATH=str(tmp_path))
+    assert (found["state"], found["path"]) == ("loaded", str(installed))
 
 
 def test_absent(tmp_path: Path) -> None:

@@ -10,9 +10,14 @@ from torch import Tensor
 
 
 def join() -> None:
-    """Join the other processes, where a launcher has started several; harmless to repeat."""
+    """Join the other processes, where a launcher has started several; harmless to repeat. On GPUs each takes its own;
+    models on the CPU are shared there, too."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available() and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            dist.init_process_group("cpu:gloo,cuda:nccl")
+        else:
+            dist.init_process_group("gloo")
 
 
 def count() -> int:
@@ -57,4 +62,4 @@ def sum_of(number: int) -> int:
 
 def device() -> str:
     """Where tensors that are to be summed must lie."""
-    return "cuda" if count() > 1 and dist.get_backend() == "nccl" else "cpu"
+    return "cuda" if count() > 1 and "cpu:" not in dist.get_backend_config() else "cpu"

@@ -310,5 +310,12 @@ def _remove_stale_shards(target: Path, written: set[str]) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as indented JSON with sorted keys."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    """Write `value` as indented JSON with sorted keys, but for the rules of `dynamic`, of which the first that matches
+    counts."""
+    path.write_text(json.dumps(_sorted(value), indent=2) + "\n", encoding="utf-8")
+
+
+def _sorted(value: object, key: str = "") -> object:
+    if isinstance(value, Mapping):
+        return {k: _sorted(value[k], k) for k in (value if key == "dynamic" else sorted(value))}
+    return [_sorted(item) for item in value] if isinstance(value, list | tuple) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import tempfile
@@ -74,7 +75,11 @@ def save_checkpoint(model: PreTrainedModel, target: Path, *args: Any, tokenizer:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")  # the size is set
             type(model).save_pretrained(model, staging, *args, **kwargs)
-        write_json(staging / "quantize_config.json", model.config.quantization_config.to_dict())
+        written = model.config.quantization_config.to_dict()
+        write_json(staging / "quantize_config.json", written)
+        if "dynamic" in written:  # Transformers has sorted the rules
+            config = json.loads((staging / "config.json").read_text(encoding="utf-8"))
+            write_json(staging / "config.json", {**config, "quantization_config": written})
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         _describe(model, staging, target)

@@ -108,7 +108,7 @@ def run(
     """Train MODEL by one method and write the result to OUT.
 
     Args:
-        model: folder or Hub name: GPTQ, AWQ, compressed-tensors, or dense.
+        model: folder or Hub name of a GPTQ or dense model; folder of an AWQ or compressed-tensors one.
         out: folder to write. While training goes on, its state is beside it; the same job goes on from there.
         method: "lora", or one of `train.methods.METHODS`.
         data: what on.

@@ -2,13 +2,14 @@
 
 Which kernel computes a product is decided in the library (`kernels/cuda/linear.h`), by rules on the number of rows:
 few rows go to fused kernels, many to a dequantized weight and cuBLAS. Activations in fp32 always go that second way,
-in fp32. All memory comes from torch's allocator, all work goes to the current stream, and nothing waits: a call can be
-captured in a CUDA graph.
+in fp32. All memory comes from torch's allocator, all work goes to the current stream, and nothing waits: a call on a
+packed weight can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,9 +22,10 @@ from ..format.spec import words
 
 BY_RULE = -1
 _STREAMS, _COUNTERS = 64, 1024
-# Arrival counters by device, zero between calls, one row for each stream. They exist before any graph is captured.
+# Arrival counters by device, zero between calls, one row for each stream.
 _arenas: dict[torch.device, Tensor] = {}
 _rows: dict[tuple[torch.device, int], int] = {}
+_row_numbers = itertools.count()
 
 
 def pack(
@@ -211,11 +213,9 @@ def _on(device: torch.device) -> Any:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _arena(device: torch.device) -> Tensor | None:
-    """The counters of a device, made at the first call outside a graph capture."""
+def _arena(device: torch.device) -> Tensor:
+    """The counters of a device, made at the first call."""
     if device not in _arenas:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return None
         _arenas[device] = torch.zeros(_STREAMS, _COUNTERS, dtype=torch.int32, device=device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # other streams may be the first to use them
@@ -223,11 +223,15 @@ def _arena(device: torch.device) -> Tensor | None:
 
 
 def _counters(device: torch.device, stream: int, count: int) -> Tensor | None:
-    """`count` zeros that no kernel on another stream uses."""
+    """`count` zeros that no other kernel uses at the same time. A graph gets its own: it may run beside others, and on
+    another stream than the one that it was captured on."""
     if not count:
         return None
-    arena = _arena(device)
-    row = _rows.setdefault((device, stream), len(_rows))
-    if arena is None or row >= _STREAMS or count > _COUNTERS:
+    if count > _COUNTERS or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return torch.zeros(count, dtype=torch.int32, device=device)
-    return arena[row, :count]
+    row = _rows.get((device, stream))
+    if row is None:  # numbers may be left out: another thread can be here, too
+        row = _rows.setdefault((device, stream), next(_row_numbers))
+    if row >= _STREAMS:
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    return _arena(device)[row, :count]

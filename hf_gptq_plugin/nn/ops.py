@@ -220,6 +220,7 @@ class PreparedWeight:
             or type(x) is not Tensor
             or x.dtype not in native.DTYPES
             or not x.is_cpu
+            or x.is_neg()
             or torch._C._len_torch_dispatch_stack() > 0
             or torch._C._functorch.peek_interpreter_stack() is not None
             or torch._C._get_tracing_state() is not None
@@ -305,6 +306,8 @@ def _dequantize_cuda(in_features: int, dtype: torch.dtype, *weight: Any) -> Tens
 def _linear_cuda(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
     if native_cuda.library(x.device) is None or x.dtype not in native_cuda.DTYPES:
         return _linear_reference(x, bias, *weight)
+    _check_devices(x, bias=bias)
+    check_weight(x, weight)  # a kernel would read another device's memory
     return cuda.linear(x, bias, *_for_cuda(x.shape[-1], weight))
 
 
@@ -343,7 +346,7 @@ def _multiply(x: Tensor, bias: Tensor | None, described: native.Weight) -> Tenso
     if library is None:
         raise native.NativeError(f"the native library is gone: {native.status().detail}")
     in_features, out_features = described.K, described.N
-    if x.shape[-1] != in_features:
+    if x.dim() < 1 or x.shape[-1] != in_features:
         raise ValueError(f"x has shape {tuple(x.shape)}; the weight has in_features={in_features}")
     rows, count, stride = x, x.numel() // in_features, in_features
     if not x.is_contiguous():

@@ -97,7 +97,7 @@ def search_group(
     best_error = torch.full_like(low, torch.inf)
     best_scale = torch.where(empty, 1.0, tiny)
     lowest = float(spec.zero_offset)
-    best_zero = torch.full_like(low, middle if spec.sym else lowest)
+    best_zero = torch.full_like(low, middle) if spec.sym else torch.round(-low / tiny).clamp(lowest, maxq)
     for raw_scale, zero in candidates:
         scale = raw_scale.to(dtype).float()
         usable = torch.isfinite(scale) & (scale.abs() >= tiny) & ~empty

@@ -104,6 +104,36 @@ def test_graph_capture(rows: int) -> None:
             assert torch.equal(y, made(x))
 
 
+def test_graphs_run_side_by_side() -> None:
+    """All graphs are captured on one stream, and may run on several."""
+    made, inputs, outputs, graphs = layer().cuda(), [], [], []
+    with torch.no_grad():
+        for rows in (16, 64, 64, 200):
+            inputs.append(torch.randn(rows, 2048, device="cuda", dtype=torch.bfloat16))
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[-1]):
+                outputs.append(made(inputs[-1]))
+        expected = [made(x) for x in inputs]
+        streams = [torch.cuda.Stream() for _ in graphs]
+        for _ in range(50):
+            torch.cuda.synchronize()
+            for output in outputs:
+                output.fill_(float("nan"))
+            torch.cuda.synchronize()
+            for stream, graph in zip(streams, graphs, strict=True):
+                with torch.cuda.stream(stream):
+                    graph.replay()
+            made(inputs[0])
+            torch.cuda.synchronize()
+            assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+
+
+def test_tensors_on_several_devices_are_refused() -> None:
+    made, x = layer().cuda(), torch.randn(16, 2048, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="bias is on cpu, x on cuda"):
+        ops.linear(x, made.kernel_weight, torch.zeros(made.out_features, dtype=x.dtype))
+
+
 def test_torch_compile_and_gradients() -> None:
     made = layer().cuda()
     x = torch.randn(8, 2048, device="cuda", dtype=torch.bfloat16, requires_grad=True)

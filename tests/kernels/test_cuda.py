@@ -4,6 +4,7 @@ makes of it. A GPU's timing and its tensor cores' rounding are not in here; `tes
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -257,3 +258,34 @@ def test_a_layer_follows_its_device(emulated: Configure, monkeypatch: pytest.Mon
     torch.testing.assert_close(layer(x), y)
     for name, tensor in layer.state_dict().items():
         assert torch.equal(tensor, on_gpu[name]), name
+
+
+def test_tensors_elsewhere_never_reach_a_kernel(emulated: Configure) -> None:
+    weight = packed(make(QuantSpec(4, 32), 64, 64)[0])
+    x = torch.randn(3, 64)
+    with pytest.raises(ValueError, match="bias is on meta, x on cpu"):
+        ops._linear_cuda(x, torch.zeros(64, device="meta"), *weight.arguments)
+    arguments = [t.to("meta") if isinstance(t, Tensor) else t for t in weight.arguments]
+    with pytest.raises(ValueError, match="qweight is on meta, x on cpu"):
+        ops._linear_cuda(x, None, *arguments)
+
+
+def test_streams_have_counters_of_their_own(emulated: Configure) -> None:
+    """Threads that come for the first time at the same moment, too."""
+    found: dict[int, int] = {}
+    start = threading.Barrier(8)
+
+    def come(stream: int) -> None:
+        start.wait()
+        counters = cuda._counters(torch.device("cpu"), stream, 4)
+        assert counters is not None
+        found[stream] = counters.data_ptr()
+
+    threads = [threading.Thread(target=come, args=(1000 + i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == len(set(found.values())) == 8
+    again = cuda._counters(torch.device("cpu"), 1003, 4)
+    assert again is not None and again.data_ptr() == found[1003]

@@ -307,3 +307,13 @@ def test_outside_of_training_the_kernel_is_called_directly(monkeypatch: pytest.M
         with torch.profiler.profile() as profile:
             layer(x)
     assert any("hf_gptq::linear" in event.name for event in profile.events())
+
+
+@torch.no_grad()
+def test_inputs_out_of_the_ordinary_without_gradients() -> None:
+    layer = QuantLinear.from_quantized(quantized(QuantSpec(4, 32)), torch.randn(40))
+    x = torch.randn(3, 100)
+    layer(x)  # prepared from here on
+    assert torch.equal(layer(torch._neg_view(x)), layer(-x))
+    with pytest.raises(ValueError, match="x has shape"):
+        layer(torch.tensor(1.0))

@@ -73,8 +73,9 @@ def test_tiny_and_empty_groups_have_usable_scales(sym: bool) -> None:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_native_search_is_as_good_as_pytorch(bits: int, sym: bool, dtype: torch.dtype) -> None:
-    weight, importance = torch.randn(37, 24), torch.rand(24)
+@pytest.mark.parametrize("size", [1, 1e-4])  # of small weights no candidate is a normal fp16 number
+def test_native_search_is_as_good_as_pytorch(bits: int, sym: bool, dtype: torch.dtype, size: float) -> None:
+    weight, importance = torch.randn(37, 24) * size, torch.rand(24)
     spec = QuantSpec(bits, 24, sym)
     shrink = module._SHRINK_SYM if sym else module._SHRINK_ASYM
     scales, zeros = choose_scales(weight, importance, spec, "mse", dtype)
@@ -83,7 +84,24 @@ def test_native_search_is_as_good_as_pytorch(bits: int, sym: bool, dtype: torch.
     for n in range(37):
         found = error_of(weight[n], importance, float(scales[n, 0]), float(zeros[n, 0]), spec.maxq)
         best = error_of(weight[n], importance, float(expected[n]), float(expected_zeros[n]), spec.maxq)
-        assert found <= best * (1 + 1e-4) + 1e-12
+        assert found <= best * (1 + 1e-4) + 1e-12 * size**2
+        if size < 1:
+            assert best <= found * (1 + 1e-4) + 1e-12 * size**2
+
+
+@pytest.mark.parametrize("method", ["mse", "minmax", "percentile", "entropy"])
+@pytest.mark.parametrize("v2", [False, True])
+def test_groups_whose_scales_would_be_subnormal_keep_both_signs(method: str, v2: bool) -> None:
+    """Steps are the least that fp16 has, and zeros lie where the weights are: no error is larger than half a step."""
+    weight = torch.rand(16, 64) * 0.01 - 0.005
+    spec = QuantSpec(8, 64, sym=False, checkpoint_format="gptq_v2" if v2 else "gptq")
+    scales, zeros = choose_scales(weight, torch.ones(64), spec, method)
+    step = torch.finfo(torch.float16).tiny
+    assert (scales == step).all()
+    error = ((weight / step).round() + zeros).clamp(0, 255) - zeros - weight / step
+    # Percentiles lie between the outermost weights and their neighbours.
+    outside = weight.sort().values.diff().amax() / step if method == "percentile" else 0
+    assert error.abs().max() <= 0.5 + outside
 
 
 def test_unknown_method_is_refused() -> None:
