@@ -45,6 +45,9 @@ def main(sdist: Path, wheel: Path, from_sdist: Path, from_tree: Path) -> None:
     require(not stray, f"the wheel ships {stray}")
     metadata = Parser().parsestr(files[f"{info}/METADATA"].decode())
     require(metadata["License-Expression"] == "Apache-2.0", "License-Expression is not Apache-2.0")
+    entry_points = files[f"{info}/entry_points.txt"].decode()
+    for line in ("hf-gptq = hf_gptq_cli:main", "hf_gptq = vllm_plugin:register"):
+        require(line in entry_points, f"entry_points.txt lacks {line!r}")
     needs = [r for r in metadata.get_all("Requires-Dist", []) if re.match(r"vllm\b", r)]
     require(not needs, f"the wheel depends on {needs}; that would overwrite another build of vLLM")
 

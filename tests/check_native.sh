@@ -16,6 +16,11 @@ export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0 UBSAN_OPTIONS=print_st
 preload="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so) $(g++ -print-file-name=libstdc++.so)"
 run() {
   echo "-- $1"
+  HF_GPTQ_ISA=$1 LD_PRELOAD=$preload "$python" -c '
+import sys
+from hf_gptq_plugin import native
+status = native.status()
+sys.exit(0 if status.isa == sys.argv[1] else f"asked for {sys.argv[1]}: {status}")' "$1"
   HF_GPTQ_ISA=$1 LD_PRELOAD=$preload "$python" -m pytest -q -p no:cacheprovider "${@:2}"
 }
 run avx512bf16 tests/nn/test_pairs.py

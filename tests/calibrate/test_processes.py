@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import free_port, outputs
 from safetensors.torch import load_file
 
 from hf_gptq_plugin.calibrate import processes
@@ -48,7 +49,7 @@ dist.destroy_process_group()
 def test_two_processes(fields: str, tiny: Callable[..., Path], windows: list[list[int]], tmp_path: Path) -> None:
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(29600 + os.getpid() % 300), "OMP_NUM_THREADS": "1",
+        "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     children = [
         subprocess.Popen(
@@ -57,11 +58,7 @@ def test_two_processes(fields: str, tiny: Callable[..., Path], windows: list[lis
         )
         for rank in range(2)
     ]  # fmt: skip
-    printed = []
-    for child in children:
-        out, err = child.communicate(timeout=300)
-        assert child.returncode == 0, err
-        printed.append(out)
+    printed = outputs(children)
     # 8 windows of 32 tokens: every Hessian has seen those of both processes; and as many that both have written.
     tokens = 256 if "generated" in fields else 512
     assert sorted(printed) == [

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import free_port
 from loopback_hub import LoopbackHub
 from pages import ROOT
 from safetensors.torch import load_file
@@ -52,7 +53,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def base(text_model: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPTQ checkpoint, as the program for several processes writes it."""
     out = tmp_path_factory.mktemp("base") / "gptq"
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", 29900 + os.getpid() % 90)
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port())
     printed = run(
         *launcher, EXAMPLES / "multi_process_calibration.py", text_model, out, "--calibration", corpus, *SMALL,
 

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # as a program, too
 
 import torch
 from safetensors.torch import save
@@ -255,8 +255,7 @@ class Fuzz:
         """Run one case; `makes` are the names that only a success may leave in the root."""
         outcome = "done"
         before = set(os.listdir(self.root))
-        signal.signal(signal.SIGALRM, _hang)
-        signal.alarm(LIMIT)
+        handler, timer = signal.signal(signal.SIGALRM, _hang), signal.setitimer(signal.ITIMER_REAL, LIMIT)
         try:
             run()
         except Unexpected:
@@ -273,7 +272,8 @@ class Fuzz:
             where = traceback.format_exception(error)[-3:]
             self._finding(kind, f"{type(error).__name__}: {error}"[:300] + "".join(where)[-600:])
         finally:
-            signal.alarm(0)
+            signal.signal(signal.SIGALRM, handler)
+            signal.setitimer(signal.ITIMER_REAL, *timer)  # a test's own limit
         after = set(os.listdir(self.root)) - before
         if after - (set(makes) if outcome == "done" else set()):
             self._finding(kind, f"{outcome}, but it left {sorted(after)}")

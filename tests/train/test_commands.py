@@ -8,12 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from children import free_port
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_gptq_cli import main
@@ -95,7 +95,7 @@ def test_processes_end_with_one_result(hf_gptq: Any, model: Path, chats: Path, t
     found = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
-            "--master-port", str(29000 + os.getpid() % 300), "-m", "hf_gptq_cli", *map(str, arguments),
+            "--master-port", str(free_port()), "-m", "hf_gptq_cli", *map(str, arguments),
         ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=600,
@@ -111,6 +111,18 @@ def test_processes_end_with_one_result(hf_gptq: Any, model: Path, chats: Path, t
     assert written[0] == written[1] and "model.safetensors" in written[0]
 
 
+KILLED = """
+import os, signal, sys
+from hf_gptq_cli import main
+from hf_gptq_plugin.train import loop
+def written(*arguments, own=loop._State.write):
+    own(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+loop._State.write = written
+main(sys.argv[1:])
+"""
+
+
 def test_going_on_after_a_kill(hf_gptq: Any, model: Path, chats: Path, tmp_path: Path) -> None:
     """Killed without warning: the same command ends with the same curve and bytes."""
     arguments = ("--data", chats, "--method", "affine", "--start", "rtn", *SETTINGS, "--save-every", 2)
@@ -122,16 +134,12 @@ def test_going_on_after_a_kill(hf_gptq: Any, model: Path, chats: Path, tmp_path:
 
     wanted = whole("whole")
     state = tmp_path / "killed.training" / STATE
-    command = ["-m", "hf_gptq_cli", "train", model, tmp_path / "killed", *arguments]
-    with subprocess.Popen(
-        [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, "train", *map(str, (model, tmp_path / "killed", *arguments))],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-    ) as child:  # fmt: skip
-        while not state.exists() and child.poll() is None:
-            time.sleep(0.005)
-        child.kill()
-        out, _ = child.communicate(timeout=600)
-    assert child.returncode == -signal.SIGKILL and out == ""
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL and killed.stdout == "", killed.stderr
     assert not (tmp_path / "killed").exists() and state.exists()
     assert whole("killed") == wanted
     made, same = (tmp_path / name / "model.safetensors" for name in ("killed", "whole"))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from children import free_port, outputs
 from pages import DOCS, blocks
 from transformers import AutoModelForCausalLM
 
@@ -62,7 +63,7 @@ def trained(base: Path, folder: Path, config: Path | None, batch: int, processes
     if config is not None:
         environment |= {
             "WORLD_SIZE": str(processes), "LOCAL_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(29300 + os.getpid() % 300),
+            "MASTER_PORT": str(free_port()),
         }  # fmt: skip
     children = [
         subprocess.Popen(
@@ -72,12 +73,7 @@ def trained(base: Path, folder: Path, config: Path | None, batch: int, processes
         )
         for rank in range(processes)
     ]  # fmt: skip
-    found = []
-    for child in children:
-        out, err = child.communicate(timeout=600)
-        assert child.returncode == 0, err
-        found.append(json.loads(out.splitlines()[-1]))
-    return found
+    return [json.loads(out.splitlines()[-1]) for out in outputs(children)]
 
 
 def test_the_curve_of_one_process(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from children import outputs
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -116,9 +117,7 @@ def found(base: Path, windows: list[list[int]], tmp_path_factory: pytest.TempPat
         )
         for rank in range(2)
     ]  # fmt: skip
-    for child in children:
-        _, err = child.communicate(timeout=600)
-        assert child.returncode == 0, err
+    outputs(children)
     return [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
 
 

@@ -38,7 +38,7 @@ def load(base: Path) -> Load:
 @pytest.fixture(scope="module")
 def corpus() -> list[torch.Tensor]:
     """Windows with something to learn: a few tokens that follow each other."""
-    starts = torch.randint(0, 7, (24,))
+    starts = torch.randint(0, 7, (24,), generator=torch.Generator().manual_seed(0))
     return [torch.tensor([3 + (int(s) + 2 * i) % 7 for i in range(24)]) for s in starts]
 
 
@@ -286,10 +286,11 @@ def test_a_method_that_cannot_be_attached_changes_nothing(load: Load) -> None:
     model = load()
     before = [(name, p.requires_grad) for name, p in model.named_parameters()]
     kinds = [type(module) for module in model.modules()]
-    for method, options in (("shadow", {"every": 0}), ("l4q", {"rank": 1000}), ("ste", {"cap": 2})):
-        if set(options) <= set(METHODS[method].options):
-            with pytest.raises(ValueError, match=r"must be|rank"):
-                attach(model, method, **options)
+    for method, options in (
+        ("shadow", {"every": 0}), ("shadow", {"cap": 2}), ("l4q", {"rank": 1000}), ("ste", {"cap": 2}),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(options))):
+            attach(model, method, **options)
         assert [(name, p.requires_grad) for name, p in model.named_parameters()] == before
         assert [type(module) for module in model.modules()] == kinds
     assert attach(model, "affine")

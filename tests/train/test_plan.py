@@ -50,8 +50,13 @@ def measured(model: Any, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
     optimizer.step()
     optimizer.zero_grad(set_to_none=False)
     states = sum(v.nbytes for state in optimizer.state.values() for v in state.values())
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # kernels of PyTorch take memory for each of theirs
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step()
+    finally:
+        torch.set_num_threads(threads)
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
