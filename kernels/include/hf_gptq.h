@@ -367,11 +367,11 @@ HF_GPTQ_API int hf_gptq_joint_descend(
 //   asym:  lo = min(w, 0), hi = max(w, 0);  s = round((hi - lo) * t / maxq);
 //          z = clamp(rint(-lo * t / s), zero_min, maxq)
 // where round() is to scale_dtype. A candidate whose |s| is zero, subnormal or not finite in
-// scale_dtype is skipped; if none is left, s is the smallest normal number of scale_dtype,
-// and z as above with t = 1. The smallest error wins, the first among equals. A group of zeros has s = 1 and z = 2^(bits-1) (sym)
-// or zero_min (asym). Term k is added to partial sum k % 16 (k counted from the group's first
-// column), and the 16 sums are added pairwise: the result is the same for every thread count and
-// instruction set.
+// scale_dtype is skipped; if none is left, s is the smallest normal number of scale_dtype, and z
+// as above with t = 1. The smallest error wins, the first among equals. A group of zeros has s = 1
+// and z = 2^(bits-1) (sym) or zero_min (asym). Term k is added to partial sum k % 16 (k counted
+// from the group's first column), and the 16 sums are added pairwise: the result is the same for
+// every thread count and instruction set.
 HF_GPTQ_API int hf_gptq_scale_search(const float* W,  // [N, K], finite
                                      const float* h,  // [K], weight of each squared error, >= 0
                                      const int32_t* group_start,  // [G + 1], columns of group g are
