@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import re
 import time
@@ -68,9 +69,10 @@ def _quantize_block(
     groups = find_stages(block, stream.hiddens[0], stops) if stops else []
     uncalled = sorted(stops - {local for group in groups for local in group})
     if uncalled:
+        rules: dict[str, dict[str, Any]] = {f"-:.*{_pattern(local)}": {} for local in uncalled}
         raise WalkError(
-            f"{block.full(uncalled[0])} is not called in the forward pass on the calibration text; exclude it with "
-            f'dynamic={{"-:.*{re.escape(uncalled[0])}$": {{}}}}'
+            f"{block.full(uncalled[0])} is not called in the forward pass on the calibration text ({len(uncalled)} "
+            f"such in its block); exclude it with dynamic={json.dumps(rules)}"
         )
     stream.enter(block, everything, set(everything) - set(targets))
     if exact is not None:
@@ -116,6 +118,12 @@ def _learn(block: Block, entered: Sequence[Tensor], exact: Stream, dense: dict[s
         block.module.set_submodule(local, tuned.finished())
 
 
+def _pattern(local: str) -> str:
+    """For the end of a layer's name, or, where it is in one of several experts, for all of them."""
+    before, experts, _ = local.partition("experts.")
+    return re.escape(before + experts) if experts else f"{re.escape(local)}$"
+
+
 def units(root: nn.Module, targets: Iterable[str]) -> set[str]:
     """What is stopped at to calibrate layers below `root`: themselves, or the experts module that they are part of."""
     owners = [name for name, module in root.named_modules() if isinstance(module, Experts)]
@@ -131,11 +139,12 @@ def _hessians(
     Experts are seen from the module that holds them: what enters it is kept for all windows, and every expert takes
     its tokens from there, so that the block does not run again for each of them.
     """
-    mixtures = [name for name in group if isinstance(stream.submodule(name), Experts)]
-    plain = [name for name in group if name not in mixtures]
-    if plain:
-        yield plain, layer_hessian(stream, exact, plain[0], _mean_weights(weights, plain)), ""
-    for name in mixtures:
+    plain = [name for name in group if not isinstance(stream.submodule(name), Experts)]
+    for name in group:  # as they run: what lies before a layer that is stopped at is not entered again
+        if name in plain:
+            if name == plain[0]:
+                yield plain, layer_hessian(stream, exact, name, _mean_weights(weights, plain)), ""
+            continue
         experts, calls = stream.calls_of(name)
         wanted = {local.removeprefix(f"{name}.") for local in targets if local.startswith(f"{name}.")}
         dense = None if exact is None else exact.calls_of(name)
@@ -167,6 +176,11 @@ def layer_hessian(stream: Stream, exact: Stream | None, layer: str, weights: Seq
     counted = weights if weights is not None else itertools.repeat(None)
     for x, dense, counts in zip(stream.inputs_of(layer), twins, counted, strict=False):
         if x is not None:
+            if dense is not None and dense.shape[:-1] != x.shape[:-1]:
+                raise WalkError(
+                    f"the dense model sends other tokens to {stream.full(layer)} than the quantized one, as where a "
+                    "router chooses among modules; exclude such layers with dynamic, or set propagation=0"
+                )
             hessian = hessian or Hessian(x.shape[-1], x.device)
             hessian.add(x, dense, counts)
     hessian = hessian or Hessian(1)

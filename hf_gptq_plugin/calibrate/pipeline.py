@@ -76,9 +76,9 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
         specs = find_specs(chains, plan)
         felt = _sensitivity(model, chains, windows, specs, plan)
         layers = len(specs) + int(plan.checkpoint.lm_head)
-        shown = processes.rank() == 0
+        quiet = {"disable": True} if processes.rank() else {}  # else TQDM_DISABLE says
         reports: list[LayerReport] = []
-        with tqdm(total=layers, desc="Quantizing", unit="layer", smoothing=0.05, disable=not shown) as bar:
+        with tqdm(total=layers, desc="Quantizing", unit="layer", smoothing=0.05, **quiet) as bar:
             for report in _quantize_chains(model, chains, windows, specs, felt, plan, journal):
                 reports.append(report)
                 bar.update()
@@ -347,6 +347,11 @@ def output_embedding(model: Any, plan: Plan) -> tuple[str, QuantSpec]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(head, nn.Linear):
         raise WalkError(f"lm_head=True, but {type(model).__name__} has no linear output embedding")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise WalkError(
+            f"lm_head=True: the output embedding of an encoder-decoder ({type(model).__name__}) is tied to its input "
+            "embeddings in ways that a checkpoint cannot undo; leave lm_head=False"
+        )
     name = next(n for n, m in model.named_modules() if m is head)
     return name, plan.checkpoint.for_module(name) or plan.checkpoint.spec
 

@@ -193,7 +193,7 @@ def _stored(value: Any, folder: Path | None) -> Any:
     if isinstance(value, Tensor):
         return value.clone() if folder is None else _OnDisk(value, folder)
     if isinstance(value, (tuple, list)):
-        return type(value)(_stored(item, folder) for item in value)
+        return _like(value, [_stored(item, folder) for item in value])
     return value
 
 
@@ -203,8 +203,13 @@ def _fetched(value: Any) -> Any:
     if isinstance(value, _OnDisk):
         return value.read()
     if isinstance(value, (tuple, list)):
-        return type(value)(map(_fetched, value))
+        return _like(value, [_fetched(item) for item in value])
     return value
+
+
+def _like(value: Any, items: list[Any]) -> Any:
+    """A tuple, named tuple or list as `value`, of other items."""
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
 class Stream:
@@ -245,6 +250,10 @@ class Stream:
         """A module of the block, and the arguments with which it is called, window by window."""
         calls = [call for calls in self._entered.calls_of(module, self.hiddens) for call in calls]
         return self.submodule(module), calls
+
+    def full(self, local: str) -> str:
+        """The name in the model of a module of the block."""
+        return self._entered.block.full(local)
 
     def submodule(self, name: str) -> Any:
         """A module of the block, as it is now."""

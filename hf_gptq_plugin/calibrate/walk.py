@@ -153,7 +153,10 @@ def _returns_product(layer: Any) -> bool:
     # An offloaded weight is on the meta device until it is needed.
     device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
     device = layer.weight.device if device is None else device
-    out = layer(torch.zeros(1, in_features, dtype=layer.weight.dtype, device=device))
+    try:
+        out = layer(torch.zeros(1, in_features, dtype=layer.weight.dtype, device=device))
+    except RuntimeError:  # e.g. groups of inputs
+        return False
     return isinstance(out, Tensor) and out.shape == (1, out_features)
 
 

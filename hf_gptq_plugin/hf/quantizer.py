@@ -195,7 +195,7 @@ class GptqQuantizer(HfQuantizer):
         if config.method == "gptq":
             found = read_samples(config.dataset, config.seed)
             tokenizer = None if found.kind == "tokens" else _tokenizer(config.tokenizer, model)
-            vocab_size = model.get_input_embeddings().weight.shape[0]
+            vocab_size = _vocab_size(model)
             self._windows = calibration_windows(
                 found, tokenizer, config.samples, config.seqlen, config.seed, vocab_size, config.packing
             )
@@ -308,6 +308,7 @@ def _require_all_tensors(model: PreTrainedModel, headers: Mapping[str, TensorInf
     """
     expected = model.state_dict()
     present = set(map(_renamer(model, expected, quantizer), headers)) | set(headers)
+    computed = getattr(model, "_keys_to_ignore_on_save", None) or ()  # e.g. Marian's positions
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for target, origin in tied.items():
         if origin in present or target in present:
@@ -317,8 +318,23 @@ def _require_all_tensors(model: PreTrainedModel, headers: Mapping[str, TensorInf
     head = model.get_output_embeddings()
     prefixes = tuple(f"{n}." for n, m in model.named_modules() if n == model.base_model_prefix or (n and m is head))
     for key in expected:
-        if key not in present and (same_class or key.startswith(prefixes)):
+        if key not in present and key not in computed and (same_class or key.startswith(prefixes)):
             raise CheckpointError(f"{key} is missing from the checkpoint; the checkpoint is incomplete: fetch it again")
+
+
+def _vocab_size(model: Any) -> int:
+    """Rows of the embedding of text tokens.
+
+    Raises:
+        CalibrationError: there is none.
+    """
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError):
+        raise CalibrationError(
+            f"{type(model).__name__} has no embedding of text tokens, and calibration needs text; quantize it without "
+            "data, by method='rtn' or 'hqq'"
+        ) from None
 
 
 def _tokenizer(tokenizer: Any, model: PreTrainedModel) -> Any:

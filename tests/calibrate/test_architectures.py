@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_gptq_plugin import GPTQConfig, QuantLinear
 from hf_gptq_plugin.calibrate import blocks, pipeline
 from hf_gptq_plugin.calibrate.plan import Plan
+from hf_gptq_plugin.calibrate.sources import CalibrationError
 from hf_gptq_plugin.calibrate.walk import WalkError
 from hf_gptq_plugin.format.spec import CheckpointConfig, QuantSpec
 from hf_gptq_plugin.solve.gptq import SolveSettings
@@ -204,10 +206,43 @@ def test_one_of_two_chains(tiny: Callable[..., Path], windows: list[list[int]]) 
 def test_a_layer_that_is_not_called_as_one_is_named(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
     config = GPTQConfig(bits=4, group_size=32, dataset=windows[:2], samples=2, seqlen=24)
     message = (
-        r'backbone\.layers\.0\.mixer\.dt_proj is not called .*; exclude it with dynamic={"-:\.\*mixer\\\.dt_proj\$"'
+        r'backbone\.layers\.0\.mixer\.dt_proj is not called .*; exclude it with dynamic={"-:\.\*mixer\\\\\.dt_proj\$"'
     )
     with pytest.raises(WalkError, match=message):
         load("mamba", tiny("mamba"), quantization_config=config)
+
+
+def test_all_layers_that_are_not_called_are_named_at_once(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
+    """The rules that the error gives are JSON, and enough."""
+    path = tiny("mvp")
+    fields: dict[str, Any] = {"bits": 4, "group_size": 32, "dataset": windows[:2], "samples": 2, "seqlen": 24}
+    with pytest.raises(WalkError, match=r"k_proj is not called .* \(4 such in its block\)") as error:
+        load("mvp", path, quantization_config=GPTQConfig(**fields))
+    rules = json.loads(str(error.value).partition("dynamic=")[2])
+    model = load("mvp", path, quantization_config=GPTQConfig(**fields, dynamic=rules))
+    dense = {n for n, m in model.model.decoder.layers.named_modules() if isinstance(m, nn.Linear)} - {
+        n for n, m in model.model.decoder.layers.named_modules() if isinstance(m, QuantLinear)
+    }
+    assert dense == {f"{i}.encoder_attn.{p}" for i in range(2) for p in ("q_proj", "k_proj", "v_proj", "out_proj")}
+
+
+def test_an_encoder_decoders_output_embedding_stays_dense(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
+    config = GPTQConfig(bits=4, group_size=32, dataset=windows[:2], samples=2, seqlen=24, lm_head=True)
+    for kind in ("bart", "t5"):
+        with pytest.raises(
+            WalkError, match=r"lm_head=True: the output embedding of an encoder-decoder .* leave lm_head"
+        ):
+            load(kind, tiny(kind), quantization_config=config)
+
+
+def test_models_without_text_are_refused(windows: list[list[int]], tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = transformers.ViTConfig(**sizes, image_size=8, patch_size=4)
+    transformers.ViTForImageClassification(vision).save_pretrained(tmp_path)
+    with pytest.raises(CalibrationError, match="ViTForImageClassification has no embedding of text tokens"):
+        transformers.AutoModelForImageClassification.from_pretrained(
+            tmp_path, quantization_config=GPTQConfig(bits=4, group_size=32, dataset=windows[:2])
+        )
 
 
 def test_layers_that_share_a_weight_are_named(tiny: Callable[..., Path], windows: list[list[int]]) -> None:

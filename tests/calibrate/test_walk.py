@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from hf_gptq_plugin import GPTQConfig
-from hf_gptq_plugin.calibrate import walk
+from hf_gptq_plugin.calibrate import stream, walk
 from hf_gptq_plugin.calibrate.chains import find_chains
 from hf_gptq_plugin.calibrate.sources import CalibrationError
 from hf_gptq_plugin.calibrate.stream import Resumable
@@ -180,3 +181,21 @@ def test_windows_longer_than_the_models_positions(kind: str, generated: float, t
     config = GPTQConfig(dataset=[list(range(3, 203))] * 2, group_size=32, samples=2, seqlen=200, generated=generated)
     with pytest.raises(CalibrationError, match=r"has 128 positions, .* 200 tokens; set seqlen to 128 at most"):
         auto.from_pretrained(tiny(kind), quantization_config=config)
+
+
+def test_what_is_kept_may_have_names(tmp_path: Path) -> None:
+    pair = collections.namedtuple("pair", ["left", "right"])
+    for folder in (None, tmp_path):
+        kept = stream._stored(pair(torch.ones(2), [torch.zeros(1), "x"]), folder)
+        again = stream._fetched(kept)
+        assert type(again) is pair and torch.equal(again.left, torch.ones(2)) and again.right[1] == "x"
+
+
+def test_a_layer_of_another_shape_is_no_product() -> None:
+    class Grouped(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.view(-1, 2, 8)[:, 0])
+
+    root = nn.Module()
+    root.grouped, root.plain = Grouped(8, 4), nn.Linear(8, 4)
+    assert list(walk.linears(root)) == ["plain"]

@@ -26,6 +26,7 @@ KINDS = {
     "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj"), 2 * (4 + 12)),
     "qwen2_moe": ("mlp", ("gate_proj", "up_proj", "down_proj"), 2 * (4 + 12 + 3)),
     "deepseek_v3": ("mlp", ("gate_proj", "up_proj", "down_proj"), 3 * 5 + 3 + 2 * (12 + 3)),
+    "hy_v3": ("mlp", ("gate_proj", "up_proj", "down_proj"), 2 * 4 + 3 + 12 + 3),
 }
 
 

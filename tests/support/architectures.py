@@ -113,6 +113,22 @@ ARCHITECTURES: dict[str, Architecture] = {
         pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2,
     ), {"model.encoder.layers": 2 * 6, "model.decoder.layers": 2 * 10}, "AutoModelForSeq2SeqLM"),
     "bert": Architecture("bert", _BERT, {"bert.encoder.layer": 2 * 6}, "AutoModelForMaskedLM"),
+    # Its positions are computed, and never saved.
+    "marian": Architecture("marian", dict(
+        d_model=64, encoder_ffn_dim=96, decoder_ffn_dim=96, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=4, decoder_attention_heads=4, vocab_size=256, max_position_embeddings=128,
+        pad_token_id=0, eos_token_id=2, decoder_start_token_id=0, forced_eos_token_id=2,
+    ), {"model.encoder.layers": 2 * 6, "model.decoder.layers": 2 * 10}, "AutoModelForSeq2SeqLM"),
+    # Nothing enters its decoder's second attention without an encoder.
+    "mvp": Architecture("mvp", dict(
+        d_model=64, decoder_ffn_dim=96, decoder_layers=2, decoder_attention_heads=4, vocab_size=256,
+        max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, is_decoder=True,
+        is_encoder_decoder=False,
+    ), {"model.decoder.layers": 2 * 6}, rules={r"-:.*encoder_attn\.": {}}),
+    # Dense checkpoints hold query, key and value as one matrix.
+    "nomic_bert": Architecture(
+        "nomic_bert", _BERT | dict(n_embd=64, head_dim=16), {"nomic_bert.layers": 2 * 7}, "AutoModelForMaskedLM"
+    ),
     "roberta": Architecture("roberta", _BERT, {"roberta.encoder.layer": 2 * 6}, "AutoModelForMaskedLM"),
     "modernbert": Architecture("modernbert", _BERT | dict(
         bos_token_id=1, cls_token_id=1, eos_token_id=2, sep_token_id=2, local_attention=16,
@@ -176,6 +192,12 @@ MIXTURES: dict[str, Mapping[str, Any]] = {
         num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16,
         v_head_dim=16, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1,
         n_group=1, topk_group=1, vocab_size=256, max_position_embeddings=128,
+    ),
+    # Its experts run before those that all tokens share.
+    "hy_v3": dict(
+        hidden_size=64, intermediate_size=96, moe_intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, num_shared_experts=1,
+        first_k_dense_replace=1, vocab_size=256, max_position_embeddings=128, pad_token_id=0,
     ),
     "gpt_oss": dict(
         hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
