@@ -332,8 +332,8 @@ def _vocab_size(model: Any) -> int:
         return int(model.get_input_embeddings().weight.shape[0])
     except (AttributeError, NotImplementedError):
         raise CalibrationError(
-            f"{type(model).__name__} has no embedding of text tokens, and calibration needs text; quantize it without "
-            "data, by method='rtn' or 'hqq'"
+            f"{type(model).__name__} has no embedding of text tokens; only models that run on token ids alone can be "
+            "quantized: load the part that reads text with a class of its own"
         ) from None
 
 
