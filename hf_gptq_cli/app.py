@@ -45,16 +45,12 @@ def main(arguments: list[str] | None = None, name: str = "hf-gptq") -> None:
     try:
         app(arguments, prog_name=name, standalone_mode=True)
     except Exception as error:
-        if not isinstance(error, user_errors()):
-            _unexpected(error)
-        if os.environ.get(TRACEBACK):
-            traceback.print_exception(error)
-        _told(f"{type(error).__name__}: {error}")
+        _told(error, "" if isinstance(error, user_errors()) else _UNEXPECTED)
     except BaseException as error:
         # A library written in Rust that gives up on its input raises an exception that is no Exception.
         if type(error).__name__ != "PanicException":
             raise
-        _unexpected(error)
+        _told(error, _UNEXPECTED)
 
 
 def user_errors() -> tuple[type[Exception], ...]:
@@ -70,20 +66,19 @@ def user_errors() -> tuple[type[Exception], ...]:
     return (*own, ValueError, OSError, ImportError)
 
 
-def _told(message: str) -> NoReturn:
-    Console(stderr=True).print("[bold red]error:[/] ", end="")
-    Console(stderr=True, highlight=False).print(message, markup=False, soft_wrap=True)
-    sys.exit(FAILED)
+# Usually a damaged file that another library stumbles over; else a defect, whose traceback is asked for.
+_UNEXPECTED = (
+    " (unexpected: is a file damaged? hf-gptq inspect looks at checkpoints; "
+    f"{TRACEBACK}=1 shows where it happened, for a report)"
+)
 
 
-def _unexpected(error: BaseException) -> NoReturn:
-    """Usually a damaged file that another library stumbles over; else a defect, whose traceback is asked for."""
+def _told(error: BaseException, more: str = "") -> NoReturn:
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
-    _told(
-        f"{type(error).__name__}: {error} (unexpected: is a file damaged? hf-gptq inspect looks at checkpoints; "
-        f"{TRACEBACK}=1 shows where it happened, for a report)"
-    )
+    Console(stderr=True).print("[bold red]error:[/] ", end="")
+    Console(stderr=True, highlight=False).print(f"{type(error).__name__}: {error}{more}", markup=False, soft_wrap=True)
+    sys.exit(FAILED)
 
 
 def print_json(value: Any) -> None:

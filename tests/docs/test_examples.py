@@ -27,7 +27,6 @@ def run(*command: object, **environment: str) -> str:
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(sys.path),
-            "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
             **environment,
         },

@@ -24,7 +24,6 @@ def test_tutorial(page: Path, text_model: Path, tmp_path: Path) -> None:
     environment = {
         **os.environ,
         "PYTHONPATH": str(RUNNER.parent),
-        "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(

@@ -99,6 +99,7 @@ def test_streaming(server: str, prompts: list[list[int]]) -> None:
             data = line.decode().removeprefix("data: ").strip()
             if data and data != "[DONE]":
                 chunks.append(_said(json.loads(data)["choices"][0]["logprobs"]))
+    assert len(chunks) > 1
     tokens, values = _complete(server, "first", prompts[1])
     assert [token for chunk in chunks for token in chunk[0]] == tokens
     assert [value for chunk in chunks for value in chunk[1]] == pytest.approx(values, abs=1e-4)
