@@ -12,8 +12,8 @@
 //         |                        | k+4+j |                        |k+j |     upper, lower half of
 //         a pair
 //
-// With 2 and 4 bits a table of bf16 numbers, indexed by the low 5 bits of each half, decodes 32
-// codes in one instruction.
+// But for 8 bits, a table of bf16 numbers, indexed by the low 5 bits of each half, decodes 32 codes
+// in one instruction.
 #ifndef HF_GPTQ_CPU_CODES_H_
 #define HF_GPTQ_CPU_CODES_H_
 
@@ -46,7 +46,7 @@ HF_GPTQ_INLINE void load_unit(const uint32_t* const (&words)[kBlocks], int64_t r
       // The last unit of a column may have fewer words; what is read twice meets zeros in x.
       const int64_t at = kUnitWords == 1 ? row : min64(row + r, rows - 1);
       const uint32_t* word = words[b] + at * row_stride;
-      __builtin_prefetch(word + kPrefetchRows * row_stride);
+      prefetch_words<kBlocks>(word, row_stride);
       HF_GPTQ_UNROLL
       for (int v = 0; v < kBlockVectors; ++v) {
         unit[b * kBlockVectors + v][r] = load(word + v * kLanes);
@@ -55,9 +55,40 @@ HF_GPTQ_INLINE void load_unit(const uint32_t* const (&words)[kBlocks], int64_t r
   }
 }
 
-// sum + codes * x of one step.
+// With 3 bits the second half of a unit begins 48 bits after the first: brings the two beside each
+// other, 16 bits of each in a lane. With other widths they are.
+template <int kBits>
+HF_GPTQ_INLINE void arrange(VecU (&unit)[words_per_unit(kBits)]) {
+  if constexpr (kBits == 3) {
+    const VecU a = unit[0], b = unit[1], c = unit[2];
+    unit[0] = (a & 0xffffu) | (b & 0xffff0000u);
+    unit[1] = (a >> 16) | (c << 16);
+    unit[2] = (b & 0xffffu) | (c & 0xffff0000u);
+  }
+}
+
+// Where step j of an arranged unit begins in the halves of its word.
+template <int kBits>
+constexpr int half_shift(int j) {
+  return j * kBits % 16;
+}
+
+// The codes of step j of an arranged unit, in the low bits of the halves of a lane; other codes may
+// lie above them.
+template <int kBits>
+HF_GPTQ_INLINE VecU half_codes(const VecU (&unit)[words_per_unit(kBits)], int j) {
+  constexpr int kWords = words_per_unit(kBits);
+  const int word = kWords == 1 ? 0 : j * kBits / 16;
+  const int shift = half_shift<kBits>(j);
+  VecH half = (VecH)unit[word];
+  if (shift > 0) half >>= shift;
+  if (shift + kBits > 16) half |= (VecH)unit[(word + 1) % kWords] << (16 - shift);
+  return (VecU)half;
+}
+
+// sum + codes * x of one step, *x in every lane.
 struct FloatProducts {
-  static HF_GPTQ_INLINE VecF multiply_add(VecF codes, VecF x, VecF sum) {
+  static HF_GPTQ_INLINE VecF multiply_add(VecF codes, const float* x, VecF sum) {
     return fmadd(codes, x, sum);
   }
 };
@@ -68,6 +99,13 @@ struct Floats {
   static constexpr int kBits = kWidth;
   static constexpr int kCodes = 1;  // per step
   static constexpr bool kFixed = false;
+#if defined(HF_GPTQ_SIMD_AVX512F)
+  static constexpr int64_t kMostStreamedRows = 48;
+#elif defined(HF_GPTQ_SIMD_AVX2)
+  static constexpr int64_t kMostStreamedRows = 4;
+#else
+  static constexpr int64_t kMostStreamedRows = 2;
+#endif
   static constexpr int64_t kMostCodes = kUnbounded;
 
   static int64_t steps(const Run& run) { return run.end - run.begin; }
@@ -123,12 +161,12 @@ struct PairTable {
 };
 
 struct PairProducts {
-  static HF_GPTQ_INLINE VecF multiply_add(VecF codes, VecF x, VecF sum) {
+  static HF_GPTQ_INLINE VecF multiply_add(VecF codes, const float* x, VecF sum) {
     return fmadd_pairs(codes, x, sum);
   }
 };
 
-// kSymmetric: 2 or 4 bits whose zeros are all 2^(bits-1).
+// kSymmetric: fewer than 8 bits, whose zeros are all 2^(bits-1).
 template <int kWidth, bool kSymmetric>
 struct Pairs {
   using Products = PairProducts;
@@ -139,8 +177,11 @@ struct Pairs {
   static constexpr int kUnit = codes_per_unit(kBits);
   static constexpr int kUnitWords = words_per_unit(kBits);
   static constexpr int kHalf = kUnit / 2;  // steps per unit
-  static constexpr bool kLookup = kBits == 2 || kBits == 4;
+  static constexpr bool kLookup = kBits < 8;
   static constexpr uint32_t kMask = (uint32_t{1} << kBits) - 1;
+  // Codes of a byte, if it holds whole ones.
+  static constexpr int kByte = 8 % kBits == 0 ? 8 / kBits : 1;
+  static constexpr int64_t kMostStreamedRows = kBits == 2 || kBits == 4 ? kUnbounded : 96;
 
   // A run takes whole units; the codes of a unit that are not the run's meet zeros in x.
   static int64_t steps(const Run& run) {
@@ -148,33 +189,53 @@ struct Pairs {
   }
   static int64_t first(const Run& run) { return run.begin / kUnit * kUnit; }
 
-  // code - zero of code j of a unit, in fp32.
-  static HF_GPTQ_INLINE VecF code(const VecU (&unit)[kUnitWords], int j, VecF biased) {
-    const int r = j * kBits / 32;
-    const int shift = j * kBits % 32;
-    VecU word = unit[r] >> shift;
-    if (shift + kBits > 32) word |= unit[(r + 1) % kUnitWords] << (32 - shift);
-    return (VecF)((word & kMask) | magic_bits(0)) - biased;
+  // What the steps of a unit are taken from. Where zeros differ, their offset is added to two codes
+  // at a time if they lie in the bytes of a half.
+  struct Unit {
+    VecU words[kLookup && !kSymmetric && kByte > 1 ? kByte : kUnitWords];
+  };
+
+  // `bias` is what prepare() makes of the zeros.
+  static HF_GPTQ_INLINE Unit prepared(VecU (&unit)[kUnitWords], VecU bias) {
+    Unit u;
+    if constexpr (kLookup && !kSymmetric && kByte > 1) {
+      HF_GPTQ_UNROLL
+      for (int i = 0; i < kByte; ++i) {
+        u.words[i] = ((i > 0 ? unit[0] >> (i * kBits) : unit[0]) & (kMask * 0x01010101u)) + bias;
+      }
+    } else {
+      if constexpr (kLookup) arrange<kBits>(unit);
+      HF_GPTQ_UNROLL
+      for (int i = 0; i < kUnitWords; ++i) u.words[i] = unit[i];
+    }
+    return u;
   }
 
-  // The codes of step j of a unit. `bias` is what prepare() makes of the zeros.
-  static HF_GPTQ_INLINE VecF pair(const VecU (&unit)[kUnitWords], int j, VecF bias, VecU table) {
-    if constexpr (kLookup) {
-      VecU index = unit[0] >> (j * kBits);
-      if (!kSymmetric) index = (index & (kMask * 0x10001u)) + (VecU)bias;
-      return lookup_16(index, table);
+  // The codes of step j of a unit.
+  static HF_GPTQ_INLINE VecF pair(const Unit& unit, int j, VecU bias, VecU table) {
+    if constexpr (!kLookup) {
+      // In fp32: under the exponent of 2^23 an integer is a float.
+      auto code = [&](int k) __attribute__((always_inline)) {
+        return (VecU)((VecF)((unit.words[0] >> (k * kBits) & kMask) | magic_bits(0)) - (VecF)bias);
+      };
+      return (VecF)(code(j + kHalf) | code(j) >> 16);
+    } else if constexpr (kSymmetric) {
+      return lookup_16(half_codes<kBits>(unit.words, j), table);
+    } else if constexpr (kByte > 1) {
+      const VecU word = unit.words[j % kByte];
+      return lookup_16(j < kByte ? word : word >> 8, table);
     } else {
-      const VecU lower = (VecU)code(unit, j, bias);
-      return (VecF)((VecU)code(unit, j + kHalf, bias) | lower >> 16);
+      return lookup_16((half_codes<kBits>(unit.words, j) & (kMask * 0x10001u)) + bias, table);
     }
   }
 
-  static HF_GPTQ_INLINE VecF prepare(VecF zero) {
+  static HF_GPTQ_INLINE VecU prepare(VecF zero) {
     const VecF biased = zero + splat(magic(0));
-    if (!kLookup) return biased;
+    if (!kLookup) return (VecU)biased;
     // The integer zero lies in the low bits of 2^23 + zero.
     const VecU offset = splat(16u) - ((VecU)biased & 0xffffu);
-    return (VecF)(offset | offset << 16);
+    const VecU both = offset | offset << 16;
+    return kByte > 1 ? both | both << 8 : both;
   }
 
   template <int kBlocks, class Sink>
@@ -187,18 +248,21 @@ struct Pairs {
     const int64_t rows = packed_words(w.K, kBits);
     VecU table;
     memcpy(&table, kTable.entries, sizeof table);
-    VecF bias[kBlocks];
+    VecU bias[kBlocks];
     HF_GPTQ_UNROLL
     for (int b = 0; b < kBlocks; ++b) bias[b] = prepare(zero[b]);
-    for (int64_t step = 0; step < steps; step += kHalf) {
-      const int64_t row = code_word(code + 2 * step, kBits);
+    int64_t row = code_word(code, kBits);
+    for (int64_t step = 0; step < steps; step += kHalf, row += kUnitWords) {
       VecU unit[kBlocks][kUnitWords];
       load_unit(words, row, rows, row_stride, unit);
+      Unit units[kBlocks];
+      HF_GPTQ_UNROLL
+      for (int b = 0; b < kBlocks; ++b) units[b] = prepared(unit[b], bias[b]);
       HF_GPTQ_UNROLL
       for (int j = 0; j < kHalf; ++j) {
         VecF values[kBlocks];
         HF_GPTQ_UNROLL
-        for (int b = 0; b < kBlocks; ++b) values[b] = pair(unit[b], j, bias[b], table);
+        for (int b = 0; b < kBlocks; ++b) values[b] = pair(units[b], j, bias[b], table);
         sink(step + j, values);
       }
     }

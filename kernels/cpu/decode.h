@@ -18,8 +18,17 @@ constexpr float magic(int place) { return static_cast<float>(int32_t{1} << (23 -
 constexpr uint32_t magic_bits(int place) { return static_cast<uint32_t>(150 - place) << 23; }
 constexpr int places(int bits) { return 23 / bits < 3 ? 23 / bits : 3; }
 
-// Rows ahead of the one in use to prefetch: 4 KiB per block in the blocked layout.
-constexpr int64_t kPrefetchRows = 64;
+// Fetches what is read some rows after `word`. Of several blocks side by side into the second level
+// of the cache, since the first waits for too few lines at a time to keep memory busy; one block
+// alone is foreseen by the hardware.
+template <int kBlocks>
+HF_GPTQ_INLINE void prefetch_words(const uint32_t* word, int64_t row_stride) {
+  if constexpr (kBlocks > 1) {
+    __builtin_prefetch(word + 32 * row_stride, 0, 2);
+  } else {
+    __builtin_prefetch(word + 64 * row_stride);
+  }
+}
 
 // The words of one block: word (r, n % 16) at words[r * row_stride + n % 16].
 struct BlockWords {
@@ -69,28 +78,27 @@ HF_GPTQ_INLINE void load_zeros(const hf_gptq_weight& w, int64_t g, int64_t block
     }
   }
   constexpr uint32_t kMask = (1u << kBits) - 1;
-  if constexpr (kBits < 8 && kLanes <= 8) {
-    // The eight codes of a vector or two lie in 32 bits, which every lane shifts by its own place.
+  if constexpr (kBits < 8) {
+    // Eight codes lie in 32 bits, which every lane shifts by its own place.
     HF_GPTQ_UNROLL
     for (int v = 0; v < kBlockVectors; ++v) {
-      VecU place = {};
+      VecU place = {}, second = {};
       HF_GPTQ_UNROLL
-      for (int i = 0; i < kLanes; ++i) place[i] = (v * kLanes % 8 + i) * kBits;
-      const VecU codes = splat(static_cast<uint32_t>(eight[v * kLanes / 8])) >> place;
+      for (int i = 0; i < kLanes; ++i) {
+        place[i] = (v * kLanes + i) % 8 * kBits;
+        second[i] = i >= 8 ? 0xffffffffu : 0;
+      }
+      VecU codes = splat(static_cast<uint32_t>(eight[v * kLanes / 8]));
+      if (kLanes > 8) codes = (codes & ~second) | (splat(static_cast<uint32_t>(eight[1])) & second);
       // Under the exponent of 2^23 an integer is a float.
-      const VecF value = (VecF)((codes & kMask) | magic_bits(0));
+      const VecF value = (VecF)((codes >> place & kMask) | magic_bits(0));
       store(zero + v * kLanes, value - splat(magic(0) - static_cast<float>(w.zero_offset)));
     }
   } else {
-    // Vectors shift 32-bit elements best; with 8 bits the eight codes are in two of them.
-    constexpr int kPerPiece = kBits == 8 ? 4 : 8;
-    uint32_t pieces[kBlockColumns];
+    uint8_t codes[kBlockColumns];
+    memcpy(codes, eight, sizeof codes);
     for (int c = 0; c < kBlockColumns; ++c) {
-      pieces[c] = static_cast<uint32_t>(eight[c / 8] >> (c % 8 / kPerPiece * 32));
-    }
-    for (int c = 0; c < kBlockColumns; ++c) {
-      const uint32_t field = pieces[c] >> (c % kPerPiece * kBits) & kMask;
-      zero[c] = static_cast<float>(static_cast<int32_t>(field) + w.zero_offset);
+      zero[c] = static_cast<float>(codes[c] + w.zero_offset);
     }
   }
 }
@@ -188,7 +196,7 @@ HF_GPTQ_INLINE void decode(const uint32_t* const (&words)[kBlocks], int64_t row_
       HF_GPTQ_UNROLL
       for (int r = 0; r < kUnitWords; ++r) {
         const uint32_t* word = words[b] + row + r * row_stride;
-        __builtin_prefetch(word + kPrefetchRows * row_stride);
+        prefetch_words<kBlocks>(word, row_stride);
         HF_GPTQ_UNROLL
         for (int v = 0; v < kBlockVectors; ++v) {
           unit[r][b * kBlockVectors + v] = load(word + v * kLanes);

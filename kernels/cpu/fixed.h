@@ -31,10 +31,9 @@ struct FixedRows {
 
 #if defined(HF_GPTQ_SIMD_AVX2)
 
-typedef uint16_t VecH __attribute__((vector_size(4 * kLanes)));
-
 struct FixedProducts {
-  static HF_GPTQ_INLINE VecF multiply_add(VecF codes, VecF x, VecF sum) {
+  static HF_GPTQ_INLINE VecF multiply_add(VecF codes, const float* x, VecF sum) {
+    const VecF every = splat(*x);
     // _mm256_add_epi32(_mm256_madd_epi16(codes, x), sum), for which GCC computes the products of
     // many sums first and has no registers left for the sums.
     VecF products;
@@ -42,7 +41,7 @@ struct FixedProducts {
         "vpmaddwd %[x], %[codes], %[products]\n\t"
         "vpaddd %[products], %[sum], %[sum]"
         : [sum] "+x"(sum), [products] "=&x"(products)
-        : [codes] "x"(codes), [x] "x"(x));
+        : [codes] "x"(codes), [x] "x"(every));
     return sum;
   }
   // Sums of the high parts, and of the low ones, in fp32.
@@ -58,6 +57,7 @@ struct Fixed {
   static constexpr int kBits = kWidth;
   static constexpr int kCodes = 2;
   static constexpr bool kFixed = true;
+  static constexpr int64_t kMostStreamedRows = kUnbounded;
   static constexpr int kUnit = codes_per_unit(kBits);
   static constexpr int kUnitWords = words_per_unit(kBits);
   static constexpr int kHalf = kUnit / 2;
@@ -71,36 +71,17 @@ struct Fixed {
     return (ceil_div(run.end, kUnit) * kUnit - first(run)) / 2;
   }
 
-  // Where step j of a unit lies in each half of a lane. With 3 bits `unit` is what arrange() makes
-  // of it.
-  static constexpr int word_of(int j) { return j * kBits / 16; }
-  static constexpr int shift_of(int j) { return j * kBits % 16; }
-
   // Whether step j may be taken 2^kBits times as large, by the shift of the step before it.
   static constexpr bool is_raised(int j) {
-    return kBits < 8 && j % 2 == 1 && shift_of(j - 1) + 2 * kBits <= 16 && shift_of(j) > 0;
+    return kBits < 8 && j % 2 == 1 && half_shift<kBits>(j - 1) + 2 * kBits <= 16 &&
+           half_shift<kBits>(j) > 0;
   }
 
   // The codes of step j of a unit, one in each half of a lane; `raised`, times 2^kBits.
   static HF_GPTQ_INLINE VecU pair(const VecU (&unit)[kUnitWords], int j, bool raised) {
-    const int r = word_of(j);
-    const int shift = raised ? shift_of(j - 1) : shift_of(j);
-    VecH half = (VecH)unit[kUnitWords == 1 ? 0 : r];
-    if (shift > 0) half >>= shift;
-    if (raised) return (VecU)half & (kMask << kBits);
-    if (shift + kBits > 16) half |= (VecH)unit[(r + 1) % kUnitWords] << (16 - shift);
-    return shift + kBits == 16 ? (VecU)half : (VecU)half & kMask;
-  }
-
-  // With 3 bits the second half of a unit begins 48 bits after the first: brings the two beside
-  // each other, 16 bits of each in a lane.
-  static HF_GPTQ_INLINE void arrange(VecU (&unit)[kUnitWords]) {
-    if constexpr (kUnitWords == 3) {
-      const VecU a = unit[0], b = unit[1], c = unit[2];
-      unit[0] = (a & 0xffffu) | (b & 0xffff0000u);
-      unit[1] = (a >> 16) | (c << 16);
-      unit[2] = (b & 0xffffu) | (c & 0xffff0000u);
-    }
+    if (raised) return half_codes<kBits>(unit, j - 1) & (kMask << kBits);
+    const VecU codes = half_codes<kBits>(unit, j);
+    return half_shift<kBits>(j) + kBits == 16 ? codes : codes & kMask;
   }
 
   // Calls sink(i, place, codes) for steps i = 0 .. steps-1 from code `code` on. With kPlaces = 2
@@ -115,7 +96,7 @@ struct Fixed {
       VecU unit[kVectors][kUnitWords];
       load_unit(words, row, rows, row_stride, unit);
       HF_GPTQ_UNROLL
-      for (int i = 0; i < kVectors; ++i) arrange(unit[i]);
+      for (int i = 0; i < kVectors; ++i) arrange<kBits>(unit[i]);
       HF_GPTQ_UNROLL
       for (int j = 0; j < kHalf; ++j) {
         const bool raised = kPlaces == 2 && is_raised(j);

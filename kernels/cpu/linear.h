@@ -1,9 +1,9 @@
 // y = x @ weight^T + bias. Internal linkage, see isa.h.
 //
-// Few rows and integer activations go through stream.h, many through panels.h. In both a (row,
-// column) pair sees the operations documented for hf_gptq_linear in the same order, whatever the
-// number of rows: that is what makes a row's bits independent of the batch. What is multiplied in
-// one step is a matter of Codes (codes.h, fixed.h): one code and one fp32, or two codes and two
+// Few rows and 16-bit activations go through stream.h, many in fp32 through panels.h. In both a
+// (row, column) pair sees the operations documented for hf_gptq_linear in the same order, whatever
+// the number of rows: that is what makes a row's bits independent of the batch. What is multiplied
+// in one step is a matter of Codes (codes.h, fixed.h): one code and one fp32, or two codes and two
 // 16-bit numbers.
 #ifndef HF_GPTQ_CPU_LINEAR_H_
 #define HF_GPTQ_CPU_LINEAR_H_
@@ -17,9 +17,9 @@ namespace {
 // The memory of FixedRows for some rows, that of x ahead of it.
 class FixedMemory {
  public:
-  FixedMemory(int64_t row_blocks, int rows, int64_t steps, int64_t stretches)
-      : x_(row_blocks * rows * steps),
-        numbers_(row_blocks * rows * stretches),
+  FixedMemory(int64_t row_blocks, int64_t rows, int64_t steps, int64_t stretches)
+      : x_(rows * steps),
+        numbers_(rows * stretches),
         lists_(row_blocks * stretches),
         buffer_((2 * x_ + 3 * numbers_ + lists_) * sizeof(float) + row_blocks * steps) {}
   bool valid() const { return buffer_.data() != nullptr; }
@@ -36,34 +36,29 @@ class FixedMemory {
   Buffer buffer_;
 };
 
-// Row r of row block `block` of the slab as integers; without the row, zeros.
+// Row r of a row block as integers.
 template <class Codes>
 bool pack_fixed_row(const LinearJob& job, int64_t block, int r) {
   const LinearArguments& a = job.a;
   const FixedRows& f = job.fixed;
-  const int64_t K = a.weight.K;
+  const int64_t K = a.weight.K, first_row = job.row_of(block);
+  const int rows = job.rows_of(block);
   const int32_t* perm = a.weight.perm;
   float* row = static_cast<float*>(thread_scratch((perm ? 2 : 1) * K * sizeof(float)));
   if (!row) return false;
-  const int64_t m = block * job.rows + r;
-  if (m >= job.row_count) {
-    memset(row, 0, K * sizeof(float));
-  } else {
-    to_float(a.x, a.dtype, (job.row_begin + m) * a.x_row_stride, K, row);
-    if (perm) {
-      float* sorted = row + K;
-      for (int64_t i = 0; i < K; ++i) sorted[i] = row[perm[i]];
-      row = sorted;
-    }
+  to_float(a.x, a.dtype, (job.row_begin + first_row + r) * a.x_row_stride, K, row);
+  if (perm) {
+    float* sorted = row + K;
+    for (int64_t i = 0; i < K; ++i) sorted[i] = row[perm[i]];
+    row = sorted;
   }
   for (int64_t s = 0; s < job.stretches.count; ++s) {
     const Stretch& stretch = job.stretches.data[s];
-    const int64_t at = (block * job.stretches.steps + stretch.begin) * job.rows + r;
-    const int64_t number = (block * job.stretches.count + s) * job.rows;
+    const int64_t at = first_row * job.stretches.steps + stretch.begin * rows + r;
+    const int64_t number = first_row * job.stretches.count + s * rows;
     int32_t* sums = f.sums + 2 * number + r;
-    f.listed[block * job.stretches.count + s] |=
-        Codes::pack(row, stretch, f.high + at, f.low + at, job.rows, f.scales + number + r, sums,
-                    sums + job.rows);
+    f.listed[block * job.stretches.count + s] |= Codes::pack(
+        row, stretch, f.high + at, f.low + at, rows, f.scales + number + r, sums, sums + rows);
   }
   return true;
 }
@@ -71,15 +66,17 @@ bool pack_fixed_row(const LinearJob& job, int64_t block, int r) {
 // The steps of a packed row block that have a low part in any row, where `listed` says that some
 // do.
 void list_fixed_steps(const LinearJob& job, int64_t block) {
+  const int rows = job.rows_of(block);
   for (int64_t s = 0; s < job.stretches.count; ++s) {
     if (job.fixed.listed[block * job.stretches.count + s] == 0) continue;
     const Stretch& stretch = job.stretches.data[s];
     uint8_t* list = job.fixed.list + block * job.stretches.steps + stretch.begin;
-    const float* low = job.fixed.low + (block * job.stretches.steps + stretch.begin) * job.rows;
+    const float* low =
+        job.fixed.low + job.row_of(block) * job.stretches.steps + stretch.begin * rows;
     int32_t listed = 0;
     for (int64_t i = 0; i < stretch.end - stretch.begin; ++i) {
       uint32_t any = 0;
-      for (int r = 0; r < job.rows; ++r) any |= float_bits(low[i * job.rows + r]);
+      for (int r = 0; r < rows; ++r) any |= float_bits(low[i * rows + r]);
       list[listed] = static_cast<uint8_t>(i);
       listed += any != 0;
     }
@@ -97,19 +94,17 @@ template <class Codes>
 int pack_x(int64_t begin, int64_t end, const void* context) {
   const LinearJob& job = static_cast<const PackJob*>(context)->job;
   for (int64_t block = begin; block < end; ++block) {
-    float* packed =
-        static_cast<const PackJob*>(context)->packed + block * job.stretches.steps * job.rows;
+    const int64_t first_row = job.row_of(block);
+    const int rows = job.rows_of(block);
+    float* packed = static_cast<const PackJob*>(context)->packed + first_row * job.stretches.steps;
     if (Codes::kFixed) {
       memset(job.fixed.listed + block * job.stretches.count, 0,
              job.stretches.count * sizeof(int32_t));
     }
-    for (int r = 0; r < job.rows; ++r) {
-      const int64_t m = block * job.rows + r;
+    for (int r = 0; r < rows; ++r) {
       if constexpr (Codes::kFixed) {
         if (!pack_fixed_row<Codes>(job, block, r)) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
-      } else if (m >= job.row_count) {
-        for (int64_t i = 0; i < job.stretches.steps; ++i) packed[i * job.rows + r] = 0.0f;
-      } else if (!Codes::pack_row(job.a, job.row_begin + m, packed + r, job.rows)) {
+      } else if (!Codes::pack_row(job.a, job.row_begin + first_row + r, packed + r, rows)) {
         return HF_GPTQ_ERROR_OUT_OF_MEMORY;
       }
     }
@@ -138,30 +133,30 @@ Stretches find_stretches(const Runs& runs, Stretch* stretches) {
 
 template <class Codes>
 int run_linear(const LinearArguments& a, const Stretches& stretches) {
-  const bool streamed = Codes::kFixed || a.M <= kStreamRows;
-  // Row blocks of equal size: 13 rows are 7 + 6, not 12 + 1.
-  const int rows =
-      static_cast<int>(ceil_div(a.M, ceil_div(a.M, streamed ? kStreamRows : kTileRows)));
+  const bool streamed = a.M <= Codes::kMostStreamedRows;
+  const int64_t most_rows = streamed ? kStreamRows : kTileRows;
   if (Codes::kCodes == 1 && a.M == 1 && a.dtype == HF_GPTQ_FP32 && !a.weight.perm) {
     const float* x = static_cast<const float*>(a.x);
-    return run_stream<Codes, 1>({a, stretches, 1, 0, 1, x, {}, 1});
+    return run_stream<Codes, 1>({a, stretches, 0, 1, 1, 1, x, {}, 1});
   }
-  const int64_t slab_rows = min64(kSlabRowBlocks * rows, ceil_div(a.M, rows) * rows);
+  const int64_t slab_rows = min64(kSlabRowBlocks * most_rows, a.M);
   const int64_t steps = stretches.steps;
-  const FixedMemory fixed_memory(Codes::kFixed ? slab_rows / rows : 0, rows, steps,
-                                 stretches.count);
+  const FixedMemory fixed_memory(Codes::kFixed ? ceil_div(slab_rows, most_rows) : 0,
+                                 Codes::kFixed ? slab_rows : 0, steps, stretches.count);
   const Buffer buffer(Codes::kFixed ? 0 : slab_rows * steps * sizeof(float));
   if (!fixed_memory.valid() || !buffer.data()) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
   const FixedRows fixed = fixed_memory.rows();
   float* packed = Codes::kFixed ? fixed.high : static_cast<float*>(buffer.data());
   for (int64_t begin = 0; begin < a.M; begin += slab_rows) {
     const int64_t count = min64(slab_rows, a.M - begin);
-    const LinearJob job{a, stretches, rows, begin, count, packed, fixed, 1};
+    // 13 rows are 7 + 6, not 12 + 1.
+    const int64_t row_blocks = ceil_div(count, most_rows);
+    const int rows = static_cast<int>(ceil_div(count, row_blocks));
+    const LinearJob job{a, stretches, begin, count, rows, row_blocks, packed, fixed, 1};
     const PackJob pack{job, packed};
-    int error =
-        parallel_for(ceil_div(count, rows), grain_for(16 * steps * rows), pack_x<Codes>, &pack);
+    int error = parallel_for(row_blocks, grain_for(16 * steps * rows), pack_x<Codes>, &pack);
     if (error != HF_GPTQ_OK) return error;
-    if constexpr (Codes::kFixed) {
+    if constexpr (Codes::kMostStreamedRows == kUnbounded) {
       error = run_stream<Codes, kStreamRows>(job);
     } else {
       error = streamed ? run_stream<Codes, kStreamRows>(job) : run_panels<Codes>(job);
@@ -181,7 +176,7 @@ int linear_bits(const LinearArguments& a) {
 #if defined(HF_GPTQ_SIMD_BF16)
   if (a.dtype == HF_GPTQ_BF16) {
     using Any = Pairs<kBits, false>;
-    using Symmetric = Pairs<kBits, kBits == 2 || kBits == 4>;
+    using Symmetric = Pairs<kBits, kBits != 8>;
     const Stretches found = find_stretches<Any>(a.runs, stretches);
     // Where groups change within units, units are decoded more than once.
     if (found.steps <= a.weight.K) {

@@ -1,7 +1,7 @@
 // What the two ways to compute a product share. Internal linkage, see isa.h.
 //
-// x is packed in blocks of `rows` rows: row m of step i at (i * rows + m % rows) of block m / rows.
-// Rows that fill up the last block are zero.
+// x is packed in row blocks, of which the first few have a row more than the others: row r of step
+// i at i * rows + r of its block, of `rows` rows, and the blocks one after the other.
 #ifndef HF_GPTQ_CPU_LINEAR_JOB_H_
 #define HF_GPTQ_CPU_LINEAR_JOB_H_
 
@@ -21,8 +21,8 @@ constexpr int kStreamRows = 2;
 constexpr int stream_blocks(int /*rows*/) { return 2; }
 #elif defined(HF_GPTQ_SIMD_AVX512F)
 constexpr int kTileRows = 12, kTileBlocks = 2;
-constexpr int kStreamRows = 8;
-constexpr int stream_blocks(int rows) { return rows <= 4 ? 4 : 2; }
+constexpr int kStreamRows = 12;
+constexpr int stream_blocks(int rows) { return rows <= 2 ? 8 : rows <= 4 ? 4 : 2; }
 #elif defined(HF_GPTQ_SIMD_AVX2)
 constexpr int kTileRows = 6, kTileBlocks = 1;
 constexpr int kStreamRows = 4;
@@ -34,10 +34,13 @@ constexpr int stream_blocks(int /*rows*/) { return 1; }
 #endif
 
 // Integers are added in one cycle, so that one block is enough; its words follow each other in
-// memory.
+// memory. fp32 takes registers for its constants, 3 bits for the words of a unit.
 template <class Codes>
 constexpr int stream_blocks(int rows) {
-  return Codes::kFixed ? 1 : stream_blocks(rows);
+  if (Codes::kFixed) return 1;
+  const bool fp32 = Codes::kCodes == 1, three = words_per_unit(Codes::kBits) > 1;
+  const int most = fp32 && three && rows > 2 ? 2 : fp32 || three ? 4 : 8;
+  return stream_blocks(rows) < most ? stream_blocks(rows) : most;
 }
 // Rows for whose sums of integers there are registers twice, see Fixed::walk.
 constexpr int kTwoPlacesRows = 2;
@@ -72,12 +75,20 @@ struct Stretches {
 struct LinearJob {
   const LinearArguments& a;
   Stretches stretches;
-  int rows;           // rows per row block
   int64_t row_begin;  // first row of the slab
   int64_t row_count;  // rows in the slab
-  const float* x;     // packed slab
-  FixedRows fixed;    // for Codes::kFixed
+  int rows;           // of the first row blocks; the others have one less
+  int64_t row_blocks;
+  const float* x;   // packed slab
+  FixedRows fixed;  // for Codes::kFixed
   int64_t task_row_blocks;
+
+  int64_t larger_blocks() const { return row_count - row_blocks * (rows - 1); }
+  int rows_of(int64_t row_block) const { return row_block < larger_blocks() ? rows : rows - 1; }
+  // The first row of a row block, counted in the slab.
+  int64_t row_of(int64_t row_block) const {
+    return row_block * (rows - 1) + min64(row_block, larger_blocks());
+  }
 };
 
 HF_GPTQ_INLINE int64_t grain_for(int64_t work_per_task) {

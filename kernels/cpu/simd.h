@@ -37,6 +37,7 @@ constexpr int kBlockVectors = kBlockColumns / kLanes;
 typedef float VecF __attribute__((vector_size(4 * kLanes)));
 typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t VecH __attribute__((vector_size(4 * kLanes)));  // the halves of lanes
 
 // Four lanes, whatever the instruction set, for transposing. i, j, k, l number those of a, then
 // b's.
@@ -120,6 +121,17 @@ HF_GPTQ_INLINE bool differs(VecF a, VecF b) {
 
 #endif
 
+// fmadd(a, *b in every lane, c). With AVX-512 the multiplication takes b from memory itself: a
+// vector of its own would take a place among the two instructions a cycle that do arithmetic.
+#if defined(HF_GPTQ_SIMD_AVX512F) && !defined(HF_GPTQ_EMULATE)
+HF_GPTQ_INLINE VecF fmadd(VecF a, const float* b, VecF c) {
+  __asm__("vfmadd231ps %[b]%{1to16%}, %[a], %[c]" : [c] "+v"(c) : [a] "v"(a), [b] "m"(*b));
+  return c;
+}
+#else
+HF_GPTQ_INLINE VecF fmadd(VecF a, const float* b, VecF c) { return fmadd(a, splat(*b), c); }
+#endif
+
 // c + a.upper * b.upper, then + a.lower * b.lower, for lanes that are pairs of bf16.
 #if defined(HF_GPTQ_SIMD_BF16) && defined(HF_GPTQ_EMULATE)
 // In emulate.h.
@@ -136,6 +148,16 @@ HF_GPTQ_INLINE VecF upper_bf16(VecF a) { return (VecF)((VecU)a & 0xffff0000u); }
 HF_GPTQ_INLINE VecF lower_bf16(VecF a) { return (VecF)((VecU)a << 16); }
 HF_GPTQ_INLINE VecF fmadd_pairs(VecF a, VecF b, VecF c) {
   return fmadd(lower_bf16(a), lower_bf16(b), fmadd(upper_bf16(a), upper_bf16(b), c));
+}
+#endif
+#if defined(HF_GPTQ_SIMD_BF16) && !defined(HF_GPTQ_EMULATE)
+HF_GPTQ_INLINE VecF fmadd_pairs(VecF a, const float* b, VecF c) {
+  __asm__("vdpbf16ps %[b]%{1to16%}, %[a], %[c]" : [c] "+v"(c) : [a] "v"(a), [b] "m"(*b));
+  return c;
+}
+#else
+HF_GPTQ_INLINE VecF fmadd_pairs(VecF a, const float* b, VecF c) {
+  return fmadd_pairs(a, splat(*b), c);
 }
 #endif
 

@@ -1,7 +1,7 @@
-// The product for few rows, or integer activations: each word is decoded into registers and used
-// for all rows of a row block. The words of a column block stay in the cache from one row block to
-// the next, so that decoding them again takes less time than a panel's way through memory. Internal
-// linkage, see isa.h.
+// The product for few rows, or pairs: each word is decoded into registers and used for all rows of
+// a row block. The words of a column block stay in the cache from one row block to the next, so
+// that decoding them again takes less time than a panel's way through memory. Internal linkage, see
+// isa.h.
 #ifndef HF_GPTQ_CPU_STREAM_H_
 #define HF_GPTQ_CPU_STREAM_H_
 
@@ -18,10 +18,9 @@ struct Accumulate {
   HF_GPTQ_INLINE void operator()(int64_t i, const VecF (&values)[kVectors]) const {
     HF_GPTQ_UNROLL
     for (int m = 0; m < kRows; ++m) {
-      const VecF xm = splat(x[i * kRows + m]);
       HF_GPTQ_UNROLL
       for (int v = 0; v < kVectors; ++v) {
-        sum[m][v] = Codes::Products::multiply_add(values[v], xm, sum[m][v]);
+        sum[m][v] = Codes::Products::multiply_add(values[v], x + i * kRows + m, sum[m][v]);
       }
     }
   }
@@ -74,13 +73,14 @@ HF_GPTQ_INLINE void fixed_sums(const LinearJob& job, int64_t row_block, int64_t 
   constexpr int kPlaces = kRows <= kTwoPlacesRows ? 2 : 1;
   const hf_gptq_weight& w = job.a.weight;
   const Stretch& s = job.stretches.data[stretch];
-  const int64_t first = row_block * job.stretches.steps + s.begin;
-  const int64_t number = row_block * job.stretches.count + stretch;
-  const int32_t* sum_x = job.fixed.sums + number * 2 * kRows;
+  const int64_t first_row = job.row_of(row_block);
+  const int64_t first = first_row * job.stretches.steps + s.begin * kRows;
+  const int64_t number = first_row * job.stretches.count + stretch * kRows;
+  const int32_t* sum_x = job.fixed.sums + number * 2;
   VecF high[kPlaces][kRows][kVectors] = {};
   Codes::template walk<kPlaces>(
       w, words, row_stride, s.code, s.end - s.begin,
-      AccumulateFixed<Codes, kRows, kVectors, kPlaces>{job.x + first * kRows, high});
+      AccumulateFixed<Codes, kRows, kVectors, kPlaces>{job.x + first, high});
   auto less_zeros = [&](VecF of, int v, int32_t x) __attribute__((always_inline)) {
     return w.qzeros ? Codes::less_zeros(of, zeros[v], x) : Codes::less_middle(of, x);
   };
@@ -93,10 +93,10 @@ HF_GPTQ_INLINE void fixed_sums(const LinearJob& job, int64_t row_block, int64_t 
       sum[m][v] = less_zeros(joined, v, sum_x[m]);
     }
   }
-  if (const int64_t listed = job.fixed.listed[number]) {
+  if (const int64_t listed = job.fixed.listed[row_block * job.stretches.count + stretch]) {
     VecF low[1][kRows][kVectors] = {};
-    low_sums<Codes>(job, s, job.fixed.low + first * kRows, job.fixed.list + first, listed, words,
-                    row_stride, low);
+    const uint8_t* list = job.fixed.list + row_block * job.stretches.steps + s.begin;
+    low_sums<Codes>(job, s, job.fixed.low + first, list, listed, words, row_stride, low);
     HF_GPTQ_UNROLL
     for (int m = 0; m < kRows; ++m) {
       HF_GPTQ_UNROLL
@@ -114,7 +114,7 @@ HF_GPTQ_INLINE void fixed_sums(const LinearJob& job, int64_t row_block, int64_t 
   }
   HF_GPTQ_UNROLL
   for (int m = 0; m < kRows; ++m) {
-    const VecF scale = splat(job.fixed.scales[number * kRows + m]);
+    const VecF scale = splat(job.fixed.scales[number + m]);
     HF_GPTQ_UNROLL
     for (int v = 0; v < kVectors; ++v) sum[m][v] *= scale;
   }
@@ -125,10 +125,13 @@ template <class Codes, int kRows, int kBlocks>
 void stream(const LinearJob& job, int64_t row_block, int64_t block,
             const uint32_t* const (&words)[kBlocks], int64_t row_stride) {
   constexpr int kVectors = kBlocks * kBlockVectors;
+  constexpr int64_t kColumns = kBlocks * kBlockColumns;
   const hf_gptq_weight& w = job.a.weight;
-  alignas(64) float scale[kBlocks * kBlockColumns];
-  alignas(64) float zero[kBlocks * kBlockColumns];
-  alignas(64) float total[kRows][kBlocks * kBlockColumns] = {};
+  const int64_t first_row = job.row_of(row_block);
+  const float* x = job.x + first_row * job.stretches.steps;
+  alignas(64) float scale[kColumns];
+  alignas(64) float zero[kColumns];
+  alignas(64) float total[kRows][kColumns] = {};
   for (int64_t run = 0; run < job.stretches.count; ++run) {
     const Stretch& r = job.stretches.data[run];
     if (run + kPrefetchRuns < job.stretches.count) {
@@ -146,23 +149,55 @@ void stream(const LinearJob& job, int64_t row_block, int64_t block,
       fixed_sums<Codes, kRows, kBlocks>(job, row_block, run, words, row_stride, zeros, sum);
     } else {
       Codes::decode(w, words, row_stride, r.code, r.end - r.begin, zeros,
-                    Accumulate<Codes, kRows, kVectors>{
-                        job.x + (row_block * job.stretches.steps + r.begin) * kRows, sum});
+                    Accumulate<Codes, kRows, kVectors>{x + r.begin * kRows, sum});
     }
+    // GCC would keep some of the totals in registers, which it does not have, and in memory too.
+    float* totals = total[0];
+    __asm__("" : "+r"(totals));
     HF_GPTQ_UNROLL
     for (int m = 0; m < kRows; ++m) {
       HF_GPTQ_UNROLL
       for (int v = 0; v < kVectors; ++v) {
-        float* t = total[m] + v * kLanes;
+        float* t = totals + m * kColumns + v * kLanes;
         store(t, fmadd(sum[m][v], load(scale + v * kLanes), load(t)));
       }
     }
   }
   for (int b = 0; b < kBlocks; ++b) {
     const int64_t column = (block + b) * kBlockColumns;
-    for (int m = 0; m < min64(kRows, job.row_count - row_block * kRows); ++m) {
-      write_row(job.a, job.row_begin + row_block * kRows + m, column,
-                min64(kBlockColumns, w.N - column), total[m] + b * kBlockColumns);
+    for (int m = 0; m < kRows; ++m) {
+      write_row(job.a, job.row_begin + first_row + m, column, min64(kBlockColumns, w.N - column),
+                total[m] + b * kBlockColumns);
+    }
+  }
+}
+
+// Row blocks [row_begin, row_end), of kRows rows or one less, times column blocks [block, end):
+// kBlocks of them at a time, then half as many.
+template <class Codes, int kRows, int kBlocks>
+void stream_columns(const LinearJob& job, int64_t row_begin, int64_t row_end, int64_t block,
+                    int64_t end, uint32_t* copy) {
+  const hf_gptq_weight& w = job.a.weight;
+  for (; block + kBlocks <= end; block += kBlocks) {
+    if (kBlocks > 1 && is_ragged(w, block + kBlocks - 1)) break;
+    const uint32_t* words[kBlocks];
+    int64_t row_stride = 0;
+    for (int b = 0; b < kBlocks; ++b) {
+      const BlockWords found = block_words(w, block + b, copy);
+      words[b] = found.words;
+      row_stride = found.row_stride;
+    }
+    for (int64_t r = row_begin; r < row_end; ++r) {
+      if (kRows == 1 || job.rows_of(r) == kRows) {
+        stream<Codes, kRows, kBlocks>(job, r, block, words, row_stride);
+      } else {
+        stream<Codes, kRows - (kRows > 1), kBlocks>(job, r, block, words, row_stride);
+      }
+    }
+  }
+  if constexpr (kBlocks > 1) {
+    if (block < end) {
+      stream_columns<Codes, kRows, kBlocks / 2>(job, row_begin, row_end, block, end, copy);
     }
   }
 }
@@ -175,7 +210,6 @@ int stream_tasks(int64_t begin, int64_t end, const void* context) {
   const hf_gptq_weight& w = job.a.weight;
   const int64_t blocks = column_blocks(w.N);
   const int64_t groups = ceil_div(blocks, kBlocks);
-  const int64_t row_blocks = ceil_div(job.row_count, kRows);
   uint32_t* copy = nullptr;
   if (is_ragged(w, blocks - 1)) {
     copy = static_cast<uint32_t*>(thread_scratch(ragged_bytes(w)));
@@ -183,25 +217,10 @@ int stream_tasks(int64_t begin, int64_t end, const void* context) {
   }
   for (int64_t t = begin; t < end; ++t) {
     const int64_t row_begin = t / groups * job.task_row_blocks;
-    const int64_t row_end = min64(row_begin + job.task_row_blocks, row_blocks);
-    const int64_t block_end = min64((t % groups + 1) * kBlocks, blocks);
-    for (int64_t block = t % groups * kBlocks; block < block_end;) {
-      if (block + kBlocks <= block_end && !is_ragged(w, block + kBlocks - 1)) {
-        const uint32_t* words[kBlocks];
-        for (int b = 0; b < kBlocks; ++b) words[b] = block_words(w, block + b, nullptr).words;
-        for (int64_t r = row_begin; r < row_end; ++r) {
-          stream<Codes, kRows, kBlocks>(job, r, block, words, w.row_stride);
-        }
-        block += kBlocks;
-      } else {
-        const BlockWords b = block_words(w, block, copy);
-        const uint32_t* words[1] = {b.words};
-        for (int64_t r = row_begin; r < row_end; ++r) {
-          stream<Codes, kRows, 1>(job, r, block, words, b.row_stride);
-        }
-        block += 1;
-      }
-    }
+    const int64_t block = t % groups * kBlocks;
+    stream_columns<Codes, kRows, kBlocks>(job, row_begin,
+                                          min64(row_begin + job.task_row_blocks, job.row_blocks),
+                                          block, min64(block + kBlocks, blocks), copy);
   }
   return HF_GPTQ_OK;
 }
@@ -213,7 +232,7 @@ int run_stream(LinearJob job) {
   }
   constexpr int kBlocks = stream_blocks<Codes>(kRows);
   job.task_row_blocks = kStreamedFloats / (job.stretches.steps * kRows) + 1;
-  const int64_t row_tasks = ceil_div(ceil_div(job.row_count, kRows), job.task_row_blocks);
+  const int64_t row_tasks = ceil_div(job.row_blocks, job.task_row_blocks);
   const int64_t rows = min64(job.task_row_blocks * kRows, job.row_count);
   return parallel_for(ceil_div(column_blocks(job.a.weight.N), kBlocks) * row_tasks,
                       grain_for(job.stretches.steps * rows * kBlocks * kBlockColumns),
