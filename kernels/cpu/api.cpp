@@ -315,8 +315,7 @@ int hf_gptq_dequantize(const hf_gptq_weight* weight, void* out, int32_t out_dtyp
   if (out_row_stride < weight->K) return HF_GPTQ_ERROR_SHAPE;
   const RunList list(*weight);
   if (list.error()) return list.error();
-  return dispatch().kernels->dequantize(
-      {*weight, list.runs(), out, out_dtype, out_row_stride, 0, column_blocks(weight->N)});
+  return dispatch().kernels->dequantize({*weight, list.runs(), out, out_dtype, out_row_stride});
 }
 
 int hf_gptq_linear_transposed(const hf_gptq_weight* weight, const void* x, int32_t x_dtype,

@@ -12,88 +12,120 @@ namespace {
 // Rows of codes decoded at a time: [16, kDequantizeRows] floats, 8 KiB.
 constexpr int64_t kDequantizeRows = 128;
 
-typedef float Vec4 __attribute__((vector_size(16)));
-
-// dst[j, i] = src[i, j] for i, j < 4.
-HF_GPTQ_INLINE void transpose(const float* src, int64_t src_stride, float* dst,
-                              int64_t dst_stride) {
-  Vec4 r[4];
-  for (int i = 0; i < 4; ++i) memcpy(&r[i], src + i * src_stride, sizeof r[i]);
-  const Vec4 a = {r[0][0], r[1][0], r[0][1], r[1][1]}, b = {r[2][0], r[3][0], r[2][1], r[3][1]};
-  const Vec4 c = {r[0][2], r[1][2], r[0][3], r[1][3]}, d = {r[2][2], r[3][2], r[2][3], r[3][3]};
-  const Vec4 t[4] = {{a[0], a[1], b[0], b[1]},
-                     {a[2], a[3], b[2], b[3]},
-                     {c[0], c[1], d[0], d[1]},
-                     {c[2], c[3], d[2], d[3]}};
-  for (int i = 0; i < 4; ++i) memcpy(dst + i * dst_stride, &t[i], sizeof t[i]);
+// Row r of a becomes lane r of every row.
+HF_GPTQ_INLINE void transpose(VecF (&a)[kLanes]) {
+  HF_GPTQ_UNROLL
+  for (int apart = 1; apart < kLanes; apart *= 2) {
+    HF_GPTQ_UNROLL
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & apart) continue;
+      const VecF upper = a[i], lower = a[i + apart];
+#ifdef __clang__
+      HF_GPTQ_UNROLL
+      for (int j = 0; j < kLanes; ++j) {
+        a[i][j] = j & apart ? lower[j - apart] : upper[j];
+        a[i + apart][j] = j & apart ? lower[j] : upper[j + apart];
+      }
+#else
+      VecI first = {}, second = {};
+      HF_GPTQ_UNROLL
+      for (int j = 0; j < kLanes; ++j) {
+        first[j] = j & apart ? kLanes + j - apart : j;
+        second[j] = j & apart ? kLanes + j : j + apart;
+      }
+      a[i] = __builtin_shuffle(upper, lower, first);
+      a[i + apart] = __builtin_shuffle(upper, lower, second);
+#endif
+    }
+  }
 }
 
-// Writes rows [begin, begin + count) of the codes of one output: out[n, feature(i)].
-void write_features(const DequantizeArguments& a, int64_t n, int64_t begin, int64_t count,
-                    const float* values) {
-  const int64_t row = (n - a.first_block * kBlockColumns) * a.out_row_stride;
-  const int32_t* perm = a.weight.perm;
+// Writes what belongs to rows [begin, begin + count) of the codes, at most kDequantizeRows, to row
+// `row` of out [.., stride]: out[row, perm ? perm[i] : i] = values[i - begin].
+void write_features(const int32_t* perm, int64_t stride, int64_t row, int64_t begin, int64_t count,
+                    const float* values, void* out, int dtype) {
   if (!perm) {
-    from_float(values, count, a.out, a.dtype, row + begin);
+    from_float(values, count, out, dtype, row * stride + begin);
     return;
   }
-  if (a.dtype == HF_GPTQ_FP32) {
-    float* out = static_cast<float*>(a.out) + row;
-    for (int64_t i = 0; i < count; ++i) out[perm[begin + i]] = values[i];
+  if (dtype == HF_GPTQ_FP32) {
+    float* to = static_cast<float*>(out) + row * stride;
+    for (int64_t i = 0; i < count; ++i) to[perm[begin + i]] = values[i];
     return;
   }
   uint16_t half[kDequantizeRows];
-  from_float(values, count, half, a.dtype, 0);
-  uint16_t* out = static_cast<uint16_t*>(a.out) + row;
-  for (int64_t i = 0; i < count; ++i) out[perm[begin + i]] = half[i];
+  from_float(values, count, half, dtype, 0);
+  uint16_t* to = static_cast<uint16_t*>(out) + row * stride;
+  for (int64_t i = 0; i < count; ++i) to[perm[begin + i]] = half[i];
+}
+
+// dense[c, i - begin] of the columns c of a block for rows [begin, end) of the codes, at most
+// kDequantizeRows; up to a multiple of kLanes, rows beyond are 0.
+template <int kBits>
+void dequantize_tile(const hf_gptq_weight& w, const Runs& runs, const BlockWords& b, int64_t block,
+                     int64_t begin, int64_t end, float (&dense)[kBlockColumns][kDequantizeRows]) {
+  alignas(64) float values[kDequantizeRows][kBlockColumns];
+  const uint32_t* words[1] = {b.words};
+  // The run that holds row `begin`.
+  int64_t low = 0, high = runs.count;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (runs.data[middle].begin <= begin ? low : high) = middle;
+  }
+  for (int64_t from = begin; from < end; ++low) {
+    const Run& r = runs.data[low];
+    const int64_t to = min64(r.end, end);
+    alignas(64) float scale[kBlockColumns];
+    alignas(64) float zero[kBlockColumns];
+    load_group<kBits>(w, r.group, block, scale, zero);
+    VecF zeros[kBlockVectors];
+    HF_GPTQ_UNROLL
+    for (int v = 0; v < kBlockVectors; ++v) zeros[v] = load(zero + v * kLanes);
+    float (*rows)[kBlockColumns] = values + (from - begin);
+    decode<kBits>(words, b.row_stride, from, to, zeros,
+                  [&](int64_t i, const VecF(&decoded)[kBlockVectors])
+                      __attribute__((always_inline)) {
+                        HF_GPTQ_UNROLL
+                        for (int v = 0; v < kBlockVectors; ++v) {
+                          store(rows[i] + v * kLanes, decoded[v] * load(scale + v * kLanes));
+                        }
+                      });
+    from = to;
+  }
+  const int64_t count = end - begin, whole = ceil_div(count, kLanes) * kLanes;
+  memset(values + count, 0, (whole - count) * sizeof values[0]);
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    HF_GPTQ_UNROLL
+    for (int v = 0; v < kBlockVectors; ++v) {
+      VecF square[kLanes];
+      HF_GPTQ_UNROLL
+      for (int l = 0; l < kLanes; ++l) square[l] = load(&values[i + l][v * kLanes]);
+      transpose(square);
+      HF_GPTQ_UNROLL
+      for (int l = 0; l < kLanes; ++l) store(&dense[v * kLanes + l][i], square[l]);
+    }
+  }
 }
 
 template <int kBits>
 int dequantize_blocks(int64_t begin, int64_t end, const void* context) {
   const DequantizeArguments& a = *static_cast<const DequantizeArguments*>(context);
   const hf_gptq_weight& w = a.weight;
-  begin += a.first_block;
-  end += a.first_block;
   uint32_t* copy = nullptr;
   if (end == column_blocks(w.N) && is_ragged(w, end - 1)) {
     copy = static_cast<uint32_t*>(thread_scratch(ragged_bytes(w)));
     if (!copy) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
   }
-  // Zeros, because the last rows are transposed by fours.
-  alignas(64) float values[kDequantizeRows][kBlockColumns] = {};
+  alignas(64) float dense[kBlockColumns][kDequantizeRows];
   for (int64_t block = begin; block < end; ++block) {
-    const BlockWords b = block_words(w, block, copy);
-    const uint32_t* words[1] = {b.words};
-    const int64_t column = block * kBlockColumns;
-    const int64_t left = w.N - column;
-    const int64_t columns = left < kBlockColumns ? left : kBlockColumns;
-    for (int64_t run = 0; run < a.runs.count; ++run) {
-      const Run& r = a.runs.data[run];
-      alignas(64) float scale[kBlockColumns];
-      alignas(64) float zero[kBlockColumns];
-      load_group<kBits>(w, r.group, block, scale, zero);
-      VecF zeros[kBlockVectors];
-      HF_GPTQ_UNROLL
-      for (int v = 0; v < kBlockVectors; ++v) zeros[v] = load(zero + v * kLanes);
-      for (int64_t from = r.begin; from < r.end; from += kDequantizeRows) {
-        const int64_t count = r.end - from < kDequantizeRows ? r.end - from : kDequantizeRows;
-        decode<kBits>(words, b.row_stride, from, from + count, zeros,
-                      [&](int64_t i, const VecF(&decoded)[kBlockVectors])
-                          __attribute__((always_inline)) {
-                            HF_GPTQ_UNROLL
-                            for (int v = 0; v < kBlockVectors; ++v) {
-                              store(values[i] + v * kLanes, decoded[v] * load(scale + v * kLanes));
-                            }
-                          });
-        alignas(64) float transposed[kBlockColumns][kDequantizeRows];
-        for (int64_t i = 0; i < count; i += 4) {
-          for (int c = 0; c < kBlockColumns; c += 4) {
-            transpose(&values[i][c], kBlockColumns, &transposed[c][i], kDequantizeRows);
-          }
-        }
-        for (int64_t c = 0; c < columns; ++c) {
-          write_features(a, column + c, from, count, transposed[c]);
-        }
+    const BlockWords words = block_words(w, block, copy);
+    const int64_t columns = min64(kBlockColumns, w.N - block * kBlockColumns);
+    for (int64_t row = 0; row < w.K; row += kDequantizeRows) {
+      const int64_t rows = min64(kDequantizeRows, w.K - row);
+      dequantize_tile<kBits>(w, a.runs, words, block, row, row + rows, dense);
+      for (int64_t c = 0; c < columns; ++c) {
+        write_features(w.perm, a.out_row_stride, block * kBlockColumns + c, row, rows, dense[c],
+                       a.out, a.dtype);
       }
     }
   }
@@ -103,7 +135,8 @@ int dequantize_blocks(int64_t begin, int64_t end, const void* context) {
 template <int kBits>
 int dequantize_bits(const DequantizeArguments& a) {
   // About 2^15 weights per range: below that a thread costs more than it saves.
-  return parallel_for(a.blocks, ceil_div(int64_t{1} << 15, a.weight.K * kBlockColumns),
+  return parallel_for(column_blocks(a.weight.N),
+                      ceil_div(int64_t{1} << 15, a.weight.K * kBlockColumns),
                       dequantize_blocks<kBits>, &a);
 }
 

@@ -62,11 +62,25 @@ HF_GPTQ_INLINE VecF flush(VecF a) {
 
 // vdpbf16ps: two fused multiply-adds, that of the upper halves first, each rounded to nearest even,
 // subnormal inputs and results taken for zero.
-HF_GPTQ_INLINE VecF fmadd_pairs(VecF a, VecF b, VecF c) {
+HF_GPTQ_INLINE VecF fmadd_pairs(VecF a, const float* x, VecF c) {
+  const VecF b = splat(*x);
   const VecF a_upper = flush((VecF)((VecU)a & 0xffff0000u)), a_lower = flush((VecF)((VecU)a << 16));
   const VecF b_upper = flush((VecF)((VecU)b & 0xffff0000u)), b_lower = flush((VecF)((VecU)b << 16));
   const VecF upper = flush(fmadd(a_upper, b_upper, flush(c)));
   return flush(fmadd(a_lower, b_lower, upper));
+}
+
+// The upper half of every lane, rounded to nearest even as bf16.
+HF_GPTQ_INLINE VecU rounded_bf16(VecF a) {
+  const VecU u = (VecU)flush(a);
+  const VecU is_nan = (VecU)((u & 0x7fffffffu) > 0x7f800000u);
+  const VecU rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  return ((rounded & ~is_nan) | ((u | 0x400000u) & is_nan)) & 0xffff0000u;
+}
+
+// vcvtne2ps2bf16, and the two of a pair brought together.
+HF_GPTQ_INLINE VecF bf16_pairs(VecF lower, VecF upper) {
+  return (VecF)(rounded_bf16(lower) >> 16 | rounded_bf16(upper));
 }
 
 // vpermw.

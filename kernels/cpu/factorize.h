@@ -197,7 +197,7 @@ int factorize(const FactorizeArguments& a) {
   const Buffer buffer((most * most + most * columns + most) * sizeof(float));
   float* memory = static_cast<float*>(buffer.data());
   if (!memory) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
-  const int64_t copy_grain = ceil_div(kMatmulWantedWork, 16 * a.K);
+  const int64_t copy_grain = ceil_div(kWantedWork, 16 * a.K);
   if (const int error = parallel_for(a.K, copy_grain, factor_begin, &a)) return error;
 
   for (int64_t s = (a.K - 1) / kFactorRows * kFactorRows; s >= 0; s -= kFactorRows) {
@@ -208,7 +208,7 @@ int factorize(const FactorizeArguments& a) {
         memory};
     if (!factor_diagonal(job)) return HF_GPTQ_ERROR_NOT_POSITIVE_DEFINITE;
     int error = parallel_tasks(ceil_div(a.K, kOuterColumns),
-                               ceil_div(kMatmulWantedWork, rows * rows * kOuterColumns / 2),
+                               ceil_div(kWantedWork, rows * rows * kOuterColumns / 2),
                                factor_columns, &job);
     if (error != HF_GPTQ_OK) return error;
     if (s == 0) break;

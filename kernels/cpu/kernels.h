@@ -33,11 +33,9 @@ struct LinearArguments {
 struct DequantizeArguments {
   const hf_gptq_weight& weight;
   Runs runs;
-  void* out;  // [N, K] from output 16 * first_block on, dtype, rows out_row_stride elements apart
+  void* out;  // [N, K], dtype, rows out_row_stride elements apart
   int dtype;
   int64_t out_row_stride;
-  int64_t first_block;
-  int64_t blocks;
 };
 
 struct TransposedArguments {

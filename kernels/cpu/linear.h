@@ -41,8 +41,8 @@ template <class Codes>
 bool pack_fixed_row(const LinearJob& job, int64_t block, int r) {
   const LinearArguments& a = job.a;
   const FixedRows& f = job.fixed;
-  const int64_t K = a.weight.K, first_row = job.row_of(block);
-  const int rows = job.rows_of(block);
+  const int64_t K = a.weight.K, first_row = job.rows.begin(block);
+  const int rows = job.rows.size(block);
   const int32_t* perm = a.weight.perm;
   float* row = static_cast<float*>(thread_scratch((perm ? 2 : 1) * K * sizeof(float)));
   if (!row) return false;
@@ -66,13 +66,13 @@ bool pack_fixed_row(const LinearJob& job, int64_t block, int r) {
 // The steps of a packed row block that have a low part in any row, where `listed` says that some
 // do.
 void list_fixed_steps(const LinearJob& job, int64_t block) {
-  const int rows = job.rows_of(block);
+  const int rows = job.rows.size(block);
   for (int64_t s = 0; s < job.stretches.count; ++s) {
     if (job.fixed.listed[block * job.stretches.count + s] == 0) continue;
     const Stretch& stretch = job.stretches.data[s];
     uint8_t* list = job.fixed.list + block * job.stretches.steps + stretch.begin;
     const float* low =
-        job.fixed.low + job.row_of(block) * job.stretches.steps + stretch.begin * rows;
+        job.fixed.low + job.rows.begin(block) * job.stretches.steps + stretch.begin * rows;
     int32_t listed = 0;
     for (int64_t i = 0; i < stretch.end - stretch.begin; ++i) {
       uint32_t any = 0;
@@ -94,8 +94,8 @@ template <class Codes>
 int pack_x(int64_t begin, int64_t end, const void* context) {
   const LinearJob& job = static_cast<const PackJob*>(context)->job;
   for (int64_t block = begin; block < end; ++block) {
-    const int64_t first_row = job.row_of(block);
-    const int rows = job.rows_of(block);
+    const int64_t first_row = job.rows.begin(block);
+    const int rows = job.rows.size(block);
     float* packed = static_cast<const PackJob*>(context)->packed + first_row * job.stretches.steps;
     if (Codes::kFixed) {
       memset(job.fixed.listed + block * job.stretches.count, 0,
@@ -134,12 +134,12 @@ Stretches find_stretches(const Runs& runs, Stretch* stretches) {
 template <class Codes>
 int run_linear(const LinearArguments& a, const Stretches& stretches) {
   const bool streamed = a.M <= Codes::kMostStreamedRows;
-  const int64_t most_rows = streamed ? kStreamRows : kTileRows;
+  const int most_rows = streamed ? kStreamRows : kTileRows;
   if (Codes::kCodes == 1 && a.M == 1 && a.dtype == HF_GPTQ_FP32 && !a.weight.perm) {
     const float* x = static_cast<const float*>(a.x);
-    return run_stream<Codes, 1>({a, stretches, 0, 1, 1, 1, x, {}, 1});
+    return run_stream<Codes, 1>({a, stretches, 0, {1, 1}, x, {}, 1});
   }
-  const int64_t slab_rows = min64(kSlabRowBlocks * most_rows, a.M);
+  const int64_t slab_rows = ceil_div(a.M, ceil_div(a.M, kSlabRowBlocks * most_rows));
   const int64_t steps = stretches.steps;
   const FixedMemory fixed_memory(Codes::kFixed ? ceil_div(slab_rows, most_rows) : 0,
                                  Codes::kFixed ? slab_rows : 0, steps, stretches.count);
@@ -148,13 +148,11 @@ int run_linear(const LinearArguments& a, const Stretches& stretches) {
   const FixedRows fixed = fixed_memory.rows();
   float* packed = Codes::kFixed ? fixed.high : static_cast<float*>(buffer.data());
   for (int64_t begin = 0; begin < a.M; begin += slab_rows) {
-    const int64_t count = min64(slab_rows, a.M - begin);
-    // 13 rows are 7 + 6, not 12 + 1.
-    const int64_t row_blocks = ceil_div(count, most_rows);
-    const int rows = static_cast<int>(ceil_div(count, row_blocks));
-    const LinearJob job{a, stretches, begin, count, rows, row_blocks, packed, fixed, 1};
+    const RowBlocks rows(min64(slab_rows, a.M - begin), most_rows);
+    const LinearJob job{a, stretches, begin, rows, packed, fixed, 1};
     const PackJob pack{job, packed};
-    int error = parallel_for(row_blocks, grain_for(16 * steps * rows), pack_x<Codes>, &pack);
+    int error =
+        parallel_for(rows.count, grain_for(16 * steps * rows.largest), pack_x<Codes>, &pack);
     if (error != HF_GPTQ_OK) return error;
     if constexpr (Codes::kMostStreamedRows == kUnbounded) {
       error = run_stream<Codes, kStreamRows>(job);

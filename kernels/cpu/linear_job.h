@@ -1,12 +1,13 @@
 // What the two ways to compute a product share. Internal linkage, see isa.h.
 //
-// x is packed in row blocks, of which the first few have a row more than the others: row r of step
-// i at i * rows + r of its block, of `rows` rows, and the blocks one after the other.
+// x is packed in row blocks, one after the other: row r of step i at i * rows + r of a block of
+// `rows` rows.
 #ifndef HF_GPTQ_CPU_LINEAR_JOB_H_
 #define HF_GPTQ_CPU_LINEAR_JOB_H_
 
 #include "fixed.h"
 #include "parallel.h"
+#include "row_blocks.h"
 #include "scratch.h"
 
 namespace hf_gptq {
@@ -63,8 +64,6 @@ constexpr int64_t kSlabRowBlocks = 4 * kTaskRowBlocks;
 constexpr int64_t kWantedTasks = 64;
 // Runs ahead of the one in use whose scales and zeros stream() prefetches.
 constexpr int64_t kPrefetchRuns = 4;
-// Multiply-adds that are worth waking a thread for.
-constexpr int64_t kWantedWork = int64_t{1} << 18;
 
 struct Stretches {
   const Stretch* data;
@@ -76,19 +75,10 @@ struct LinearJob {
   const LinearArguments& a;
   Stretches stretches;
   int64_t row_begin;  // first row of the slab
-  int64_t row_count;  // rows in the slab
-  int rows;           // of the first row blocks; the others have one less
-  int64_t row_blocks;
-  const float* x;   // packed slab
-  FixedRows fixed;  // for Codes::kFixed
+  RowBlocks rows;     // of the slab
+  const float* x;     // packed slab
+  FixedRows fixed;    // for Codes::kFixed
   int64_t task_row_blocks;
-
-  int64_t larger_blocks() const { return row_count - row_blocks * (rows - 1); }
-  int rows_of(int64_t row_block) const { return row_block < larger_blocks() ? rows : rows - 1; }
-  // The first row of a row block, counted in the slab.
-  int64_t row_of(int64_t row_block) const {
-    return row_block * (rows - 1) + min64(row_block, larger_blocks());
-  }
 };
 
 HF_GPTQ_INLINE int64_t grain_for(int64_t work_per_task) {

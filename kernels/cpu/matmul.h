@@ -41,8 +41,6 @@ constexpr int64_t kMatmulPacked = kMatmulColumns * kMatmulDepth;
 constexpr int64_t kMatmulSharedRows = 8 * kMatmulTile;
 // Tasks wanted, so that an unknown number of threads finishes together.
 constexpr int64_t kMatmulWantedTasks = 64;
-// Multiply-adds that are worth waking a thread for.
-constexpr int64_t kMatmulWantedWork = int64_t{1} << 18;
 
 struct MatmulJob {
   const MatmulArguments& a;
@@ -227,8 +225,7 @@ int matmul_block(MatmulJob& job) {
       matmul_packs(job.columns, job.depth) + (job.A ? matmul_packs(job.a.M, job.depth) : 0);
   // Packing a number takes about as long as 16 multiply-adds.
   const int64_t pack_work = 16 * kPackColumns * min64(kMatmulChunk, job.depth);
-  const int error =
-      parallel_tasks(packs, ceil_div(kMatmulWantedWork, pack_work), matmul_pack, &job);
+  const int error = parallel_tasks(packs, ceil_div(kWantedWork, pack_work), matmul_pack, &job);
   if (error != HF_GPTQ_OK) return error;
 
   job.tile = kMatmulTile;
@@ -241,8 +238,7 @@ int matmul_block(MatmulJob& job) {
     while (job.group > 2 && matmul_task_count(job) < kMatmulWantedTasks) --job.group;
   }
   const int64_t work = job.tile * job.tile * job.group * job.depth;
-  return parallel_tasks(matmul_task_count(job), ceil_div(kMatmulWantedWork, work), matmul_tasks,
-                        &job);
+  return parallel_tasks(matmul_task_count(job), ceil_div(kWantedWork, work), matmul_tasks, &job);
 }
 
 int matmul(const MatmulArguments& a) {

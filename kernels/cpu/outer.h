@@ -23,34 +23,44 @@ constexpr int kOuterColumns = kOuterVectors * kLanes;
 constexpr int64_t kPackColumns = 96;
 
 // C[r, j] += sum, where sum = fma(A[t, r], B[t, j], sum) for t = 0 .. count-1 from sum = 0; or,
-// where elements are pairs of bf16, fmadd_pairs() in place of fma. A: [count, kOuterRows]; B:
-// [count, kOuterColumns]; C: [kOuterRows, kOuterColumns], rows C_stride apart.
-template <bool kPairs = false>
+// where elements are pairs of bf16, fmadd_pairs() in place of fma. A: [count, kRows]; B:
+// [count, kOuterColumns]; C: [kRows, kOuterColumns], rows C_stride apart.
+template <bool kPairs = false, int kRows = kOuterRows>
 void outer_tile(const float* A, const float* B, int64_t count, float* C, int64_t C_stride) {
-  VecF sum[kOuterRows][kOuterVectors] = {};
+  VecF sum[kRows][kOuterVectors] = {};
   for (int64_t t = 0; t < count; ++t) {
     VecF b[kOuterVectors];
     HF_GPTQ_UNROLL
     for (int v = 0; v < kOuterVectors; ++v) b[v] = load(B + v * kLanes);
     HF_GPTQ_UNROLL
-    for (int r = 0; r < kOuterRows; ++r) {
-      const VecF a = splat(A[r]);
+    for (int r = 0; r < kRows; ++r) {
       HF_GPTQ_UNROLL
       for (int v = 0; v < kOuterVectors; ++v) {
-        sum[r][v] = kPairs ? fmadd_pairs(b[v], a, sum[r][v]) : fmadd(b[v], a, sum[r][v]);
+        sum[r][v] = kPairs ? fmadd_pairs(b[v], A + r, sum[r][v]) : fmadd(b[v], A + r, sum[r][v]);
       }
     }
-    A += kOuterRows;
+    A += kRows;
     B += kOuterColumns;
   }
   HF_GPTQ_UNROLL
-  for (int r = 0; r < kOuterRows; ++r) {
+  for (int r = 0; r < kRows; ++r) {
     HF_GPTQ_UNROLL
     for (int v = 0; v < kOuterVectors; ++v) {
       float* c = C + r * C_stride + v * kLanes;
       store(c, load(c) + sum[r][v]);
     }
   }
+}
+
+using OuterTile = void (*)(const float*, const float*, int64_t, float*, int64_t);
+
+// outer_tile() for 1 to kOuterRows rows.
+template <bool kPairs, int kRows = kOuterRows>
+OuterTile outer_tile_for(int rows) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return outer_tile_for<kPairs, kRows - 1>(rows);
+  }
+  return outer_tile<kPairs, kRows>;
 }
 
 // Copies [rows, columns] of src into panels [rows, kWidth], panel_stride apart. Columns missing in

@@ -120,10 +120,10 @@ void panel_task(const LinearJob& job, int64_t row_begin, int64_t row_end, int64_
                 const PanelScratch& scratch) {
   const hf_gptq_weight& w = job.a.weight;
   using Products = typename Codes::Products;
-  const Tile multiply[2] = {tile_for<Products, kTileRows>(job.rows),
-                            tile_for<Products, kTileRows>(job.rows > 1 ? job.rows - 1 : 1)};
+  const Tile multiply[2] = {tile_for<Products, kTileRows>(job.rows.largest),
+                            tile_for<Products, kTileRows>(job.rows.largest - 1)};
   const int panels = static_cast<int>(ceil_div(blocks, kTileBlocks));
-  const int64_t tile_floats = int64_t{job.rows} * kTileColumns;
+  const int64_t tile_floats = int64_t{job.rows.largest} * kTileColumns;
   memset(scratch.totals, 0, (row_end - row_begin) * kGroupPanels * tile_floats * sizeof(float));
   if (blocks % kTileBlocks != 0) {
     // The missing block of the last panel is computed with the others, from zeros.
@@ -156,24 +156,26 @@ void panel_task(const LinearJob& job, int64_t row_begin, int64_t row_end, int64_
     for (int p = 0; p < panels; ++p) {
       for (int64_t row_block = row_begin; row_block < row_end; ++row_block) {
         const int64_t tile_at = ((row_block - row_begin) * kGroupPanels + p) * tile_floats;
-        const int rows = job.rows_of(row_block);
+        const int rows = job.rows.size(row_block);
         for (int s = 0; s < count; ++s) {
           const Segment& segment = segments[s];
-          const int64_t x_at = job.row_of(row_block) * job.stretches.steps + segment.begin * rows;
+          const int64_t x_at =
+              job.rows.begin(row_block) * job.stretches.steps + segment.begin * rows;
           const float* panel =
               scratch.panels + p * kPanelFloats + (segment.begin - chunk_begin) * kTileColumns;
           const float* scale = scratch.scales + s * kGroupColumns + p * kTileColumns;
           const int64_t steps = segment.end - segment.begin;
-          multiply[rows < job.rows](job.x + x_at, panel, steps, scale, segment.first, segment.last,
-                                    scratch.sums + tile_at, scratch.totals + tile_at);
+          multiply[rows < job.rows.largest](job.x + x_at, panel, steps, scale, segment.first,
+                                            segment.last, scratch.sums + tile_at,
+                                            scratch.totals + tile_at);
         }
       }
     }
   }
 
   for (int64_t row_block = row_begin; row_block < row_end; ++row_block) {
-    for (int r = 0; r < job.rows_of(row_block); ++r) {
-      const int64_t m = job.row_of(row_block) + r;
+    for (int r = 0; r < job.rows.size(row_block); ++r) {
+      const int64_t m = job.rows.begin(row_block) + r;
       for (int p = 0; p < panels; ++p) {
         const int64_t column = block * kBlockColumns + p * kTileColumns;
         write_row(job.a, job.row_begin + m, column, min64(kTileColumns, w.N - column),
@@ -189,13 +191,13 @@ template <class Codes>
 int panel_tasks(int64_t begin, int64_t end, const void* context) {
   const LinearJob& job = *static_cast<const LinearJob*>(context);
   const hf_gptq_weight& w = job.a.weight;
-  const int64_t row_blocks = job.row_blocks;
+  const int64_t row_blocks = job.rows.count;
   const int64_t row_tasks = ceil_div(row_blocks, job.task_row_blocks);
   const int64_t blocks = column_blocks(w.N);
 
   const int64_t panels = kGroupPanels * kPanelFloats;
   const int64_t scales = kChunkRuns * kGroupColumns;
-  const int64_t sums = job.task_row_blocks * job.rows * kGroupColumns;
+  const int64_t sums = job.task_row_blocks * job.rows.largest * kGroupColumns;
   const int64_t copy = is_ragged(w, blocks - 1) ? ragged_bytes(w) : 0;
   float* memory =
       static_cast<float*>(thread_scratch((panels + scales + 2 * sums) * sizeof(float) + copy));
@@ -218,7 +220,7 @@ int panel_tasks(int64_t begin, int64_t end, const void* context) {
 
 template <class Codes>
 int run_panels(LinearJob job) {
-  const int64_t row_blocks = job.row_blocks;
+  const int64_t row_blocks = job.rows.count;
   const int64_t groups = ceil_div(column_blocks(job.a.weight.N), kGroupBlocks);
   // Enough row tasks for the wanted number in all, of at least 4 row blocks each so that decoding
   // stays a small part, of equal size, and within what a task's scratch is meant for.
@@ -229,7 +231,7 @@ int run_panels(LinearJob job) {
   row_tasks = ceil_div(row_blocks, job.task_row_blocks);
   return parallel_for(
       groups * row_tasks,
-      grain_for(job.stretches.steps * kGroupColumns * job.task_row_blocks * job.rows),
+      grain_for(job.stretches.steps * kGroupColumns * job.task_row_blocks * job.rows.largest),
       panel_tasks<Codes>, &job);
 }
 

@@ -7,6 +7,9 @@
 
 namespace hf_gptq {
 
+// Multiply-adds that are worth waking a thread for.
+constexpr int64_t kWantedWork = int64_t{1} << 18;
+
 void set_parallel_for(hf_gptq_parallel_for_t parallel_for);
 
 // Runs body(begin, end, context) over disjoint ranges that cover [0, count), ranges of at least

@@ -132,12 +132,22 @@ HF_GPTQ_INLINE VecF fmadd(VecF a, const float* b, VecF c) {
 HF_GPTQ_INLINE VecF fmadd(VecF a, const float* b, VecF c) { return fmadd(a, splat(*b), c); }
 #endif
 
-// c + a.upper * b.upper, then + a.lower * b.lower, for lanes that are pairs of bf16.
+// c + a.upper * b.upper, then + a.lower * b.lower, for lanes that are pairs of bf16; *b in every
+// lane.
 #if defined(HF_GPTQ_SIMD_BF16) && defined(HF_GPTQ_EMULATE)
 // In emulate.h.
 #elif defined(HF_GPTQ_SIMD_BF16)
-HF_GPTQ_INLINE VecF fmadd_pairs(VecF a, VecF b, VecF c) {
-  return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+HF_GPTQ_INLINE VecF fmadd_pairs(VecF a, const float* b, VecF c) {
+  __asm__("vdpbf16ps %[b]%{1to16%}, %[a], %[c]" : [c] "+v"(c) : [a] "v"(a), [b] "m"(*b));
+  return c;
+}
+// Pairs of bf16, rounded to nearest even, subnormal numbers taken for zero.
+HF_GPTQ_INLINE VecF bf16_pairs(VecF lower, VecF upper) {
+  alignas(64) static constexpr uint16_t kPlaces[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(upper, lower);
+  return (VecF)_mm512_permutexvar_epi16(_mm512_load_si512(kPlaces), both);
 }
 // In each 16-bit half of a lane, the entry of the table that its low 5 bits name.
 HF_GPTQ_INLINE VecF lookup_16(VecU index, VecU table) {
@@ -146,18 +156,9 @@ HF_GPTQ_INLINE VecF lookup_16(VecU index, VecU table) {
 #else
 HF_GPTQ_INLINE VecF upper_bf16(VecF a) { return (VecF)((VecU)a & 0xffff0000u); }
 HF_GPTQ_INLINE VecF lower_bf16(VecF a) { return (VecF)((VecU)a << 16); }
-HF_GPTQ_INLINE VecF fmadd_pairs(VecF a, VecF b, VecF c) {
-  return fmadd(lower_bf16(a), lower_bf16(b), fmadd(upper_bf16(a), upper_bf16(b), c));
-}
-#endif
-#if defined(HF_GPTQ_SIMD_BF16) && !defined(HF_GPTQ_EMULATE)
 HF_GPTQ_INLINE VecF fmadd_pairs(VecF a, const float* b, VecF c) {
-  __asm__("vdpbf16ps %[b]%{1to16%}, %[a], %[c]" : [c] "+v"(c) : [a] "v"(a), [b] "m"(*b));
-  return c;
-}
-#else
-HF_GPTQ_INLINE VecF fmadd_pairs(VecF a, const float* b, VecF c) {
-  return fmadd_pairs(a, splat(*b), c);
+  const VecF x = splat(*b);
+  return fmadd(lower_bf16(a), lower_bf16(x), fmadd(upper_bf16(a), upper_bf16(x), c));
 }
 #endif
 

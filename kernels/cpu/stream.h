@@ -73,7 +73,7 @@ HF_GPTQ_INLINE void fixed_sums(const LinearJob& job, int64_t row_block, int64_t 
   constexpr int kPlaces = kRows <= kTwoPlacesRows ? 2 : 1;
   const hf_gptq_weight& w = job.a.weight;
   const Stretch& s = job.stretches.data[stretch];
-  const int64_t first_row = job.row_of(row_block);
+  const int64_t first_row = job.rows.begin(row_block);
   const int64_t first = first_row * job.stretches.steps + s.begin * kRows;
   const int64_t number = first_row * job.stretches.count + stretch * kRows;
   const int32_t* sum_x = job.fixed.sums + number * 2;
@@ -127,7 +127,7 @@ void stream(const LinearJob& job, int64_t row_block, int64_t block,
   constexpr int kVectors = kBlocks * kBlockVectors;
   constexpr int64_t kColumns = kBlocks * kBlockColumns;
   const hf_gptq_weight& w = job.a.weight;
-  const int64_t first_row = job.row_of(row_block);
+  const int64_t first_row = job.rows.begin(row_block);
   const float* x = job.x + first_row * job.stretches.steps;
   alignas(64) float scale[kColumns];
   alignas(64) float zero[kColumns];
@@ -188,7 +188,7 @@ void stream_columns(const LinearJob& job, int64_t row_begin, int64_t row_end, in
       row_stride = found.row_stride;
     }
     for (int64_t r = row_begin; r < row_end; ++r) {
-      if (kRows == 1 || job.rows_of(r) == kRows) {
+      if (kRows == 1 || job.rows.size(r) == kRows) {
         stream<Codes, kRows, kBlocks>(job, r, block, words, row_stride);
       } else {
         stream<Codes, kRows - (kRows > 1), kBlocks>(job, r, block, words, row_stride);
@@ -219,7 +219,7 @@ int stream_tasks(int64_t begin, int64_t end, const void* context) {
     const int64_t row_begin = t / groups * job.task_row_blocks;
     const int64_t block = t % groups * kBlocks;
     stream_columns<Codes, kRows, kBlocks>(job, row_begin,
-                                          min64(row_begin + job.task_row_blocks, job.row_blocks),
+                                          min64(row_begin + job.task_row_blocks, job.rows.count),
                                           block, min64(block + kBlocks, blocks), copy);
   }
   return HF_GPTQ_OK;
@@ -228,12 +228,12 @@ int stream_tasks(int64_t begin, int64_t end, const void* context) {
 template <class Codes, int kRows>
 int run_stream(LinearJob job) {
   if constexpr (kRows > 1) {
-    if (job.rows < kRows) return run_stream<Codes, kRows - 1>(job);
+    if (job.rows.largest < kRows) return run_stream<Codes, kRows - 1>(job);
   }
   constexpr int kBlocks = stream_blocks<Codes>(kRows);
   job.task_row_blocks = kStreamedFloats / (job.stretches.steps * kRows) + 1;
-  const int64_t row_tasks = ceil_div(job.row_blocks, job.task_row_blocks);
-  const int64_t rows = min64(job.task_row_blocks * kRows, job.row_count);
+  const int64_t row_tasks = ceil_div(job.rows.count, job.task_row_blocks);
+  const int64_t rows = min64(job.task_row_blocks * kRows, job.rows.rows);
   return parallel_for(ceil_div(column_blocks(job.a.weight.N), kBlocks) * row_tasks,
                       grain_for(job.stretches.steps * rows * kBlocks * kBlockColumns),
                       stream_tasks<Codes, kRows>, &job);

@@ -1,20 +1,35 @@
 // y = x @ weight, the product that carries gradients back. Internal linkage, see isa.h.
 //
-// A few hundred outputs of the weight at a time are made dense and multiplied by matmul(), so the
-// dense weight as a whole exists nowhere.
+// A task owns some columns of y. It walks the outputs n of the weight in chunks:
+//
+//              kTransposedColumns columns
+//            +-------+-------+-- ... --+
+//   chunk of | panel | panel |         |  made dense: the panels stay in L2
+//   outputs  +-------+-------+-- ... --+
+//                x block (kOuterRows or fewer rows) times panel is added to y, in fp32 scratch
+//
+// so the dense weight exists nowhere. With bf16 the outputs go two at a time, as pairs.
 #ifndef HF_GPTQ_CPU_TRANSPOSED_H_
 #define HF_GPTQ_CPU_TRANSPOSED_H_
 
 #include "dequantize.h"
-#include "matmul.h"
+#include "outer.h"
+#include "parallel.h"
+#include "row_blocks.h"
+#include "scratch.h"
 
 namespace hf_gptq {
 namespace {
 
-// Outputs made dense at a time, a multiple of kMatmulChunk.
-constexpr int64_t kTransposedDepth = 2 * kMatmulChunk;
-// Rows of x at a time: bounds the memory for y in fp32.
-constexpr int64_t kTransposedRows = 2048;
+// Steps whose sum is added to y: part of the specification, as kMatmulChunk. A multiple of
+// kBlockColumns.
+constexpr int64_t kTransposedChunk = 256;
+// Columns of a task, a multiple of kOuterColumns: what dequantize_tile() makes at a time.
+constexpr int64_t kTransposedColumns = kDequantizeRows;
+// Rows of x at a time: a task's y in fp32 stays in L2.
+constexpr int64_t kTransposedRows = 480;
+// Tasks wanted, and the least row blocks that are worth making a weight dense once more.
+constexpr int64_t kTransposedTasks = 32, kTransposedTaskBlocks = 8;
 #if defined(HF_GPTQ_SIMD_BF16)
 constexpr bool kTransposedPairs = true;
 #else
@@ -23,110 +38,177 @@ constexpr bool kTransposedPairs = false;
 
 struct TransposedJob {
   const TransposedArguments& a;
-  int64_t row;           // first of the slab
-  int64_t begin, depth;  // outputs in hand
-  const float* weight;   // [depth, K]
-  float* x;              // [rows, depth], or pairs [rows, ceil(depth / 2)]
-  float* pairs;          // [ceil(depth / 2), K]
-  const float* y;        // [rows, K]
+  int64_t row_begin;  // first row of the slab
+  RowBlocks rows;     // of the slab
+  int64_t steps;      // outputs, or pairs of them
+  float* x;  // by chunks, in these row blocks one after the other: [steps of the chunk, rows of the
+             // block]
+  int64_t task_row_blocks;
 };
 
-// Rows [begin, end) of x in fp32.
-int transposed_x(int64_t begin, int64_t end, const void* context) {
-  const TransposedJob& job = *static_cast<const TransposedJob*>(context);
-  for (int64_t m = begin; m < end; ++m) {
-    to_float(job.a.x, job.a.dtype, (job.row + m) * job.a.x_row_stride + job.begin, job.depth,
-             job.x + m * job.depth);
-  }
-  return HF_GPTQ_OK;
+// The chunk's row block in x.
+float* transposed_x_at(const TransposedJob& job, int64_t step, int64_t row_block) {
+  const int64_t count = min64(kTransposedChunk, job.steps - step);
+  return job.x + step * job.rows.rows + job.rows.begin(row_block) * count;
 }
 
-// Rows [begin, end) of x as pairs of bf16.
-int transposed_x_pairs(int64_t begin, int64_t end, const void* context) {
+// Packs row blocks [begin, end) of the slab.
+template <bool kPairs>
+int transposed_pack(int64_t begin, int64_t end, const void* context) {
   const TransposedJob& job = *static_cast<const TransposedJob*>(context);
-  const int64_t width = ceil_div(job.depth, 2);
-  for (int64_t m = begin; m < end; ++m) {
-    const uint16_t* x =
-        static_cast<const uint16_t*>(job.a.x) + (job.row + m) * job.a.x_row_stride + job.begin;
-    float* row = job.x + m * width;
-    if (job.depth % 2 != 0) row[width - 1] = bits_float(x[job.depth - 1]);
-    memcpy(row, x, job.depth / 2 * sizeof(float));
-  }
-  return HF_GPTQ_OK;
-}
-
-// Pairs of outputs [begin, end) of the dense weight, rounded to bf16.
-int transposed_weight_pairs(int64_t begin, int64_t end, const void* context) {
-  const TransposedJob& job = *static_cast<const TransposedJob*>(context);
-  const int64_t K = job.a.weight.K;
-  for (int64_t i = begin; i < end; ++i) {
-    const float* lower = job.weight + 2 * i * K;
-    const bool single = 2 * i + 1 == job.depth;
-    for (int64_t k = 0; k < K; ++k) {
-      const uint32_t upper = single ? 0 : float_to_bf16(lower[K + k]);
-      job.pairs[i * K + k] = bits_float(float_to_bf16(lower[k]) | upper << 16);
+  const TransposedArguments& a = job.a;
+  const int64_t N = a.weight.N;
+  float* row = static_cast<float*>(thread_scratch(job.steps * sizeof(float)));
+  if (!row) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
+  for (int64_t block = begin; block < end; ++block) {
+    const int rows = job.rows.size(block);
+    for (int r = 0; r < rows; ++r) {
+      const int64_t from = (job.row_begin + job.rows.begin(block) + r) * a.x_row_stride;
+      if constexpr (kPairs) {
+        row[job.steps - 1] = 0.0f;
+        memcpy(row, static_cast<const uint16_t*>(a.x) + from, N * sizeof(uint16_t));
+      } else {
+        to_float(a.x, a.dtype, from, N, row);
+      }
+      for (int64_t step = 0; step < job.steps; step += kTransposedChunk) {
+        const int64_t count = min64(kTransposedChunk, job.steps - step);
+        float* packed = transposed_x_at(job, step, block) + r;
+        for (int64_t i = 0; i < count; ++i) packed[i * rows] = row[step + i];
+      }
     }
   }
   return HF_GPTQ_OK;
 }
 
-// Rows [begin, end) of y.
-int transposed_y(int64_t begin, int64_t end, const void* context) {
+// Row `step` of the panels, which are `count` rows deep, from one output or from two, rounded.
+template <bool kPairs>
+HF_GPTQ_INLINE void write_panels(const float* lower, const float* upper, int64_t step,
+                                 int64_t count, float* panels) {
+  HF_GPTQ_UNROLL
+  for (int64_t k = 0; k < kTransposedColumns; k += kLanes) {
+    VecF values = load(lower + k);
+#if defined(HF_GPTQ_SIMD_BF16)
+    if constexpr (kPairs) values = bf16_pairs(values, load(upper + k));
+#else
+    (void)upper;
+#endif
+    const int64_t panel = k / kOuterColumns;
+    store(panels + (panel * count + step) * kOuterColumns + k % kOuterColumns, values);
+  }
+}
+
+// The panels of the chunk that begins at `step`, for columns [begin, end). `last`: the words of the
+// last column block.
+template <int kBits, bool kPairs>
+void transposed_panels(const TransposedJob& job, int64_t step, int64_t begin, int64_t end,
+                       const BlockWords& last, float* panels) {
+  const hf_gptq_weight& w = job.a.weight;
+  constexpr int kTogether = kPairs ? 2 : 1;
+  const int64_t count = min64(kTransposedChunk, job.steps - step);
+  alignas(64) float dense[kBlockColumns][kDequantizeRows];
+  if (end - begin < kTransposedColumns) memset(dense, 0, sizeof dense);
+  alignas(64) static constexpr float kNothing[kDequantizeRows] = {};
+  for (int64_t i = 0; i < count; i += kBlockColumns / kTogether) {
+    const int64_t block = (step + i) * kTogether / kBlockColumns;
+    const BlockWords words =
+        block == column_blocks(w.N) - 1 ? last : block_words(w, block, nullptr);
+    dequantize_tile<kBits>(w, job.a.runs, words, block, begin, end, dense);
+    const int64_t left = w.N - block * kBlockColumns;
+    for (int64_t c = 0; c < kBlockColumns && c < left; c += kTogether) {
+      const float* upper = c + 1 < left ? dense[(c + 1) % kBlockColumns] : kNothing;
+      write_panels<kPairs>(dense[c], upper, i + c / kTogether, count, panels);
+    }
+  }
+}
+
+// Task t: columns t / row tasks, row task t % row tasks.
+template <int kBits, bool kPairs>
+int transposed_tasks(int64_t begin, int64_t end, const void* context) {
   const TransposedJob& job = *static_cast<const TransposedJob*>(context);
-  const int64_t K = job.a.weight.K;
-  for (int64_t m = begin; m < end; ++m) {
-    from_float(job.y + m * K, K, job.a.y, job.a.dtype, (job.row + m) * K);
+  const hf_gptq_weight& w = job.a.weight;
+  const int64_t row_tasks = ceil_div(job.rows.count, job.task_row_blocks);
+  const int64_t last_block = column_blocks(w.N) - 1;
+  constexpr int64_t kPanelFloats = kTransposedChunk * kTransposedColumns;
+  const int64_t y_floats =
+      min64(job.task_row_blocks * job.rows.largest, job.rows.rows) * kTransposedColumns;
+  const int64_t copy_bytes = is_ragged(w, last_block) ? ragged_bytes(w) : 0;
+  float* panels =
+      static_cast<float*>(thread_scratch((kPanelFloats + y_floats) * sizeof(float) + copy_bytes));
+  if (!panels) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
+  float* y = panels + kPanelFloats;
+  const BlockWords last = block_words(w, last_block, reinterpret_cast<uint32_t*>(y + y_floats));
+  const OuterTile multiply[2] = {outer_tile_for<kPairs>(job.rows.largest),
+                                 outer_tile_for<kPairs>(job.rows.largest - 1)};
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t column = t / row_tasks * kTransposedColumns;
+    const int64_t columns = min64(kTransposedColumns, w.K - column);
+    const int64_t first = t % row_tasks * job.task_row_blocks;
+    const int64_t after = min64(first + job.task_row_blocks, job.rows.count);
+    const int64_t first_row = job.rows.begin(first);
+    const int64_t rows = job.rows.begin(after) - first_row;
+    memset(y, 0, rows * kTransposedColumns * sizeof(float));
+    for (int64_t step = 0; step < job.steps; step += kTransposedChunk) {
+      const int64_t count = min64(kTransposedChunk, job.steps - step);
+      transposed_panels<kBits, kPairs>(job, step, column, column + columns, last, panels);
+      for (int64_t k = 0; k < columns; k += kOuterColumns) {
+        for (int64_t block = first; block < after; ++block) {
+          multiply[job.rows.size(block) < job.rows.largest](
+              transposed_x_at(job, step, block), panels + k * count, count,
+              y + (job.rows.begin(block) - first_row) * kTransposedColumns + k, kTransposedColumns);
+        }
+      }
+    }
+    for (int64_t m = 0; m < rows; ++m) {
+      write_features(w.perm, w.K, job.row_begin + first_row + m, column, columns,
+                     y + m * kTransposedColumns, job.a.y, job.a.dtype);
+    }
   }
   return HF_GPTQ_OK;
 }
 
-int transposed(const TransposedArguments& a) {
-  const hf_gptq_weight& w = a.weight;
-  const int64_t slab = min64(kTransposedRows, a.M);
-  const int64_t most = min64(kTransposedDepth, w.N);
-  const bool pairs = kTransposedPairs && a.dtype == HF_GPTQ_BF16;
-  const bool in_place = a.dtype == HF_GPTQ_FP32;
-  const Buffer weight_buffer(most * w.K * sizeof(float));
-  const Buffer pair_buffer(pairs ? ceil_div(most, 2) * w.K * sizeof(float) : 0);
-  const Buffer x_buffer(in_place ? 0 : slab * most * sizeof(float));
-  const Buffer y_buffer(in_place ? 0 : slab * w.K * sizeof(float));
-  if (!weight_buffer.data() || !pair_buffer.data() || !x_buffer.data() || !y_buffer.data()) {
-    return HF_GPTQ_ERROR_OUT_OF_MEMORY;
-  }
-  float* dense = static_cast<float*>(weight_buffer.data());
-  float* x_slab = static_cast<float*>(x_buffer.data());
-  float* pair_slab = static_cast<float*>(pair_buffer.data());
+template <int kBits, bool kPairs>
+int run_transposed(const TransposedArguments& a) {
+  const int64_t steps = ceil_div(a.weight.N, kPairs ? 2 : 1);
+  const int64_t slab = ceil_div(a.M, ceil_div(a.M, kTransposedRows));
+  const Buffer buffer(slab * steps * sizeof(float));
+  if (!buffer.data()) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
   for (int64_t row = 0; row < a.M; row += slab) {
-    const int64_t rows = min64(slab, a.M - row);
-    float* y =
-        in_place ? static_cast<float*>(a.y) + row * w.K : static_cast<float*>(y_buffer.data());
-    const int64_t row_grain = ceil_div(kMatmulWantedWork, 16 * (most > w.K ? most : w.K));
-    for (int64_t n = 0; n < w.N; n += kTransposedDepth) {
-      const int64_t depth = min64(kTransposedDepth, w.N - n);
-      const TransposedJob job{a, row, n, depth, dense, x_slab, pair_slab, y};
-      int error = dequantize(
-          {w, a.runs, dense, HF_GPTQ_FP32, w.K, n / kBlockColumns, ceil_div(depth, kBlockColumns)});
-      if (error == HF_GPTQ_OK && pairs) {
-        error = parallel_for(ceil_div(depth, 2), ceil_div(kMatmulWantedWork, 16 * w.K),
-                             transposed_weight_pairs, &job);
-      }
-      if (error == HF_GPTQ_OK && !in_place) {
-        error = parallel_for(rows, row_grain, pairs ? transposed_x_pairs : transposed_x, &job);
-      }
-      if (error != HF_GPTQ_OK) return error;
-      const float* x =
-          in_place ? static_cast<const float*>(a.x) + row * a.x_row_stride + n : x_slab;
-      const int64_t count = pairs ? ceil_div(depth, 2) : depth;
-      error = matmul({x, in_place ? a.x_row_stride : count, 1, pairs ? pair_slab : dense, w.K, 1,
-                      rows, w.K, count, y, w.K, n > 0, false, false, pairs});
-      if (error != HF_GPTQ_OK) return error;
-    }
-    const TransposedJob job{a, row, 0, 0, dense, x_slab, pair_slab, y};
-    if (in_place) continue;
-    const int error = parallel_for(rows, row_grain, transposed_y, &job);
+    TransposedJob job{
+        a, row, {min64(slab, a.M - row), kOuterRows}, steps, static_cast<float*>(buffer.data()), 0};
+    const int64_t column_tasks = ceil_div(a.weight.K, kTransposedColumns);
+    const int64_t row_tasks = min64(ceil_div(kTransposedTasks, column_tasks),
+                                    ceil_div(job.rows.count, kTransposedTaskBlocks));
+    job.task_row_blocks = ceil_div(job.rows.count, row_tasks);
+    const int64_t row_work = steps * job.rows.largest;
+    int error = parallel_for(job.rows.count, ceil_div(kWantedWork, 16 * row_work),
+                             transposed_pack<kPairs>, &job);
+    if (error != HF_GPTQ_OK) return error;
+    error = parallel_tasks(column_tasks * ceil_div(job.rows.count, job.task_row_blocks), 1,
+                           transposed_tasks<kBits, kPairs>, &job);
     if (error != HF_GPTQ_OK) return error;
   }
   return HF_GPTQ_OK;
+}
+
+template <int kBits>
+int transposed_bits(const TransposedArguments& a) {
+  if constexpr (kTransposedPairs) {
+    if (a.dtype == HF_GPTQ_BF16) return run_transposed<kBits, true>(a);
+  }
+  return run_transposed<kBits, false>(a);
+}
+
+int transposed(const TransposedArguments& a) {
+  switch (a.weight.bits) {
+    case 2:
+      return transposed_bits<2>(a);
+    case 3:
+      return transposed_bits<3>(a);
+    case 4:
+      return transposed_bits<4>(a);
+    default:
+      return transposed_bits<8>(a);
+  }
 }
 
 }  // namespace

@@ -170,8 +170,9 @@ HF_GPTQ_API int hf_gptq_linear(const hf_gptq_weight* weight,
 
 // y = x @ weight, for gradients by the activations: in fp32, the products of the dense weight as
 // hf_gptq_dequantize rounds it to fp32, summed over n as hf_gptq_matmul sums over its k; y rounded
-// to nearest even. "avx512bf16" rounds the dense weight to bf16 where x is, and sums pairs. A row
-// of y has the same bits whatever M is and whatever the other rows are.
+// to nearest even. "avx512bf16" rounds the dense weight to bf16 where x is, and sums pairs; it
+// takes subnormal numbers for zero. A row of y has the same bits whatever M is and whatever the
+// other rows are.
 HF_GPTQ_API int hf_gptq_linear_transposed(const hf_gptq_weight* weight,
                                           const void* x,         // [M, N], rows x_row_stride apart
                                           int32_t x_dtype,       // hf_gptq_dtype of x and y
