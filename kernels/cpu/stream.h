@@ -234,9 +234,13 @@ int run_stream(LinearJob job) {
   job.task_row_blocks = kStreamedFloats / (job.stretches.steps * kRows) + 1;
   const int64_t row_tasks = ceil_div(job.rows.count, job.task_row_blocks);
   const int64_t rows = min64(job.task_row_blocks * kRows, job.rows.rows);
-  return parallel_for(ceil_div(column_blocks(job.a.weight.N), kBlocks) * row_tasks,
-                      grain_for(job.stretches.steps * rows * kBlocks * kBlockColumns),
-                      stream_tasks<Codes, kRows>, &job);
+  const int64_t groups = ceil_div(column_blocks(job.a.weight.N), kBlocks);
+  const int64_t grain = grain_for(job.stretches.steps * rows * kBlocks * kBlockColumns);
+  if (row_tasks == 1) return parallel_for(groups, grain, stream_tasks<Codes, kRows>, &job);
+  // The last row task is smaller: threads take a part of one whenever they are done with another.
+  const int64_t part = ceil_div(groups, 4);
+  return parallel_tasks(groups * row_tasks, part > grain ? part : grain, stream_tasks<Codes, kRows>,
+                        &job);
 }
 
 }  // namespace
