@@ -117,6 +117,8 @@ def torch_int4(weight: QuantizedWeight, dtype: torch.dtype) -> Callable[[Tensor]
     spec = weight.spec
     if spec.bits != 4 or bool((weight.group != natural_groups(weight.codes.shape[1], spec.group_size)).any()):
         return "4 bit in natural order only"
+    if weight.codes.shape[1] % spec.group_size:
+        return "whole groups only"
     if dtype != torch.bfloat16:
         return "vectorised for bf16 only; 30 times slower otherwise"
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.codes.int(), 1)
@@ -141,6 +143,8 @@ def vllm_int4(weight: QuantizedWeight, dtype: torch.dtype) -> Callable[[Tensor],
     if bool((weight.group != natural_groups(weight.codes.shape[1], spec.group_size)).any()):
         return "natural order only"
     columns = weight.codes.shape[1]
+    if columns % spec.group_size:
+        return "whole groups only"
     nibbles = weight.codes.T.int().unflatten(1, (-1, 8))
     words = torch.zeros(nibbles.shape[:-1], dtype=torch.int32)
     for i in range(8):

@@ -31,6 +31,17 @@ HF_GPTQ_INLINE uint16_t float_to_bf16(float x) {
   return static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
 }
 
+// float_to_bf16() of kLanes numbers.
+HF_GPTQ_INLINE void floats_to_bf16(VecF x, uint16_t* dst) {
+  typedef uint16_t Narrow __attribute__((vector_size(2 * kLanes)));
+  const VecU u = (VecU)x;
+  const VecU is_nan = (VecU)((u & 0x7fffffffu) > 0x7f800000u);
+  const VecU rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  const VecU bits = (rounded & ~is_nan) | ((u | 0x400000u) & is_nan);
+  const Narrow narrow = __builtin_convertvector(bits >> 16, Narrow);
+  memcpy(dst, &narrow, sizeof narrow);
+}
+
 #if defined(HF_GPTQ_SIMD_AVX512F) || defined(HF_GPTQ_SIMD_AVX2)
 
 HF_GPTQ_INLINE float fp16_to_float(uint16_t h) { return _cvtsh_ss(h); }
@@ -124,7 +135,9 @@ inline void from_float(const float* src, int64_t count, void* dst, int dtype, in
   }
   uint16_t* half = static_cast<uint16_t*>(dst) + first;
   if (dtype == HF_GPTQ_BF16) {
-    for (int64_t i = 0; i < count; ++i) half[i] = float_to_bf16(src[i]);
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) floats_to_bf16(load(src + i), half + i);
+    for (; i < count; ++i) half[i] = float_to_bf16(src[i]);
     return;
   }
   int64_t i = 0;

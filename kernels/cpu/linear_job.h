@@ -23,7 +23,7 @@ constexpr int stream_blocks(int /*rows*/) { return 2; }
 #elif defined(HF_GPTQ_SIMD_AVX512F)
 constexpr int kTileRows = 12, kTileBlocks = 2;
 constexpr int kStreamRows = 12;
-constexpr int stream_blocks(int rows) { return rows <= 2 ? 8 : rows <= 4 ? 4 : 2; }
+constexpr int stream_blocks(int rows) { return rows <= 2 ? 8 : rows <= 4 ? 4 : rows <= 6 ? 2 : 1; }
 #elif defined(HF_GPTQ_SIMD_AVX2)
 constexpr int kTileRows = 6, kTileBlocks = 1;
 constexpr int kStreamRows = 4;

@@ -31,6 +31,11 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;  // SSE2, NEON
 #endif
+#if defined(HF_GPTQ_SIMD_AVX512F)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
 // Vectors across one block of columns.
 constexpr int kBlockVectors = kBlockColumns / kLanes;
 

@@ -131,7 +131,11 @@ void stream(const LinearJob& job, int64_t row_block, int64_t block,
   const float* x = job.x + first_row * job.stretches.steps;
   alignas(64) float scale[kColumns];
   alignas(64) float zero[kColumns];
-  alignas(64) float total[kRows][kColumns] = {};
+  // Whether there are registers for totals beside sums, words and codes.
+  constexpr bool kKept = 2 * kRows * kVectors + 3 * kVectors + 2 <= kRegisters;
+  VecF kept[kRows][kVectors] = {};
+  alignas(64) float total[kRows][kColumns];
+  if (!kKept) memset(total, 0, sizeof total);
   for (int64_t run = 0; run < job.stretches.count; ++run) {
     const Stretch& r = job.stretches.data[run];
     if (run + kPrefetchRuns < job.stretches.count) {
@@ -151,16 +155,28 @@ void stream(const LinearJob& job, int64_t row_block, int64_t block,
       Codes::decode(w, words, row_stride, r.code, r.end - r.begin, zeros,
                     Accumulate<Codes, kRows, kVectors>{x + r.begin * kRows, sum});
     }
-    // GCC would keep some of the totals in registers, which it does not have, and in memory too.
+    // Totals that find no registers stay in memory: GCC would keep some of them in both.
     float* totals = total[0];
-    __asm__("" : "+r"(totals));
+    if constexpr (!kKept) __asm__("" : "+r"(totals));
     HF_GPTQ_UNROLL
     for (int m = 0; m < kRows; ++m) {
       HF_GPTQ_UNROLL
       for (int v = 0; v < kVectors; ++v) {
-        float* t = totals + m * kColumns + v * kLanes;
-        store(t, fmadd(sum[m][v], load(scale + v * kLanes), load(t)));
+        const VecF of_columns = load(scale + v * kLanes);
+        if constexpr (kKept) {
+          kept[m][v] = fmadd(sum[m][v], of_columns, kept[m][v]);
+        } else {
+          float* t = totals + m * kColumns + v * kLanes;
+          store(t, fmadd(sum[m][v], of_columns, load(t)));
+        }
       }
+    }
+  }
+  if constexpr (kKept) {
+    HF_GPTQ_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+      HF_GPTQ_UNROLL
+      for (int v = 0; v < kVectors; ++v) store(total[m] + v * kLanes, kept[m][v]);
     }
   }
   for (int b = 0; b < kBlocks; ++b) {

@@ -49,6 +49,18 @@ def test_every_bit_of_the_sum(bits: int, sym: bool, columns: int, group_size: in
             assert torch.equal(ops.linear(x, kernel), model(weight, kernel, x)), rows
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("sym", [True, False])
+def test_every_number_of_rows(bits: int, sym: bool) -> None:
+    # Outputs in column blocks by eight, four, two and one, the last one ragged.
+    weight, canonical = make(QuantSpec(bits, 64, sym), 245, natural_groups(160, 64))
+    x = torch.randn(121, 160).bfloat16()
+    expected = model(weight, canonical, x)
+    for kernel in (canonical, canonical.packed()):
+        for rows in (*range(1, 27), 95, 121):
+            assert torch.equal(ops.linear(x[:rows], kernel), expected[:rows]), rows
+
+
 def test_groups_that_begin_within_a_unit() -> None:
     group = torch.tensor([0] * 37 + [1] * 51 + [2] * 40, dtype=torch.int32)
     for bits in BITS:
