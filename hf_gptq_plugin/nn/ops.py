@@ -379,7 +379,8 @@ def _linear_transposed_cpu(x: Tensor, in_features: int, *weight: Any) -> Tensor:
     rows = x.reshape(-1, described.N)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
-    out = x.new_empty((*x.shape[:-1], in_features))
+    # As above: what a perm that names an input twice leaves out.
+    out = (x.new_empty if keep[4] is None else x.new_zeros)((*x.shape[:-1], in_features))
     native.check(
         library.hf_gptq_linear_transposed(
             ctypes.byref(described), rows.data_ptr(), native.DTYPES[x.dtype], rows.shape[0], rows.stride(0),

@@ -31,7 +31,7 @@ struct Stretch {
   int64_t valid_begin, valid_end;  // codes of the run; others that are decoded meet zeros in x
 };
 
-// Codes of a stretch where nothing bounds them.
+// Where nothing bounds the codes of a stretch, or the rows of stream().
 constexpr int64_t kUnbounded = INT64_MAX;
 
 // Loads the words of a unit that begins in row `row` of `rows`, for each vector of each block.
@@ -99,6 +99,7 @@ struct Floats {
   static constexpr int kBits = kWidth;
   static constexpr int kCodes = 1;  // per step
   static constexpr bool kFixed = false;
+  // Rows up to which decoding them for every row block costs less than panels do; measured.
 #if defined(HF_GPTQ_SIMD_AVX512F)
   static constexpr int64_t kMostStreamedRows = 48;
 #elif defined(HF_GPTQ_SIMD_AVX2)

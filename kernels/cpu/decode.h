@@ -18,9 +18,8 @@ constexpr float magic(int place) { return static_cast<float>(int32_t{1} << (23 -
 constexpr uint32_t magic_bits(int place) { return static_cast<uint32_t>(150 - place) << 23; }
 constexpr int places(int bits) { return 23 / bits < 3 ? 23 / bits : 3; }
 
-// Fetches what is read some rows after `word`. Of several blocks side by side into the second level
-// of the cache, since the first waits for too few lines at a time to keep memory busy; one block
-// alone is foreseen by the hardware.
+// Fetches what is read some rows after `word`: of several blocks side by side into the second level
+// of the cache, since the first waits for too few lines at a time to keep memory busy.
 template <int kBlocks>
 HF_GPTQ_INLINE void prefetch_words(const uint32_t* word, int64_t row_stride) {
   if constexpr (kBlocks > 1) {

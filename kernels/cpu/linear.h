@@ -1,6 +1,6 @@
 // y = x @ weight^T + bias. Internal linkage, see isa.h.
 //
-// Few rows and 16-bit activations go through stream.h, many in fp32 through panels.h. In both a
+// Up to Codes::kMostStreamedRows rows go through stream.h, more through panels.h. In both a
 // (row, column) pair sees the operations documented for hf_gptq_linear in the same order, whatever
 // the number of rows: that is what makes a row's bits independent of the batch. What is multiplied
 // in one step is a matter of Codes (codes.h, fixed.h): one code and one fp32, or two codes and two

@@ -58,7 +58,7 @@ constexpr int kChunk = 128;
 constexpr int kChunkRuns = 8;
 // Row blocks of one task: 240 rows, whose chunk of x stays in L2.
 constexpr int64_t kTaskRowBlocks = 240 / kTileRows;
-// Row blocks packed at a time: bounds the memory for x.
+// Row blocks packed at a time, at most: bounds the memory for x.
 constexpr int64_t kSlabRowBlocks = 4 * kTaskRowBlocks;
 // Tasks wanted, so that an unknown number of threads finishes together.
 constexpr int64_t kWantedTasks = 64;

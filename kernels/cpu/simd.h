@@ -25,16 +25,11 @@ namespace hf_gptq {
 namespace {
 
 #if defined(HF_GPTQ_SIMD_AVX512F)
-constexpr int kLanes = 16;
+constexpr int kLanes = 16, kRegisters = 32;
 #elif defined(HF_GPTQ_SIMD_AVX2)
-constexpr int kLanes = 8;
+constexpr int kLanes = 8, kRegisters = 16;
 #else
-constexpr int kLanes = 4;  // SSE2, NEON
-#endif
-#if defined(HF_GPTQ_SIMD_AVX512F)
-constexpr int kRegisters = 32;
-#else
-constexpr int kRegisters = 16;
+constexpr int kLanes = 4, kRegisters = 16;  // SSE2; NEON has more
 #endif
 // Vectors across one block of columns.
 constexpr int kBlockVectors = kBlockColumns / kLanes;

@@ -1,7 +1,7 @@
-// The product for few rows, or pairs: each word is decoded into registers and used for all rows of
-// a row block. The words of a column block stay in the cache from one row block to the next, so
-// that decoding them again takes less time than a panel's way through memory. Internal linkage, see
-// isa.h.
+// The product for few rows, and for any number where decoding costs least: each word is decoded
+// into registers and used for all rows of a row block. The words of a column block stay in the
+// cache from one row block to the next, so that decoding them again takes less time than a panel's
+// way through memory. Internal linkage, see isa.h.
 #ifndef HF_GPTQ_CPU_STREAM_H_
 #define HF_GPTQ_CPU_STREAM_H_
 
@@ -249,7 +249,7 @@ int run_stream(LinearJob job) {
   constexpr int kBlocks = stream_blocks<Codes>(kRows);
   job.task_row_blocks = kStreamedFloats / (job.stretches.steps * kRows) + 1;
   const int64_t row_tasks = ceil_div(job.rows.count, job.task_row_blocks);
-  const int64_t rows = min64(job.task_row_blocks * kRows, job.rows.rows);
+  const int64_t rows = min64(job.task_row_blocks * kRows, job.rows.all);
   const int64_t groups = ceil_div(column_blocks(job.a.weight.N), kBlocks);
   const int64_t grain = grain_for(job.stretches.steps * rows * kBlocks * kBlockColumns);
   if (row_tasks == 1) return parallel_for(groups, grain, stream_tasks<Codes, kRows>, &job);

@@ -1,6 +1,7 @@
 // y = x @ weight, the product that carries gradients back. Internal linkage, see isa.h.
 //
-// A task owns some columns of y. It walks the outputs n of the weight in chunks:
+// A task owns some columns and some row blocks of y. It walks the outputs n of the weight in
+// chunks:
 //
 //              kTransposedColumns columns
 //            +-------+-------+-- ... --+
@@ -26,8 +27,12 @@ namespace {
 constexpr int64_t kTransposedChunk = 256;
 // Columns of a task, a multiple of kOuterColumns: what dequantize_tile() makes at a time.
 constexpr int64_t kTransposedColumns = kDequantizeRows;
-// Rows of x at a time: a task's y in fp32 stays in L2.
+// Rows of x at a time: a task's y in fp32 stays in L2. Floats of x that are packed at a time, where
+// that is more than a row block.
 constexpr int64_t kTransposedRows = 480;
+constexpr int64_t kTransposedPacked = int64_t{1} << 23;
+static_assert(kTransposedChunk % kBlockColumns == 0 && kTransposedColumns % kOuterColumns == 0,
+              "whole blocks and panels");
 // Tasks wanted, and the least row blocks that are worth making a weight dense once more.
 constexpr int64_t kTransposedTasks = 32, kTransposedTaskBlocks = 8;
 #if defined(HF_GPTQ_SIMD_BF16)
@@ -49,7 +54,7 @@ struct TransposedJob {
 // The chunk's row block in x.
 float* transposed_x_at(const TransposedJob& job, int64_t step, int64_t row_block) {
   const int64_t count = min64(kTransposedChunk, job.steps - step);
-  return job.x + step * job.rows.rows + job.rows.begin(row_block) * count;
+  return job.x + step * job.rows.all + job.rows.begin(row_block) * count;
 }
 
 // Packs row blocks [begin, end) of the slab.
@@ -130,7 +135,7 @@ int transposed_tasks(int64_t begin, int64_t end, const void* context) {
   const int64_t last_block = column_blocks(w.N) - 1;
   constexpr int64_t kPanelFloats = kTransposedChunk * kTransposedColumns;
   const int64_t y_floats =
-      min64(job.task_row_blocks * job.rows.largest, job.rows.rows) * kTransposedColumns;
+      min64(job.task_row_blocks * job.rows.largest, job.rows.all) * kTransposedColumns;
   const int64_t copy_bytes = is_ragged(w, last_block) ? ragged_bytes(w) : 0;
   float* panels =
       static_cast<float*>(thread_scratch((kPanelFloats + y_floats) * sizeof(float) + copy_bytes));
@@ -169,7 +174,9 @@ int transposed_tasks(int64_t begin, int64_t end, const void* context) {
 template <int kBits, bool kPairs>
 int run_transposed(const TransposedArguments& a) {
   const int64_t steps = ceil_div(a.weight.N, kPairs ? 2 : 1);
-  const int64_t slab = ceil_div(a.M, ceil_div(a.M, kTransposedRows));
+  const int64_t packed = kTransposedPacked / steps;
+  const int64_t most = min64(kTransposedRows, packed > kOuterRows ? packed : kOuterRows);
+  const int64_t slab = ceil_div(a.M, ceil_div(a.M, most));
   const Buffer buffer(slab * steps * sizeof(float));
   if (!buffer.data()) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
   for (int64_t row = 0; row < a.M; row += slab) {
