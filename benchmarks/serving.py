@@ -37,7 +37,7 @@ VARIANTS = (
     ("transformers", "gptqmodel", "bfloat16"),
     ("vllm", "dense", "bfloat16"),
     ("vllm", "ours", "bfloat16"),
-    ("vllm", "vllm's gptq", "bfloat16"),
+    ("vllm", "vllm gptq", "bfloat16"),
 )
 RATES = ("batch 1", "batch 8", "prefill")
 clock = time.perf_counter  # or process_time, see --clock
