@@ -34,11 +34,7 @@ HF_GPTQ_INLINE uint16_t float_to_bf16(float x) {
 // float_to_bf16() of kLanes numbers.
 HF_GPTQ_INLINE void floats_to_bf16(VecF x, uint16_t* dst) {
   typedef uint16_t Narrow __attribute__((vector_size(2 * kLanes)));
-  const VecU u = (VecU)x;
-  const VecU is_nan = (VecU)((u & 0x7fffffffu) > 0x7f800000u);
-  const VecU rounded = u + 0x7fffu + ((u >> 16) & 1u);
-  const VecU bits = (rounded & ~is_nan) | ((u | 0x400000u) & is_nan);
-  const Narrow narrow = __builtin_convertvector(bits >> 16, Narrow);
+  const Narrow narrow = __builtin_convertvector(rounded_bf16(x) >> 16, Narrow);
   memcpy(dst, &narrow, sizeof narrow);
 }
 

@@ -10,6 +10,26 @@
 namespace hf_gptq {
 namespace {
 
+template <int kWidth>
+struct Width {
+  static constexpr int kBits = kWidth;
+};
+
+// run(Width<bits>()), for the widths there are.
+template <class Run>
+int with_width(int bits, Run run) {
+  switch (bits) {
+    case 2:
+      return run(Width<2>());
+    case 3:
+      return run(Width<3>());
+    case 4:
+      return run(Width<4>());
+    default:
+      return run(Width<8>());
+  }
+}
+
 // A code c that lies at bit p of a word becomes a float where it is: under the exponent of 2^(23 -
 // p) its bits mean 2^(23 - p) + c, and subtracting 2^(23 - p) + zero leaves c - zero exactly. That
 // holds for the places below the 23 bits of a mantissa. Three places are used, so that their

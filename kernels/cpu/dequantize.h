@@ -141,16 +141,8 @@ int dequantize_bits(const DequantizeArguments& a) {
 }
 
 int dequantize(const DequantizeArguments& a) {
-  switch (a.weight.bits) {
-    case 2:
-      return dequantize_bits<2>(a);
-    case 3:
-      return dequantize_bits<3>(a);
-    case 4:
-      return dequantize_bits<4>(a);
-    default:
-      return dequantize_bits<8>(a);
-  }
+  return with_width(a.weight.bits,
+                    [&](auto width) { return dequantize_bits<decltype(width)::kBits>(a); });
 }
 
 }  // namespace

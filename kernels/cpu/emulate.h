@@ -70,17 +70,9 @@ HF_GPTQ_INLINE VecF fmadd_pairs(VecF a, const float* x, VecF c) {
   return flush(fmadd(a_lower, b_lower, upper));
 }
 
-// The upper half of every lane, rounded to nearest even as bf16.
-HF_GPTQ_INLINE VecU rounded_bf16(VecF a) {
-  const VecU u = (VecU)flush(a);
-  const VecU is_nan = (VecU)((u & 0x7fffffffu) > 0x7f800000u);
-  const VecU rounded = u + 0x7fffu + ((u >> 16) & 1u);
-  return ((rounded & ~is_nan) | ((u | 0x400000u) & is_nan)) & 0xffff0000u;
-}
-
 // vcvtne2ps2bf16, and the two of a pair brought together.
 HF_GPTQ_INLINE VecF bf16_pairs(VecF lower, VecF upper) {
-  return (VecF)(rounded_bf16(lower) >> 16 | rounded_bf16(upper));
+  return (VecF)(rounded_bf16(flush(lower)) >> 16 | (rounded_bf16(flush(upper)) & 0xffff0000u));
 }
 
 // vpermw.

@@ -191,16 +191,8 @@ int linear_bits(const LinearArguments& a) {
 }
 
 int linear(const LinearArguments& a) {
-  switch (a.weight.bits) {
-    case 2:
-      return linear_bits<2>(a);
-    case 3:
-      return linear_bits<3>(a);
-    case 4:
-      return linear_bits<4>(a);
-    default:
-      return linear_bits<8>(a);
-  }
+  return with_width(a.weight.bits,
+                    [&](auto width) { return linear_bits<decltype(width)::kBits>(a); });
 }
 
 }  // namespace

@@ -67,6 +67,15 @@ HF_GPTQ_INLINE void store(float* p, VecF v) { memcpy(p, &v, sizeof v); }
 
 HF_GPTQ_INLINE VecU splat(uint32_t x) { return VecU{} + x; }
 
+// The bf16 nearest to every lane, ties to even, in its upper half; what the lower half holds is
+// undefined. A NaN keeps its top bits and becomes quiet.
+HF_GPTQ_INLINE VecU rounded_bf16(VecF x) {
+  const VecU u = (VecU)x;
+  const VecU is_nan = (VecU)((u & 0x7fffffffu) > 0x7f800000u);
+  const VecU rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  return (rounded & ~is_nan) | ((u | 0x400000u) & is_nan);
+}
+
 #if defined(HF_GPTQ_SIMD_AVX512F) && defined(HF_GPTQ_EMULATE)
 }  // namespace
 }  // namespace hf_gptq

@@ -206,16 +206,8 @@ int transposed_bits(const TransposedArguments& a) {
 }
 
 int transposed(const TransposedArguments& a) {
-  switch (a.weight.bits) {
-    case 2:
-      return transposed_bits<2>(a);
-    case 3:
-      return transposed_bits<3>(a);
-    case 4:
-      return transposed_bits<4>(a);
-    default:
-      return transposed_bits<8>(a);
-  }
+  return with_width(a.weight.bits,
+                    [&](auto width) { return transposed_bits<decltype(width)::kBits>(a); });
 }
 
 }  // namespace
