@@ -18,6 +18,7 @@
 #define HF_GPTQ_CPU_CODES_H_
 
 #include "decode.h"
+#include "interleave.h"
 #include "scratch.h"
 
 namespace hf_gptq {
@@ -121,18 +122,23 @@ struct Floats {
     hf_gptq::decode<kBits>(words, row_stride, code, code + steps, zero, sink);
   }
 
-  // Writes row m of x, step i to packed[i * stride]; false without memory.
-  static bool pack_row(const LinearArguments& a, int64_t m, float* packed, int64_t stride) {
-    const int64_t K = a.weight.K;
+  // Packs a row block: `rows` rows of x from m on. False without memory.
+  static bool pack(const LinearArguments& a, int64_t m, int rows, int64_t steps, float* packed) {
     const int32_t* perm = a.weight.perm;
-    float* row = static_cast<float*>(thread_scratch(K * sizeof(float)));
-    if (!row) return false;
-    to_float(a.x, a.dtype, m * a.x_row_stride, K, row);
-    if (perm) {
-      for (int64_t i = 0; i < K; ++i) packed[i * stride] = row[perm[i]];
-    } else {
-      for (int64_t i = 0; i < K; ++i) packed[i * stride] = row[i];
+    if (a.dtype == HF_GPTQ_FP32 && !perm) {
+      const float* x = static_cast<const float*>(a.x) + m * a.x_row_stride;
+      interleave(x, a.x_row_stride, rows, steps, packed);
+      return true;
     }
+    float* copy = static_cast<float*>(thread_scratch((rows + 1) * steps * sizeof(float)));
+    if (!copy) return false;
+    float* sorted = copy + rows * steps;
+    for (int r = 0; r < rows; ++r) {
+      float* row = copy + r * steps;
+      to_float(a.x, a.dtype, (m + r) * a.x_row_stride, steps, perm ? sorted : row);
+      for (int64_t i = 0; perm && i < steps; ++i) row[i] = sorted[perm[i]];
+    }
+    interleave(copy, steps, rows, steps, packed);
     return true;
   }
 };
@@ -269,27 +275,63 @@ struct Pairs {
     }
   }
 
-  static bool pack_row(const LinearArguments& a, int64_t m, float* packed, int64_t stride) {
-    const uint16_t* x = static_cast<const uint16_t*>(a.x) + m * a.x_row_stride;
-    const int64_t K = a.weight.K;
-    if (const int32_t* perm = a.weight.perm) {
-      uint16_t* row = static_cast<uint16_t*>(thread_scratch(K * sizeof(uint16_t)));
-      if (!row) return false;
-      for (int64_t i = 0; i < K; ++i) row[i] = x[perm[i]];
-      x = row;
-    }
-    for (int64_t i = 0; i < a.runs.count; ++i) {
-      const Run& run = a.runs.data[i];
-      for (int64_t unit = first(run); unit < run.end; unit += kUnit) {
-        const bool whole = unit >= run.begin && unit + kUnit <= run.end;
-        for (int64_t k = unit; k < unit + kHalf; ++k, packed += stride) {
-          const int64_t next = k + kHalf;
-          const uint32_t lower = whole || (k >= run.begin && k < run.end) ? x[k] : 0;
-          const uint32_t upper = whole || (next >= run.begin && next < run.end) ? x[next] : 0;
-          *packed = bits_float(lower | upper << 16);
-        }
+  // Where the 16-bit numbers of the steps of 32 codes come from.
+  struct PairPlaces {
+    alignas(64) uint16_t places[32];
+    constexpr PairPlaces() : places() {
+      for (int i = 0; i < 32; ++i) {
+        places[i] = static_cast<uint16_t>(i / kUnit * kUnit + i % 2 * kHalf + i % kUnit / 2);
       }
     }
+  };
+
+  // The steps of a run of one row of x.
+  static float* pack_run(const uint16_t* x, const Run& run, float* packed) {
+    static constexpr PairPlaces kPlaces;
+    VecU places;
+    memcpy(&places, kPlaces.places, sizeof places);
+    int64_t unit = first(run);
+    while (unit < run.end) {
+      if (unit >= run.begin && unit + 32 <= run.end) {
+        VecU numbers;
+        memcpy(&numbers, x + unit, sizeof numbers);
+        store(packed, lookup_16(places, numbers));
+        packed += 16;
+        unit += 32;
+        continue;
+      }
+      for (int64_t k = unit; k < unit + kHalf; ++k) {
+        const int64_t next = k + kHalf;
+        const uint32_t lower = k >= run.begin && k < run.end ? x[k] : 0;
+        const uint32_t upper = next >= run.begin && next < run.end ? x[next] : 0;
+        *packed++ = bits_float(lower | upper << 16);
+      }
+      unit += kUnit;
+    }
+    return packed;
+  }
+
+  // As in Floats.
+  static bool pack(const LinearArguments& a, int64_t m, int rows, int64_t steps, float* packed) {
+    const int64_t K = a.weight.K;
+    const int32_t* perm = a.weight.perm;
+    float* copy = static_cast<float*>(
+        thread_scratch(rows * steps * sizeof(float) + (perm ? K * sizeof(uint16_t) : 0)));
+    if (!copy) return false;
+    uint16_t* sorted = reinterpret_cast<uint16_t*>(copy + rows * steps);
+    // Where units are of one group each, the runs are as one.
+    const Run all{0, K, 0};
+    const Runs runs = steps == Pairs::steps(all) ? Runs{&all, 1} : a.runs;
+    for (int r = 0; r < rows; ++r) {
+      const uint16_t* x = static_cast<const uint16_t*>(a.x) + (m + r) * a.x_row_stride;
+      if (perm) {
+        for (int64_t i = 0; i < K; ++i) sorted[i] = x[perm[i]];
+        x = sorted;
+      }
+      float* row = rows == 1 ? packed : copy + r * steps;
+      for (int64_t i = 0; i < runs.count; ++i) row = pack_run(x, runs.data[i], row);
+    }
+    if (rows > 1) interleave(copy, steps, rows, steps, packed);
     return true;
   }
 };

@@ -3,6 +3,7 @@
 #define HF_GPTQ_CPU_DEQUANTIZE_H_
 
 #include "decode.h"
+#include "interleave.h"
 #include "parallel.h"
 #include "scratch.h"
 
@@ -11,34 +12,6 @@ namespace {
 
 // Rows of codes decoded at a time: [16, kDequantizeRows] floats, 8 KiB.
 constexpr int64_t kDequantizeRows = 128;
-
-// Row r of a becomes lane r of every row.
-HF_GPTQ_INLINE void transpose(VecF (&a)[kLanes]) {
-  HF_GPTQ_UNROLL
-  for (int apart = 1; apart < kLanes; apart *= 2) {
-    HF_GPTQ_UNROLL
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & apart) continue;
-      const VecF upper = a[i], lower = a[i + apart];
-#ifdef __clang__
-      HF_GPTQ_UNROLL
-      for (int j = 0; j < kLanes; ++j) {
-        a[i][j] = j & apart ? lower[j - apart] : upper[j];
-        a[i + apart][j] = j & apart ? lower[j] : upper[j + apart];
-      }
-#else
-      VecI first = {}, second = {};
-      HF_GPTQ_UNROLL
-      for (int j = 0; j < kLanes; ++j) {
-        first[j] = j & apart ? kLanes + j - apart : j;
-        second[j] = j & apart ? kLanes + j : j + apart;
-      }
-      a[i] = __builtin_shuffle(upper, lower, first);
-      a[i + apart] = __builtin_shuffle(upper, lower, second);
-#endif
-    }
-  }
-}
 
 // Writes what belongs to rows [begin, begin + count) of the codes, at most kDequantizeRows, to row
 // `row` of out [.., stride]: out[row, perm ? perm[i] : i] = values[i - begin].

@@ -97,18 +97,18 @@ int pack_x(int64_t begin, int64_t end, const void* context) {
     const int64_t first_row = job.rows.begin(block);
     const int rows = job.rows.size(block);
     float* packed = static_cast<const PackJob*>(context)->packed + first_row * job.stretches.steps;
-    if (Codes::kFixed) {
+    if constexpr (Codes::kFixed) {
       memset(job.fixed.listed + block * job.stretches.count, 0,
              job.stretches.count * sizeof(int32_t));
     }
-    for (int r = 0; r < rows; ++r) {
-      if constexpr (Codes::kFixed) {
+    if constexpr (Codes::kFixed) {
+      for (int r = 0; r < rows; ++r) {
         if (!pack_fixed_row<Codes>(job, block, r)) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
-      } else if (!Codes::pack_row(job.a, job.row_begin + first_row + r, packed + r, rows)) {
-        return HF_GPTQ_ERROR_OUT_OF_MEMORY;
       }
+      list_fixed_steps(job, block);
+    } else if (!Codes::pack(job.a, job.row_begin + first_row, rows, job.stretches.steps, packed)) {
+      return HF_GPTQ_ERROR_OUT_OF_MEMORY;
     }
-    if (Codes::kFixed) list_fixed_steps(job, block);
   }
   return HF_GPTQ_OK;
 }

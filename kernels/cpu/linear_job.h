@@ -48,6 +48,7 @@ constexpr int kTwoPlacesRows = 2;
 // Packed x of a row task of stream(), which stays in L2.
 constexpr int64_t kStreamedFloats = int64_t{1} << 16;
 
+static_assert(kTileRows <= kLanes && kStreamRows <= kLanes, "what interleave() takes");
 constexpr int kTileColumns = kTileBlocks * kBlockColumns;
 constexpr int kTileVectors = kTileColumns / kLanes;
 constexpr int kGroupBlocks = 8;
@@ -85,14 +86,33 @@ HF_GPTQ_INLINE int64_t grain_for(int64_t work_per_task) {
   return ceil_div(kWantedWork, work_per_task);
 }
 
-// Adds the bias to `count` columns of row m and writes them. total has count rounded up to a block.
-void write_row(const LinearArguments& a, int64_t m, int64_t column, int64_t count, float* total) {
+// Writes `rows` rows of `count` columns, a multiple of kLanes, to y, N apart, as bf16.
+void write_bf16(const float* total, int64_t stride, int rows, int64_t count, uint16_t* y,
+                int64_t N) {
+  for (int r = 0; r < rows; ++r, total += stride, y += N) {
+    for (int64_t c = 0; c < count; c += kLanes) floats_to_bf16(load(total + c), y + c);
+  }
+}
+
+// Adds the bias to `count` columns of `rows` rows from (m, column) on, and writes them. total:
+// [rows, stride].
+void write_rows(const LinearArguments& a, int64_t m, int rows, int64_t column, int64_t count,
+                float* total, int64_t stride) {
   if (a.bias) {
     float bias[kTileColumns];
     to_float(a.bias, a.dtype, column, count, bias);
-    for (int64_t c = 0; c < count; ++c) total[c] += bias[c];
+    for (int r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < count; ++c) total[r * stride + c] += bias[c];
+    }
   }
-  from_float(total, count, a.y, a.dtype, m * a.weight.N + column);
+  const int64_t N = a.weight.N, first = m * N + column;
+  if (a.dtype == HF_GPTQ_BF16 && count % kLanes == 0) {
+    write_bf16(total, stride, rows, count, static_cast<uint16_t*>(a.y) + first, N);
+    return;
+  }
+  for (int r = 0; r < rows; ++r) {
+    from_float(total + r * stride, count, a.y, a.dtype, first + r * N);
+  }
 }
 
 }  // namespace

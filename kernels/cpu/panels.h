@@ -174,14 +174,12 @@ void panel_task(const LinearJob& job, int64_t row_begin, int64_t row_end, int64_
   }
 
   for (int64_t row_block = row_begin; row_block < row_end; ++row_block) {
-    for (int r = 0; r < job.rows.size(row_block); ++r) {
-      const int64_t m = job.rows.begin(row_block) + r;
-      for (int p = 0; p < panels; ++p) {
-        const int64_t column = block * kBlockColumns + p * kTileColumns;
-        write_row(job.a, job.row_begin + m, column, min64(kTileColumns, w.N - column),
-                  scratch.totals + ((row_block - row_begin) * kGroupPanels + p) * tile_floats +
-                      r * kTileColumns);
-      }
+    for (int p = 0; p < panels; ++p) {
+      const int64_t column = block * kBlockColumns + p * kTileColumns;
+      write_rows(job.a, job.row_begin + job.rows.begin(row_block), job.rows.size(row_block), column,
+                 min64(kTileColumns, w.N - column),
+                 scratch.totals + ((row_block - row_begin) * kGroupPanels + p) * tile_floats,
+                 kTileColumns);
     }
   }
 }

@@ -181,10 +181,8 @@ void stream(const LinearJob& job, int64_t row_block, int64_t block,
   }
   for (int b = 0; b < kBlocks; ++b) {
     const int64_t column = (block + b) * kBlockColumns;
-    for (int m = 0; m < kRows; ++m) {
-      write_row(job.a, job.row_begin + first_row + m, column, min64(kBlockColumns, w.N - column),
-                total[m] + b * kBlockColumns);
-    }
+    write_rows(job.a, job.row_begin + first_row, kRows, column, min64(kBlockColumns, w.N - column),
+               total[0] + b * kBlockColumns, kColumns);
   }
 }
 

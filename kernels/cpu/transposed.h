@@ -14,6 +14,7 @@
 #define HF_GPTQ_CPU_TRANSPOSED_H_
 
 #include "dequantize.h"
+#include "interleave.h"
 #include "outer.h"
 #include "parallel.h"
 #include "row_blocks.h"
@@ -33,6 +34,7 @@ constexpr int64_t kTransposedRows = 480;
 constexpr int64_t kTransposedPacked = int64_t{1} << 23;
 static_assert(kTransposedChunk % kBlockColumns == 0 && kTransposedColumns % kOuterColumns == 0,
               "whole blocks and panels");
+static_assert(kOuterRows <= kLanes, "what interleave() takes");
 // Tasks wanted, and the least row blocks that are worth making a weight dense once more.
 constexpr int64_t kTransposedTasks = 32, kTransposedTaskBlocks = 8;
 #if defined(HF_GPTQ_SIMD_BF16)
@@ -63,11 +65,12 @@ int transposed_pack(int64_t begin, int64_t end, const void* context) {
   const TransposedJob& job = *static_cast<const TransposedJob*>(context);
   const TransposedArguments& a = job.a;
   const int64_t N = a.weight.N;
-  float* row = static_cast<float*>(thread_scratch(job.steps * sizeof(float)));
-  if (!row) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
+  float* copy = static_cast<float*>(thread_scratch(job.rows.largest * job.steps * sizeof(float)));
+  if (!copy) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
   for (int64_t block = begin; block < end; ++block) {
     const int rows = job.rows.size(block);
     for (int r = 0; r < rows; ++r) {
+      float* row = copy + r * job.steps;
       const int64_t from = (job.row_begin + job.rows.begin(block) + r) * a.x_row_stride;
       if constexpr (kPairs) {
         row[job.steps - 1] = 0.0f;
@@ -75,11 +78,10 @@ int transposed_pack(int64_t begin, int64_t end, const void* context) {
       } else {
         to_float(a.x, a.dtype, from, N, row);
       }
-      for (int64_t step = 0; step < job.steps; step += kTransposedChunk) {
-        const int64_t count = min64(kTransposedChunk, job.steps - step);
-        float* packed = transposed_x_at(job, step, block) + r;
-        for (int64_t i = 0; i < count; ++i) packed[i * rows] = row[step + i];
-      }
+    }
+    for (int64_t step = 0; step < job.steps; step += kTransposedChunk) {
+      interleave(copy + step, job.steps, rows, min64(kTransposedChunk, job.steps - step),
+                 transposed_x_at(job, step, block));
     }
   }
   return HF_GPTQ_OK;
