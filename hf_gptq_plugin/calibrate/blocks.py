@@ -8,9 +8,7 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,12 +24,12 @@ from ..solve.hessian import Hessian, SolveError
 from . import processes
 from .experts import expert_hessians, own_memory
 from .plan import Plan
-from .products import compute_dtype, dense_twin
+from .products import dense_twin
 from .report import LayerReport
 from .sensitivity import Sensitivity
 from .stream import Stream
 from .tune import TunedLayer, output_loss, tune
-from .walk import Block, WalkError, WholeModel, find_stages, forward_replaced, linears
+from .walk import Block, WalkError, WholeModel, find_stages, linears
 
 logger = logging.getLogger(__name__)
 
@@ -54,14 +52,6 @@ def quantize_block(
     Yields:
         A report per layer, as soon as it is solved.
     """
-    with ExitStack() as streaming:
-        yield from _quantize_block(block, dense, stream, exact, specs, felt, plan, streaming)
-
-
-def _quantize_block(
-    block: Block, dense: Block, stream: Stream, exact: Stream | None, specs: dict[str, QuantSpec], felt: Sensitivity,
-    plan: Plan, streaming: ExitStack,
-) -> Iterator[LayerReport]:  # fmt: skip
     # Names only: a dense layer is to be gone once it is replaced.
     everything = list(linears(block.module))
     targets = [local for local in everything if block.full(local) in specs]
@@ -82,32 +72,52 @@ def _quantize_block(
     counts = {local: felt.tokens[full] for local in stops if (full := block.full(local)) in felt.tokens}
     crossed = exact if plan.settings.propagation else None  # needed for what is learned afterwards, too
     phases = [[group] for group in groups] if plan.true_sequential else [groups]
+    # The group after whose Hessian the dense block has served; experts have several.
+    last = groups[-1] if groups and not any(isinstance(stream.submodule(n), Experts) for n in groups[-1]) else None
     for phase in phases:
         done: list[str] = []
         solved: dict[str, QuantizedWeight] = {}
         for group in phase:
             for names, hessian, note in _hessians(stream, crossed, group, targets, counts, plan):
+                drifts = _drifts(block, names, hessian)
+                if exact is not None and group is last:  # before memory is needed most
+                    exact.leave()
                 for local in names:
                     full, layer = block.full(local), block.module.get_submodule(local)
                     outputs = felt.outputs.get(full)
-                    solved[local], report = solve_layer(full, layer, hessian, specs[full], plan.settings, outputs)
+                    solved[local], report = solve_layer(
+                        full, layer, hessian, specs[full], plan.settings, outputs, drifts.pop(local, None)
+                    )
                     del layer
                     yield replace(report, note=note)
                 del hessian  # gone before the next one is gathered
                 done += names
                 if plan.true_sequential:
-                    _replace_all(block.module, solved, streaming)
-        _replace_all(block.module, solved, streaming)
+                    _replace_all(block.module, solved)
+        _replace_all(block.module, solved)
         stream.settle(done)
     own_memory(block.module)
     entered = stream.hiddens
-    if exact is not None:
+    if exact is not None and exact.inside:
         exact.leave()
     if learning:
         assert exact is not None
         _learn(block, entered, exact, before, plan)
         stream.enter(block, everything, everything)  # nothing that was kept holds any more
     stream.leave()
+
+
+def _drifts(block: Block, names: list[str], hessian: Hessian) -> dict[str, Tensor | None]:
+    """What layers need of `C`, which is freed; nothing where that would take more memory than `C`."""
+    weights = {local: dense_weight(block.module.get_submodule(local)) for local in names}
+    if sum(map(len, weights.values())) > next(iter(weights.values())).shape[1]:
+        return {}
+    try:
+        drifts = {local: hessian.drift(weight) for local, weight in weights.items()}
+    except SolveError as error:
+        raise SolveError(f"{block.full(names[0])}: {error}") from None
+    hessian.forget_cross()
+    return drifts
 
 
 def _learn(block: Block, entered: Sequence[Tensor], exact: Stream, dense: dict[str, Tensor], plan: Plan) -> None:
@@ -190,14 +200,16 @@ def layer_hessian(stream: Stream, exact: Stream | None, layer: str, weights: Seq
 
 def solve_layer(
     name: str, layer: nn.Module, hessian: Hessian, spec: QuantSpec, settings: SolveSettings,
-    outputs: list[Tensor] | None = None,
+    outputs: list[Tensor] | None = None, drift: Tensor | None = None,
 ) -> tuple[QuantizedWeight, LayerReport]:  # fmt: skip
-    """Solve one layer; errors name it. outputs: see `Sensitivity`."""
+    """Solve one layer; errors name it. outputs, drift: see `solve_factored`; without drift it is made of the Hessian's
+    `C`."""
     start = time.perf_counter()
     weight = dense_weight(layer)
     try:
         factor = hessian.factor(settings.order_for(spec), settings.damp_percent)
-        quantized, report = solve_factored(weight, factor, spec, settings, hessian.mean_cross(), outputs)
+        drift = hessian.drift(weight) if drift is None else drift
+        quantized, report = solve_factored(weight, factor, spec, settings, outputs, drift)
     except SolveError as error:
         raise SolveError(f"{name}: {error}") from None
     if report.damp_percent > settings.damp_percent:
@@ -211,12 +223,12 @@ def solve_layer(
 
 
 def dense_weight(layer: Any) -> Tensor:
-    """A layer's weight as `[N, K]`, brought back where accelerate offloaded it."""
+    """A layer's weight as `[N, K]`, not to be modified; read where accelerate offloaded it."""
     from accelerate.utils import align_module_device
 
     with align_module_device(layer):
         weight = layer.weight.detach()
-        return (weight.T if isinstance(layer, Conv1D) else weight).clone()
+        return weight.T if isinstance(layer, Conv1D) else weight
 
 
 def replace_layer(root: nn.Module, name: str, quantized: QuantizedWeight) -> None:
@@ -235,17 +247,6 @@ def replace_layer(root: nn.Module, name: str, quantized: QuantizedWeight) -> Non
     root.set_submodule(name, new)
 
 
-def _replace_all(root: nn.Module, solved: dict[str, QuantizedWeight], streaming: ExitStack) -> None:
-    """Put QuantLinears in the layers' places. Until `streaming` is closed, those of a bf16 model multiply with their
-    dequantized weight, where the processor does so faster than the kernel dequantizes for every window."""
+def _replace_all(root: nn.Module, solved: dict[str, QuantizedWeight]) -> None:
     while solved:
-        name, quantized = solved.popitem()
-        replace_layer(root, name, quantized)
-        layer: Any = root.get_submodule(name)
-        fast = compute_dtype(layer.qweight.device) == layer.dtype == torch.bfloat16
-        if fast and not hasattr(layer, "_hf_hook"):
-            streaming.enter_context(forward_replaced(layer, partial(_dense_product, layer.weight, layer.bias)))
-
-
-def _dense_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    return nn.functional.linear(x, weight, bias)
+        replace_layer(root, *solved.popitem())

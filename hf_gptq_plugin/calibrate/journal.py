@@ -48,7 +48,7 @@ class Journal:
 
     def __init__(self, folder: str | Path, fingerprint: str) -> None:
         self.folder = Path(folder)
-        with _named_errors(self.folder):
+        with named_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         self._index: dict[str, Any] = {"version": _VERSION, "fingerprint": fingerprint, "blocks": []}
         found = self._read()
@@ -97,7 +97,7 @@ class Journal:
     def write_block(self, tensors: Mapping[str, Tensor]) -> Path:
         """Write a block's quantized tensors; they count once `commit` names them."""
         path = self.folder / f"block-{len(self._index['blocks']):05d}.safetensors"
-        with _named_errors(self.folder), _replacing(path) as part:
+        with named_errors(self.folder), _replacing(path) as part:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
         return path
 
@@ -112,7 +112,7 @@ class Journal:
         """
         entry = {"name": block, "file": file.name, "reports": list(records)}
         self._index = {**self._index, "blocks": [*self._index["blocks"], entry], "streams": dict(streams)}
-        with _named_errors(self.folder), _replacing(self.folder / _INDEX) as part:
+        with named_errors(self.folder), _replacing(self.folder / _INDEX) as part:
             part.write_text(json.dumps(self._index), encoding="utf-8")
         for path in self.folder.glob("*.hidden"):
             if path.name.split(".")[0] not in streams.values():
@@ -207,7 +207,7 @@ class Hiddens(Sequence[Tensor]):
 
 def write_tensor(path: Path, value: Tensor) -> None:
     """Write one tensor to a file of its own."""
-    with _named_errors(path.parent):
+    with named_errors(path.parent):
         save_file({"hidden": value.detach().cpu().contiguous()}, path)
 
 
@@ -300,7 +300,12 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _named_errors(folder: Path) -> Iterator[None]:
+def named_errors(folder: Path) -> Iterator[None]:
+    """While the context lasts, a journal's folder is written to.
+
+    Raises:
+        JournalError: it cannot be.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:

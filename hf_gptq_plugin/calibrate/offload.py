@@ -46,6 +46,9 @@ class Offloaded:
             tensors = [n for n, t in named_module_tensors(module, recurse=hook.place_submodules) if t.is_meta]
             values = {n: hook.weights_map[n] for n in tensors}
             remove_hook_from_module(module)
+            if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+                # accelerate leaves the method on the module itself: a cycle that would outlive its replacement.
+                del module.forward
             for tensor, value in values.items():
                 # A copy: what safetensors returns may be a view of the whole mapped file.
                 set_module_tensor_to_device(module, tensor, hook.execution_device, value=value.clone())

@@ -8,6 +8,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from .chains import find_chains
 from .experts import layouts, refuse_unknown, routers, unfuse_experts
 from .generate import generated_windows
 from .journal import Hiddens, Journal, fingerprint, reading
+from .memory import freed_at_once, map_parameters
 from .offload import FileTensors, Offloaded, attach, execution_device
 from .plan import Plan
 from .products import dense_twin
@@ -62,9 +64,11 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
         JournalError: the journal's folder cannot be written.
     """
     start = time.perf_counter()
-    training = model.training
-    model.eval()
-    try:
+    with ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        model.eval()
+        if plan.low_memory:
+            stack.enter_context(freed_at_once())
         windows = processes.share(windows)
         chains = find_chains(model, windows[0], plan.block_name)
         with single_threaded():
@@ -72,6 +76,8 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
         count, seed = round(plan.generated * len(windows)), plan.seed + (processes.rank() << 32)
         windows = [*windows, *generated_windows(model, windows, count, seed)]
         journal = _journal(model, chains, windows, plan)
+        if plan.low_memory and journal is not None:
+            map_parameters(model, journal.folder)
         separate_experts(model, chains, plan)
         specs = find_specs(chains, plan)
         felt = _sensitivity(model, chains, windows, specs, plan)
@@ -86,8 +92,6 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
             if plan.checkpoint.lm_head:
                 reports.append(_quantize_head(model, windows, felt, plan))
                 bar.update()
-    finally:
-        model.train(training)
     _warn_of_starved_experts(reports)
     logger.info("Quantized %d layers in %.0f s.", len(reports), time.perf_counter() - start)
     return reports

@@ -19,7 +19,6 @@ References: Kim et al. 2025 (GuidedQuant); Kim et al. 2024 (SqueezeLLM); Tseng e
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
 import threading
@@ -36,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from ..solve.joint import part_rows
 from ..solve.linalg import add_gram, total
 from . import processes
+from .memory import give_back
 from .offload import is_offloaded
 from .products import compute_dtype, computing, own_products
 from .threads import in_order
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 # What a backward pass may keep of the forward pass, over all threads; beyond, blocks are computed twice.
 _KEPT_BYTES = 4 << 30
-_TRIM_EVERY = 4  # windows
+_TRIM_EVERY = 4  # windows; of what a backward pass frees glibc keeps more each time, some 80 MB with SmolLM2-135M
 _COPIES = 3  # numbers that are kept per token and channel of a linear layer's wider side, about
 
 _OUTPUT_WINDOWS = 32  # what the outputs' Hessians are taken from
@@ -117,7 +117,7 @@ def sensitivity(
                     sums[name].add(window[name])
                 del window
                 if number % _TRIM_EVERY == 0:
-                    _give_back()
+                    give_back()
     except (RuntimeError, NotImplementedError) as error:  # an operation that has no derivative
         logger.warning("%s: no backward pass (%s); everything counts alike.", type(model).__name__, error)
         return Sensitivity()
@@ -125,14 +125,6 @@ def sensitivity(
         {name: made for name, parts in tokens.items() if (made := _normalized(parts, windows)) is not None},
         {name: made for name, sum_ in sums.items() if (made := sum_.metric()) is not None},
     )
-
-
-def _give_back() -> None:
-    """Return freed memory to the system. Of what a backward pass frees glibc keeps more each time: some 80 MB per
-    window of SmolLM2-135M."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _normalized(parts: list[Tensor], windows: list[Tensor]) -> list[Tensor] | None:

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .journal import Hiddens, read_tensor, write_tensor
 from .threads import in_order
-from .walk import Block, forward_replaced
+from .walk import Block, forward_replaced, take_apart
 
 
 class _Stop(Exception):
@@ -260,13 +260,20 @@ class Stream:
         return self._entered.block.module.get_submodule(name)
 
     def leave(self) -> None:
-        """Finish the block. What entered it stays on disk, for a journal to drop."""
+        """Finish the block, and let go of it if it is a twin. What entered it stays on disk, for a journal to drop."""
         self._position += 1
         left = self._new([])
         for value in self._entered.outputs(self.hiddens):
             left.append(value)
         self.hiddens = left
+        if self._entered.block.is_twin:
+            take_apart(self._entered.block)
         self._block = None
+
+    @property
+    def inside(self) -> bool:
+        """Whether a block was entered and not left."""
+        return self._block is not None
 
     @property
     def _entered(self) -> Resumable:

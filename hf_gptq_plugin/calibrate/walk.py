@@ -42,6 +42,7 @@ class Block:
         calls: one per calibration window: the block's arguments, without the hidden states.
         output: index of the hidden states in what the block returns; None where it returns them bare.
         repeated: its linear layers that run more than once in a pass, by name; `find_stages` fills it.
+        is_twin: whether it is another's twin, see `twin`.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Block:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     output: int | None = None
     repeated: frozenset[str] = frozenset()
+    is_twin: bool = False
 
     def full(self, local: str) -> str:
         """The name in the model of a module of the block."""
@@ -349,4 +351,12 @@ def find_stages(block: Block, hidden: Tensor, targets: Iterable[str]) -> list[li
 def twin(block: Block) -> Block:
     """The block as it is now: layers that are replaced later stay in the twin. Weights are shared."""
     shared = {id(t): t for t in (*block.module.parameters(), *block.module.buffers())}
-    return replace(block, module=copy.deepcopy(block.module, shared))
+    return replace(block, module=copy.deepcopy(block.module, shared), is_twin=True)
+
+
+def take_apart(block: Block) -> None:
+    """Let go of a twin that has served: a module that holds a method of its own (by accelerate's hooks) is a cycle,
+    which would keep the dense weights in memory until garbage is collected."""
+    for module in block.module.modules():
+        for name in ("forward", "_old_forward"):
+            vars(module).pop(name, None)

@@ -14,7 +14,7 @@ from .. import native
 from ..format.grid import QuantizedWeight, natural_groups
 from ..format.spec import QuantSpec
 from . import joint
-from .hessian import Factor, SolveError, factorize, reordered
+from .hessian import Factor, SolveError, factorize, output_drift, reordered
 from .joint import Metric
 from .linalg import all_finite, total
 from .refine import descend, propagate, refit_scales, row_errors, values
@@ -121,13 +121,14 @@ def solve(
     """
     settings = settings or SolveSettings()
     factor = factorize(hessian.clone(), settings.order_for(spec), settings.damp_percent)
-    return solve_factored(weight, factor, spec, settings, cross)
+    moved = None if cross is None else output_drift(weight.detach(), cross, factor.diagonal == 0)
+    return solve_factored(weight, factor, spec, settings, drift=moved)
 
 
 @torch.no_grad()
 def solve_factored(
-    weight: Tensor, factor: Factor, spec: QuantSpec, settings: SolveSettings, cross: Tensor | None = None,
-    outputs: Sequence[Tensor] | None = None,
+    weight: Tensor, factor: Factor, spec: QuantSpec, settings: SolveSettings,
+    outputs: Sequence[Tensor] | None = None, drift: Tensor | None = None,
 ) -> tuple[QuantizedWeight, SolveReport]:  # fmt: skip
     """Quantize one weight whose inputs' Hessian is factorized.
 
@@ -146,9 +147,10 @@ def solve_factored(
     Args:
         weight: `[N, K]`, any float dtype.
         factor: made for `settings.order_for(spec)`.
-        spec, settings, cross: see `solve`.
+        spec, settings: see `solve`.
         outputs: how errors of outputs are felt together, parts of `joint.part_rows` rows, see `joint.Metric`; None for
             each by itself, all alike.
+        drift: fp32 `[N, K]`, see `Hessian.drift`; None where earlier layers are dense.
 
     Raises:
         SolveError: weights that are not finite, outputs that are not positive definite.
@@ -159,6 +161,7 @@ def solve_factored(
     if outputs is not None:  # rows wait for each other, as accelerators do not like it
         metric, rows = joint.by_falling_diagonal(outputs)
         weight, factor = weight.cpu()[rows], factor.cpu()
+        drift = None if drift is None else drift.cpu()[rows]
     columns, order, device = weight.shape[1], factor.order, weight.device
     dead = factor.diagonal == 0
     # Places are where groups lie side by side: natural order, or the solve order where groups follow it.
@@ -172,13 +175,15 @@ def solve_factored(
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=device)
     scales, zeros, errors, energies = [], [], [], []
     at_once = _ROWS if metric is None else len(weight)
-    for part, part_codes in zip(weight.detach().split(at_once), codes.split(at_once), strict=True):
+    parts = weight.detach().split(at_once)
+    drifts = [None] * len(parts) if drift is None else drift.split(at_once)
+    for part, moved, part_codes in zip(parts, drifts, codes.split(at_once), strict=True):
         wanted = part.float()
         if not all_finite(wanted):
             raise SolveError("the weight is not finite (NaN or infinity); the model's file is damaged")
         wanted = wanted.masked_fill(dead, 0.0)
-        if cross is not None and settings.propagation:
-            wanted = propagate(wanted, cross.to(device), factor.upper, order, settings.propagation)
+        if moved is not None and settings.propagation:
+            wanted = propagate(wanted, moved.to(device), factor.upper, order, settings.propagation)
             wanted.masked_fill_(dead, 0.0)
         energies.append(total(row_errors(wanted, factor.damped)))
         # A dead column's weights are zero, so its importance does not matter.

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .linalg import add_gram, all_finite, inverse_factor, total
+from .linalg import add_gram, all_finite, inverse_factor, matmul, total
 
-_ROWS = 256  # taken at once where a matrix is reordered
+_ROWS = 256  # taken at once where a matrix is reordered or multiplied
 DAMP_LIMIT = 10.0  # times the mean of the diagonal; beyond it the damping would drown the data
 
 
@@ -113,6 +113,24 @@ class Hessian:
         self.mean()
         return self._cross
 
+    def drift(self, weight: Tensor) -> Tensor | None:
+        """`W Cᵀ`, fp32 `[N, K]`: all that a layer needs of `C`, and smaller where a layer has few outputs. Inputs that
+        were never active count for nothing.
+
+        Args:
+            weight: `W`, `[N, K]`.
+
+        Returns:
+            None where no exact inputs were given.
+        """
+        cross = self.mean_cross()
+        diagonal = self.mean().diagonal() if self._factor is None else self._factor.diagonal
+        return None if cross is None else output_drift(weight, cross, diagonal == 0)
+
+    def forget_cross(self) -> None:
+        """Free `C`, which nothing needs any more."""
+        self._cross = None
+
     def factor(self, order: str, damp_percent: float) -> Factor:
         """The factor, made once for all layers that read these inputs. It takes the place of `mean`'s matrix.
 
@@ -132,6 +150,21 @@ class Hessian:
     def _require_open(self) -> None:
         if self._divided:
             raise RuntimeError("the Hessian's means were taken; nothing can be added any more")
+
+
+def output_drift(weight: Tensor, cross: Tensor, dead: Tensor) -> Tensor:
+    """`W Cᵀ`, see `Hessian.drift`.
+
+    Args:
+        weight: `W`, `[N, K]`, any float dtype.
+        cross: `C`, fp32 `[K, K]`.
+        dead: bool `[K]`, inputs that were never active.
+    """
+    out = torch.empty(weight.shape, dtype=torch.float32, device=cross.device)
+    for part, to in zip(weight.split(_ROWS), out.split(_ROWS), strict=True):
+        live = part.to(cross.device, torch.float32).masked_fill(dead.to(cross.device), 0.0)
+        to.copy_(matmul(live, cross.T))
+    return out
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from .linalg import matmul, solve_symmetric
 _ROWS = 512  # rows whose [G, G] systems are held at once
 
 
-def propagate(weight: Tensor, cross: Tensor, inverse_factor: Tensor, order: Tensor, strength: float) -> Tensor:
+def propagate(weight: Tensor, drift: Tensor, inverse_factor: Tensor, order: Tensor, strength: float) -> Tensor:
     """The weight to aim at, given that the inputs are those of a model already quantized up to here.
 
     The dense model computes `W x*`, this one sees `x`. `Σ (W x* - V x)²` is least for `V = W + W Cᵀ H⁻¹` with
@@ -22,7 +22,7 @@ def propagate(weight: Tensor, cross: Tensor, inverse_factor: Tensor, order: Tens
 
     Args:
         weight: `W`, fp32 `[N, K]`.
-        cross: `C`, fp32 `[K, K]`.
+        drift: `W Cᵀ`, fp32 `[N, K]`, see `Hessian.drift`.
         inverse_factor: upper factor of the inverse of the damped `H`, fp32 `[K, K]`, in solve order.
         order: the solve order, `[K]`.
         strength: which part of the way to go, 0 to 1.
@@ -33,7 +33,7 @@ def propagate(weight: Tensor, cross: Tensor, inverse_factor: Tensor, order: Tens
     References:
         Li et al. 2025 (GPTAQ); Arai & Ichikawa 2025 (QEP).
     """
-    moved = matmul(matmul(matmul(weight, cross.T)[:, order], inverse_factor.T), inverse_factor)
+    moved = matmul(matmul(drift[:, order], inverse_factor.T), inverse_factor)
     out = weight.clone()
     out[:, order] += strength * moved
     return out

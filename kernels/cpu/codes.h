@@ -130,13 +130,14 @@ struct Floats {
       interleave(x, a.x_row_stride, rows, steps, packed);
       return true;
     }
-    float* copy = static_cast<float*>(thread_scratch((rows + 1) * steps * sizeof(float)));
+    const int64_t copies = perm ? rows + 1 : rows;
+    float* copy = static_cast<float*>(thread_scratch(copies * steps * sizeof(float)));
     if (!copy) return false;
-    float* sorted = copy + rows * steps;
+    float* natural = copy + rows * steps;
     for (int r = 0; r < rows; ++r) {
       float* row = copy + r * steps;
-      to_float(a.x, a.dtype, (m + r) * a.x_row_stride, steps, perm ? sorted : row);
-      for (int64_t i = 0; perm && i < steps; ++i) row[i] = sorted[perm[i]];
+      to_float(a.x, a.dtype, (m + r) * a.x_row_stride, steps, perm ? natural : row);
+      for (int64_t i = 0; perm && i < steps; ++i) row[i] = natural[perm[i]];
     }
     interleave(copy, steps, rows, steps, packed);
     return true;

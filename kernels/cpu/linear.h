@@ -100,8 +100,6 @@ int pack_x(int64_t begin, int64_t end, const void* context) {
     if constexpr (Codes::kFixed) {
       memset(job.fixed.listed + block * job.stretches.count, 0,
              job.stretches.count * sizeof(int32_t));
-    }
-    if constexpr (Codes::kFixed) {
       for (int r = 0; r < rows; ++r) {
         if (!pack_fixed_row<Codes>(job, block, r)) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
       }

@@ -64,24 +64,25 @@ template <bool kPairs>
 int transposed_pack(int64_t begin, int64_t end, const void* context) {
   const TransposedJob& job = *static_cast<const TransposedJob*>(context);
   const TransposedArguments& a = job.a;
-  const int64_t N = a.weight.N;
-  float* copy = static_cast<float*>(thread_scratch(job.rows.largest * job.steps * sizeof(float)));
-  if (!copy) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
+  constexpr int64_t kNumbers = kPairs ? 2 : 1;  // of a step
+  alignas(64) float copy[kOuterRows * kTransposedChunk];
   for (int64_t block = begin; block < end; ++block) {
     const int rows = job.rows.size(block);
-    for (int r = 0; r < rows; ++r) {
-      float* row = copy + r * job.steps;
-      const int64_t from = (job.row_begin + job.rows.begin(block) + r) * a.x_row_stride;
-      if constexpr (kPairs) {
-        row[job.steps - 1] = 0.0f;
-        memcpy(row, static_cast<const uint16_t*>(a.x) + from, N * sizeof(uint16_t));
-      } else {
-        to_float(a.x, a.dtype, from, N, row);
-      }
-    }
     for (int64_t step = 0; step < job.steps; step += kTransposedChunk) {
-      interleave(copy + step, job.steps, rows, min64(kTransposedChunk, job.steps - step),
-                 transposed_x_at(job, step, block));
+      const int64_t count = min64(kTransposedChunk, job.steps - step);
+      const int64_t numbers = min64(count * kNumbers, a.weight.N - step * kNumbers);
+      for (int r = 0; r < rows; ++r) {
+        float* row = copy + r * count;
+        const int64_t from =
+            (job.row_begin + job.rows.begin(block) + r) * a.x_row_stride + step * kNumbers;
+        if constexpr (kPairs) {
+          row[count - 1] = 0.0f;  // half of it stays so where N is odd
+          memcpy(row, static_cast<const uint16_t*>(a.x) + from, numbers * sizeof(uint16_t));
+        } else {
+          to_float(a.x, a.dtype, from, numbers, row);
+        }
+      }
+      interleave(copy, count, rows, count, transposed_x_at(job, step, block));
     }
   }
   return HF_GPTQ_OK;

@@ -33,6 +33,21 @@ def test_tokens_that_count_differently(dtype: torch.dtype) -> None:
     torch.testing.assert_close(hessian.mean_cross().double(), cross, **close)
 
 
+def test_what_a_layer_needs_of_its_inputs_errors() -> None:
+    x, exact, weight = torch.randn(50, 6), torch.randn(50, 6), torch.randn(300, 6)
+    x[:, 2] = 0  # never active: its weights are going to be 0
+    hessian = Hessian(6)
+    hessian.add(x, exact)
+    live = weight.double().clone()
+    live[:, 2] = 0
+    wanted = live @ (exact - x).double().T @ x.double() / 50
+    torch.testing.assert_close(hessian.drift(weight).double(), wanted, rtol=1e-5, atol=1e-5)
+    hessian.factor("natural", 0.01)  # which gives the diagonal to inputs that were never active
+    torch.testing.assert_close(hessian.drift(weight).double(), wanted, rtol=1e-5, atol=1e-5)
+    hessian.forget_cross()
+    assert hessian.drift(weight) is None
+
+
 def test_bf16_inputs_are_summed_in_fp32() -> None:
     x = torch.randn(4096, 4).bfloat16()
     hessian = Hessian(4)
