@@ -118,10 +118,10 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
             output; needs the quantized model in memory.
         journal: a folder. Finished blocks are written to it, and the same job goes on from there after it was
             interrupted. It can be deleted once the model is saved.
-        low_memory: keep on disk whatever is not worked on: the model's blocks and the activations. For models that
-            are larger than memory; with fused experts, give `from_pretrained` an `offload_folder`. Presets leave out
-            what needs all of the model then (generated, token_weights, output_hessian, model_epochs), as they do where
-            `device_map` offloads a part of it.
+        low_memory: keep on disk whatever is not worked on: the model's blocks, its embeddings and the activations. For
+            models that are larger than memory; with fused experts, give `from_pretrained` an `offload_folder`. Presets
+            leave out what needs all of the model then (generated, token_weights, output_hessian, model_epochs), as they
+            do where `device_map` offloads a part of it.
         min_expert_tokens: a layer of a mixture's expert that the router sends fewer calibration tokens leans on all
             tokens of its layer as well, as though they had been sent to it; None for twice its in_features.
         **stock: see `transformers.GPTQConfig`. An unknown name raises TypeError.

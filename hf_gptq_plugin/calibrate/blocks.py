@@ -79,9 +79,9 @@ def quantize_block(
         solved: dict[str, QuantizedWeight] = {}
         for group in phase:
             for names, hessian, note in _hessians(stream, crossed, group, targets, counts, plan):
-                drifts = _drifts(block, names, hessian)
                 if exact is not None and group is last:  # before memory is needed most
                     exact.leave()
+                drifts = _drifts(block, names, hessian)
                 for local in names:
                     full, layer = block.full(local), block.module.get_submodule(local)
                     outputs = felt.outputs.get(full)

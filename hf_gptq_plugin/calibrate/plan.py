@@ -30,8 +30,8 @@ class Plan:
         seed: of what is drawn for these three.
         tuning: what is learned after the solver.
         journal: folder that finished blocks are written to, and gone on from; None for no journal.
-        low_memory: keep on disk whatever is not worked on: activations, and finished blocks where their weights were
-            offloaded to begin with.
+        low_memory: keep on disk whatever is not worked on: activations, large parameters that are in memory, and
+            finished blocks where their weights were offloaded to begin with.
     """
 
     checkpoint: CheckpointConfig
