@@ -6,7 +6,6 @@ all backward: there our own product, exact in 16 bits, takes the place of torch'
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -85,11 +84,8 @@ class _Product(torch.autograd.Function):
         return dense_linear(gradients[0], ctx.weight.T), None
 
 
-def _own_product(own: nn.Linear) -> Callable[[Tensor], Tensor]:
-    found = weakref.ref(own)  # the layer holds what is returned: in a cycle it would outlive its block
-
+def _own_product(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        layer: Any = found()
         out = _Product.apply(x, layer.weight)
         return out if layer.bias is None else out + layer.bias
 

@@ -355,8 +355,8 @@ def twin(block: Block) -> Block:
 
 
 def take_apart(block: Block) -> None:
-    """Let go of a twin that has served: a module that holds a method of its own (by accelerate's hooks) is a cycle,
-    which would keep the dense weights in memory until garbage is collected."""
+    """Let go of a twin that has served: a module that holds a method of its own (our product, accelerate's hooks) is a
+    cycle, which would keep the dense weights in memory until garbage is collected."""
     for module in block.module.modules():
         for name in ("forward", "_old_forward"):
             vars(module).pop(name, None)
