@@ -4,19 +4,24 @@
 
 Every product is checked first, with fresh random inputs and outputs that held NaN. Times are medians of CUDA graph
 replays; a graph walks over copies of the weight that together exceed the L2 cache several times, so that weights come
-from memory, as they do in a model. Beside ours: dense cuBLAS, torch's tinygemm op, and vLLM's Marlin where it can be
-imported. "floor" is the larger of bytes over bandwidth and operations over the matrix rate, both measured in the same
-run. Needs the CUDA library: pip install . -C cmake.define.HF_GPTQ_CUDA=ON
+from memory, as they do in a model. "dense" is cuBLAS; ours are its regimes, "dequant" being dequantize and cuBLAS, and
+"*" marks the one that the rules choose; beside them torch's tinygemm (bf16) and Marlin (fp16), where it is given:
+--marlin takes marlin_cuda_kernel.cu (IST-DASLab/marlin, 2f6d7c1) as a shared library, built by nvcc -O3 -std=c++17
+--expt-relaxed-constexpr -shared -Xcompiler -fPIC -gencode=arch=compute_90,code=sm_90. "floor" is the larger of bytes
+over bandwidth and operations over the matrix rate, both measured in the same run. Needs the CUDA library:
+pip install . -C cmake.define.HF_GPTQ_CUDA=ON
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +34,12 @@ from hf_gptq_plugin.format.spec import QuantSpec
 from hf_gptq_plugin.nn import cuda, ops
 from hf_gptq_plugin.nn.ops import KernelWeight
 
-REGIMES = {0: "dense", 1: "narrow", 2: "wide", 3: "hopper"}
+REGIMES = {0: "dequant", 1: "narrow", 2: "wide", 3: "hopper"}
 HOPPER = 3
+NARROW_ROWS, WIDE_ROWS, HOPPER_ROWS = 4, 1024, 16  # the most, the most and the fewest rows that a regime is timed with
 L2_MULTIPLE = 4  # weights of one graph, in sizes of the L2 cache
 MOST_COPIES = 64
+MARLIN = "_Z11marlin_cudaPKvS0_PvS1_iiiS1_iiP11CUstream_stiiii"  # marlin_cuda, as C++ names it
 
 
 def quantized(spec: QuantSpec, out_features: int, in_features: int, device: torch.device) -> QuantizedWeight:
@@ -104,45 +111,62 @@ def regime_of(kernel: KernelWeight, x: Tensor) -> str:
     return REGIMES[plan.regime]
 
 
-def marlin(weight: QuantizedWeight, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
-    """vLLM's Marlin kernel on the same codes, where this vLLM (0.32 or like it) has it; None otherwise."""
-    spec = weight.spec
-    if spec.bits not in (4, 8) or not spec.sym or spec.group_size not in (-1, 32, 64, 128):
+Peer = tuple[Callable[..., Tensor], tuple[Tensor, ...]]  # call(x, *tensors), and the tensors
+
+
+def marlin(path: Path, weight: QuantizedWeight, dtype: torch.dtype) -> Peer | None:
+    """Marlin on the same codes, from the library at `path`; None where it has no kernel for them."""
+    spec, (out_features, in_features) = weight.spec, weight.codes.shape
+    fits = (spec.bits, spec.sym, dtype) == (4, True, torch.float16) and spec.group_size in (-1, 128)
+    if not fits or out_features % 256 or in_features % 128:
         return None
-    try:
-        from vllm import _custom_ops as vllm_ops
-        from vllm.model_executor.layers.quantization.utils import marlin_utils
-        from vllm.scalar_type import scalar_types
+    multiply = getattr(ctypes.CDLL(str(path)), MARLIN)
+    device = weight.codes.device
+    # Its words: for 16 inputs, four tiles of 16 outputs at a time; of a tile a lane of the tensor core's operand B has
+    # eight codes, those of even inputs in the low half of the word.
+    word = torch.arange(out_features * 2, device=device)
+    lane, tile = word % 128 // 4, word // 128 * 4 + word % 4
+    codes = weight.codes.T.reshape(in_features // 16, 16, out_features)
+    packed = torch.zeros(in_features // 16, out_features * 2, dtype=torch.int32, device=device)
+    for nibble in range(8):
+        element = nibble % 4 * 2 + nibble // 4
+        inputs = 2 * (lane % 4) + element % 2 + element % 4 // 2 * 8
+        packed |= codes[:, inputs, 16 * tile + lane // 4 + element // 4 * 8].int() << 4 * nibble
+    split = (4, 4, 2) if spec.group_size == -1 else (8, 8)
+    scales = weight.scales.reshape(-1, *split).transpose(1, 2).reshape(weight.scales.shape).contiguous()
 
-        repack = torch.ops._C.gptq_marlin_repack
-    except (ImportError, OSError, AttributeError):
-        return None
-    del repack
-    out_features, in_features = weight.codes.shape
-    codes = vllm_ops.gptq_marlin_repack(weight.pack()["qweight"], in_features, out_features, spec.bits)
-    scales = marlin_utils.marlin_permute_scales(
-        weight.scales.to(dtype), in_features, out_features, spec.width(in_features)
-    )
-    no_zeros = torch.empty(0, dtype=torch.int32, device=codes.device)
-    workspace = marlin_utils.marlin_make_workspace_new(codes.device)
-    kind = scalar_types.uint4b8 if spec.bits == 4 else scalar_types.uint8b128
-    return lambda x: marlin_utils.apply_gptq_marlin_linear(
-        x, codes, scales, no_zeros, workspace, kind, out_features, in_features
-    )
+    def call(x: Tensor, *tensors: Tensor) -> Tensor:
+        out = x.new_empty(x.shape[0], out_features)
+        codes, scales, locks = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
+        failed = multiply(
+            ctypes.c_void_p(x.data_ptr()), codes, ctypes.c_void_p(out.data_ptr()), scales, x.shape[0], out_features,
+            in_features, locks, spec.group_size, torch.cuda.current_device(),
+            ctypes.c_void_p(torch.cuda.current_stream().cuda_stream), -1, -1, -1, 16,
+        )  # fmt: skip
+        if failed:
+            raise SystemExit(f"marlin: error {failed} at M={x.shape[0]} N={out_features} K={in_features}")
+        return out
+
+    return call, (packed, scales, torch.zeros(out_features // 128 * 16, dtype=torch.int32, device=device))
 
 
-def tinygemm(weight: QuantizedWeight) -> Callable[[Tensor], Tensor] | None:
+def tinygemm(weight: QuantizedWeight, dtype: torch.dtype) -> Peer | None:
     """torch's own 4-bit op (bf16, groups of 32 to 256), on the same grid; None where it does not apply."""
     spec = weight.spec
     out_features, in_features = weight.codes.shape
-    if spec.bits != 4 or spec.group_size not in (32, 64, 128, 256) or out_features % 8 or in_features % 128:
+    fits = spec.bits == 4 and dtype is torch.bfloat16 and spec.group_size in (32, 64, 128, 256)
+    if not fits or out_features % 8 or in_features % 128:
         return None
     pairs = weight.codes[:, ::2] << 4 | weight.codes[:, 1::2]
     packed = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), 8)
     # It computes (code - 8) * scale + zero.
     zeros = (8 - weight.zeros.float()) * weight.scales.float()
     grid = torch.stack([weight.scales.float(), zeros], dim=-1).bfloat16().contiguous()
-    return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, spec.group_size, grid)
+    return lambda x, packed, grid: torch.ops.aten._weight_int4pack_mm(x, packed, spec.group_size, grid), (packed, grid)
+
+
+# Other kernels for the same codes: (weight, dtype) -> what computes it, or None where it cannot.
+PEERS: dict[str, Callable[[QuantizedWeight, torch.dtype], Peer | None]] = {"tinygemm": tinygemm}
 
 
 def correctness(device: torch.device) -> list[dict[str, Any]]:
@@ -165,10 +189,10 @@ def correctness(device: torch.device) -> list[dict[str, Any]]:
                     truth = x.double() @ dense.T + bias.double()
                     rounding = relative_error(truth.to(dtype), truth)
                     calls: dict[str, Callable[[], Tensor]] = {
-                        regime_of(kernel, x): lambda x=x, k=kernel, b=bias: ops.linear(x, k, b)
+                        regime_of(kernel, x): partial(ops.linear, x, kernel, bias)
                     }
                     if torch.cuda.get_device_capability() == (9, 0) and dtype is not torch.float32:
-                        calls["hopper"] = lambda x=x, k=kernel, b=bias: cuda.linear(x, b, *k.arguments, regime=HOPPER)
+                        calls["hopper"] = partial(cuda.linear, x, bias, *kernel.arguments, regime=HOPPER)
                     for regime, call in calls.items():
                         name = (
                             f"bits={bits} sym={sym} {dtype} M={rows} N={out_features} K={in_features} g={group_size} "
@@ -176,7 +200,7 @@ def correctness(device: torch.device) -> list[dict[str, Any]]:
                         )
                         first = call()
                         error = relative_error(first, truth)
-                        limit = 1.1 * rounding + 2e-6 if regime != "dense" else 4 * rounding + 1e-3
+                        limit = 1.1 * rounding + 2e-6 if regime != "dequant" else 4 * rounding + 1e-3
                         if error > limit:
                             wrong = (first.double() - truth).abs()
                             place = divmod(int(wrong.argmax()), out_features)
@@ -202,49 +226,50 @@ def measure(
     if kernel.qzeros is not None:
         weight_bytes += kernel.qzeros.numel() * 4
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    candidates: dict[str, tuple[Callable[..., Tensor], list[tuple[Any, ...]]]] = {}
 
-    def copies(tensors: tuple[Tensor, ...], rebuild: Callable[..., Any]) -> list[tuple[Any, ...]]:
-        size = sum(t.numel() * t.element_size() for t in tensors)
-        count = min(MOST_COPIES, max(2, -(-L2_MULTIPLE * cache // size)))
-        return [(rebuild(*(t.clone() for t in tensors)),) for _ in range(count)]
+    def with_grid(qweight: Tensor, scales: Tensor) -> KernelWeight:
+        return KernelWeight(**{**vars(kernel), "qweight": qweight, "scales": scales})
 
-    fields = ("qweight", "scales")
-    candidates["ours"] = (
-        lambda k: ops.linear(x, k),
-        copies(
-            tuple(getattr(kernel, f) for f in fields),
-            lambda *t: KernelWeight(**{**vars(kernel), **dict(zip(fields, t, strict=True))}),
-        ),
-    )
-    if torch.cuda.get_device_capability() == (9, 0) and rows >= 32:  # beside what the rules choose
-        candidates["hopper"] = (lambda k: cuda.linear(x, None, *k.arguments, regime=HOPPER), candidates["ours"][1])
-    candidates["dense"] = (lambda w: torch.nn.functional.linear(x, w), copies((dense,), lambda w: w))
-    if dtype is torch.bfloat16 and (tiny := tinygemm(weight)):
-        calls = [(tinygemm(weight),) for _ in range(len(candidates["ours"][1]) - 1)]
-        candidates["tinygemm"] = (lambda call: call(x), [(tiny,), *calls])
-    if other := marlin(weight, dtype):
-        candidates["marlin"] = (
-            lambda call: call(x), [(other,), *((marlin(weight, dtype),) for _ in range(len(candidates["ours"][1]) - 1))]
-        )  # fmt: skip
+    def in_regime(regime: int) -> Callable[..., Tensor]:
+        return lambda x, *tensors: cuda.linear(x, None, *with_grid(*tensors).arguments, regime=regime)
+
+    ours, chosen = (kernel.qweight, kernel.scales), regime_of(kernel, x)
+    candidates: dict[str, Peer] = {"dense": (torch.nn.functional.linear, (dense,))}
+    for regime, name in REGIMES.items():
+        timed = {
+            "narrow": rows <= NARROW_ROWS, "wide": rows <= WIDE_ROWS, "dequant": True,
+            "hopper": rows >= HOPPER_ROWS and torch.cuda.get_device_capability() == (9, 0),
+        }  # fmt: skip
+        if name == chosen or timed[name]:
+            candidates[name] = (in_regime(regime), ours)
+    for name, made in PEERS.items():
+        if (peer := made(weight, dtype)) is not None:
+            candidates[name] = peer
     result: dict[str, Any] = {
         "M": rows, "N": out_features, "K": in_features, "dtype": str(dtype), "bits": spec.bits,
-        "group_size": spec.group_size, "regime": regime_of(kernel, x),
+        "group_size": spec.group_size, "regime": chosen,
         "floor_us": max(
             (weight_bytes + 2 * rows * (in_features + out_features)) / bandwidth,
             2 * rows * in_features * out_features / rate,
         ),
     }  # fmt: skip
-    for name, (call, arguments) in candidates.items():
-        result[f"{name}_error"] = relative_error(call(*arguments[0]), truth)
+    copies: dict[tuple[Tensor, ...], list[tuple[Tensor, ...]]] = {}
+    for name, (call, tensors) in candidates.items():
+        if tensors not in copies:
+            size = sum(t.numel() * t.element_size() for t in tensors)
+            count = min(MOST_COPIES, max(2, -(-L2_MULTIPLE * cache // size)))
+            copies[tensors] = [tuple(t.clone() for t in tensors) for _ in range(count)]
+        result[f"{name}_error"] = relative_error(call(x, *tensors), truth)
         if result[f"{name}_error"] > 2e-2:
             raise SystemExit(f"{name}: error {result[f'{name}_error']:.1e} at {result}")
-        result[f"{name}_us"] = graph_us([lambda c=call, a=a: c(*a) for a in arguments], replays)
+        result[f"{name}_us"] = graph_us([partial(call, x, *t) for t in copies[tensors]], replays)
     gradient = torch.randn(rows, out_features, device=device).to(dtype)
-    result["backward_us"] = graph_us(
-        [lambda a=a: gradient @ ops.dequantize(a[0], in_features, dtype) for a in candidates["ours"][1]], replays
-    )
-    result["dense_backward_us"] = graph_us([lambda a=a: gradient @ a[0] for a in candidates["dense"][1]], replays)
+
+    def backward(*tensors: Tensor) -> Tensor:
+        return gradient @ ops.dequantize(with_grid(*tensors), in_features, dtype)
+
+    result["backward_us"] = graph_us([partial(backward, *t) for t in copies[ours]], replays)
+    result["dense_backward_us"] = graph_us([partial(torch.matmul, gradient, *t) for t in copies[(dense,)]], replays)
     return result
 
 
@@ -272,7 +297,10 @@ def main() -> None:
     parser.add_argument("--asym", action="store_true")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), default="bfloat16")
     parser.add_argument("--replays", type=int, default=30)
-    parser.add_argument("--check-only", action="store_true", help="compare with float64 and time nothing")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--check-only", action="store_true", help="compare with float64 and time nothing")
+    only.add_argument("--no-check", action="store_true", help="compare with float64 only what is timed")
+    parser.add_argument("--marlin", type=Path, help="Marlin as a shared library; see above")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -283,22 +311,21 @@ def main() -> None:
     torch.manual_seed(0)
     # Memory that torch leaves uninitialised holds NaN while results are checked.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    report: dict[str, Any] = {"environment": environment(), "checks": correctness(device), "rows": []}
+    checks = [] if options.no_check else correctness(device)
+    report: dict[str, Any] = {"environment": environment(), "checks": checks, "rows": []}
     torch.use_deterministic_algorithms(False)
     print(", ".join(f"{k} {v}" for k, v in report["environment"].items()))
     print(f"{len(report['checks'])} products agree with float64 and with themselves")
+    if options.marlin:
+        PEERS["marlin"] = partial(marlin, options.marlin)
     if not options.check_only:
         bandwidth, rate = ceilings(options.replays)
         report["environment"] |= {"bytes_per_us": bandwidth, "operations_per_us": rate}
         print(f"measured ceilings: {bandwidth / 1e6:.2f} TB/s, {rate / 1e6:.0f} TFLOP/s (bf16)")
         spec = QuantSpec(options.bits, options.group_size, not options.asym)
-        names = ("ours", "hopper", "dense", "tinygemm", "marlin")
-        heads = (f"{name + ' µs':>11}" for name in names)
-        print(
-            f"{'K×N':>12} {'M':>5} {'regime':>7} {'floor µs':>9} {'% floor':>8}",
-            *heads,
-            f"{'dX µs':>9} {'dense dX':>9}",
-        )
+        names = ("dense", *REGIMES.values(), *PEERS)
+        print(f"{'K×N':>12} {'M':>5} {'floor µs':>9} {'% floor':>8}", *(f"{name:>9}" for name in names),
+              f"{'dX':>9} {'dense dX':>9}")  # fmt: skip
         for shape in options.shapes.split(","):
             in_features, out_features = (int(part) for part in shape.split("x"))
             for rows in (int(part) for part in options.rows.split(",")):
@@ -307,9 +334,12 @@ def main() -> None:
                     bandwidth, rate,
                 )  # fmt: skip
                 report["rows"].append(row)
-                times = (f"{row[n + '_us']:11.1f}" if n + "_us" in row else f"{'-':>11}" for n in names)
-                print(f"{shape:>12} {rows:5d} {row['regime']:>7} {row['floor_us']:9.1f} "
-                      f"{100 * row['floor_us'] / row['ours_us']:8.0f}", *times,
+                times = (
+                    f"{row[n + '_us']:{8 if n == row['regime'] else 9}.1f}{'*' if n == row['regime'] else ''}"
+                    if n + "_us" in row else f"{'-':>9}" for n in names
+                )  # fmt: skip
+                print(f"{shape:>12} {rows:5d} {row['floor_us']:9.1f} "
+                      f"{100 * row['floor_us'] / row[row['regime'] + '_us']:8.0f}", *times,
                       f"{row['backward_us']:9.1f} {row['dense_backward_us']:9.1f}", flush=True)  # fmt: skip
     if options.json:
         options.json.write_text(json.dumps(report, indent=1))

@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "calibrate": {"format", "solve", "nn", "version"},
     "convert": {"format"},
     "train": {"format", "nn", "solve"},
-    "hf": {"format", "solve", "nn", "calibrate", "config", "convert", "train", "native"},
+    "hf": {"format", "solve", "nn", "calibrate", "config", "convert", "train", "native", "native_cuda"},
     "diagnose": {"native", "native_cuda", "hf", "version"},
     "demo": {"config", "format", "hf"},
     "": {"config", "format", "hf", "nn", "version"},  # the package's own __init__

@@ -143,7 +143,8 @@ def _gradients(
         return hidden, given, *last.backward(slope * lift)
 
     total = _Sums()
-    for hidden, given, slope, found in in_order(forward, windows):
+    parallel = hiddens[windows[0]].device.type == "cpu"
+    for hidden, given, slope, found in in_order(forward, windows, parallel):
         value += given
         entered.append(hidden)
         slopes.append(slope)
@@ -157,7 +158,7 @@ def _gradients(
             return _Graph(block, handed, plain, entered[place].pop(), windows[place], dtype).backward(slopes[place])
 
         total = _Sums()
-        for place, (slope, found) in enumerate(in_order(backward, range(len(windows)))):
+        for place, (slope, found) in enumerate(in_order(backward, range(len(windows)), parallel)):
             slopes[place] = slope
             total.add(found)
         sums.append(total.of({**handed, **plain}))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -85,6 +85,11 @@ class QuantizedWeight:
             group=g_idx,
             spec=spec,
         )
+
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """The same on another device."""
+        tensors = {name: getattr(self, name).to(device) for name in ("codes", "scales", "zeros", "group")}
+        return replace(self, **tensors)
 
     def rows(self, rows: slice) -> QuantizedWeight:
         """The same for some output features."""

@@ -14,7 +14,7 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from .. import native
+from .. import native, native_cuda
 from ..nn.linear import QuantLinear
 
 
@@ -94,12 +94,15 @@ def machine(model: Any) -> dict[str, str]:
     """What a measurement depends on besides the model."""
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
     status = native.status()
-    kernel = "none" if not layers else status.isa if status.state == "loaded" else "PyTorch"
+    if model.device.type == "cuda":
+        kernel = "PyTorch" if native_cuda.problem(model.device) else "CUDA"
+    else:
+        kernel = status.isa if status.state == "loaded" else "PyTorch"
     return {
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
         "threads": str(torch.get_num_threads()),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "kernel": str(kernel),
+        "kernel": str(kernel) if layers else "none",
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
     }

@@ -229,8 +229,10 @@ def compared(model: Any, reference: Any, windows: list[Tensor], progress: bool =
         logs = []
         for number, each in enumerate((model, reference)):
             each.eval()
-            logs.append(torch.log_softmax(_logits(each, ids).float().cpu(), -1))
-            loss[number] += float(torch.nn.functional.nll_loss(logs[-1], ids[0, 1:], reduction="sum"))
+            logs.append(torch.log_softmax(_logits(each, ids).float(), -1))
+            targets = ids[0, 1:].to(logs[-1].device)
+            loss[number] += float(torch.nn.functional.nll_loss(logs[-1], targets, reduction="sum"))
+        logs[0] = logs[0].to(logs[1].device)
         each_token = (logs[1].exp() * (logs[1] - logs[0])).sum(-1)
         divergence += float(each_token.sum())
         largest = max(largest, float(each_token.max()))

@@ -157,25 +157,27 @@ def solve_factored(
     """
     start = time.perf_counter()
     home = weight.device
+    # Columns wait for each other, and with `outputs` rows do: processors are made for that, accelerators are not.
+    weight, factor = weight.detach().cpu(), factor.cpu()
+    drift = None if drift is None else drift.cpu()
     metric, rows = None, None
-    if outputs is not None:  # rows wait for each other, as accelerators do not like it
+    if outputs is not None:
         metric, rows = joint.by_falling_diagonal(outputs)
-        weight, factor = weight.cpu()[rows], factor.cpu()
-        drift = None if drift is None else drift.cpu()[rows]
-    columns, order, device = weight.shape[1], factor.order, weight.device
+        weight, drift = weight[rows], None if drift is None else drift[rows]
+    columns, order = weight.shape[1], factor.order
     dead = factor.diagonal == 0
     # Places are where groups lie side by side: natural order, or the solve order where groups follow it.
-    places = order if spec.desc_act else torch.arange(columns, device=device)
-    group_by_place = natural_groups(columns, spec.group_size, device)
+    places = order if spec.desc_act else torch.arange(columns)
+    group_by_place = natural_groups(columns, spec.group_size)
     group = torch.empty_like(group_by_place)
     group[places] = group_by_place
     refined = bool(settings.descent or settings.refit)
     by_place = reordered(factor.damped, places) if refined and spec.desc_act else factor.damped
 
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=device)
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
     scales, zeros, errors, energies = [], [], [], []
     at_once = _ROWS if metric is None else len(weight)
-    parts = weight.detach().split(at_once)
+    parts = weight.split(at_once)
     drifts = [None] * len(parts) if drift is None else drift.split(at_once)
     for part, moved, part_codes in zip(parts, drifts, codes.split(at_once), strict=True):
         wanted = part.float()
@@ -183,7 +185,7 @@ def solve_factored(
             raise SolveError("the weight is not finite (NaN or infinity); the model's file is damaged")
         wanted = wanted.masked_fill(dead, 0.0)
         if moved is not None and settings.propagation:
-            wanted = propagate(wanted, moved.to(device), factor.upper, order, settings.propagation)
+            wanted = propagate(wanted, moved, factor.upper, order, settings.propagation)
             wanted.masked_fill_(dead, 0.0)
         energies.append(total(row_errors(wanted, factor.damped)))
         # A dead column's weights are zero, so its importance does not matter.
@@ -199,12 +201,12 @@ def solve_factored(
         back = torch.argsort(rows)
         codes, found_scales, found_zeros = codes[back], found_scales[back], found_zeros[back]
     quantized = QuantizedWeight(
-        codes=codes.to(home),
-        scales=found_scales.T.to(home, settings.scales_dtype).contiguous(),
-        zeros=found_zeros.T.to(home, torch.int32).contiguous(),
-        group=group.to(home),
+        codes=codes,
+        scales=found_scales.T.to(settings.scales_dtype).contiguous(),
+        zeros=found_zeros.T.to(torch.int32).contiguous(),
+        group=group,
         spec=spec,
-    )
+    ).to(home)
     error, energy = math.fsum(errors), math.fsum(energies)
     report = SolveReport(
         relative_error=error / max(energy, torch.finfo(torch.float32).tiny),

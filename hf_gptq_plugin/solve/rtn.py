@@ -39,7 +39,7 @@ def round_to_nearest(
     if spec.desc_act:
         raise ValueError("desc_act=True needs a solve order, and without calibration data there is none")
     start = time.perf_counter()
-    original = weight.detach().float()
+    original = weight.detach().cpu().float()  # one group after the other: nothing for an accelerator
     if not all_finite(original):
         raise SolveError("the weight is not finite (NaN or infinity); the model's file is damaged")
     columns = original.shape[1]
@@ -59,4 +59,4 @@ def round_to_nearest(
     energy = (original.double() ** 2).sum()
     error = ((original - quantized.dequantize()).double() ** 2).sum()
     relative = float(error) / max(float(energy), torch.finfo(torch.float32).tiny)
-    return quantized, SolveReport(relative, float(error), 0.0, 0, time.perf_counter() - start)
+    return quantized.to(weight.device), SolveReport(relative, float(error), 0.0, 0, time.perf_counter() - start)

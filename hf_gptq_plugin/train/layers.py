@@ -280,8 +280,9 @@ class LowRankCodes(_InPlaceOf):
         self.layer, self.gamma = layer, gamma
         self.in_features, self.out_features = layer.in_features, layer.out_features
         base = layer.quantized_weight()
-        self.A = nn.Parameter(_uniform(rank, layer.in_features))
-        self.B = nn.Parameter(torch.zeros(layer.out_features, rank))
+        device = layer.scales.device
+        self.A = nn.Parameter(_uniform(rank, layer.in_features).to(device))
+        self.B = nn.Parameter(torch.zeros(layer.out_features, rank, device=device))
         self.register_buffer("codes", base.codes, persistent=False)
         self.register_buffer("places", _places(base.codes), persistent=False)
         self.register_buffer("group", base.group.long(), persistent=False)
@@ -330,9 +331,9 @@ class PooledLora(_InPlaceOf):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.register_buffer("group", layer._stored_g_idx().long(), persistent=False)
         self.width = group_width(layer)
-        groups = layer.scales.shape[0]
-        self.A = nn.Parameter(_uniform(rank, groups) * (groups / layer.in_features) ** 0.5)
-        self.B = nn.Parameter(torch.zeros(layer.out_features, rank))
+        groups, device = layer.scales.shape[0], layer.scales.device
+        self.A = nn.Parameter((_uniform(rank, groups) * (groups / layer.in_features) ** 0.5).to(device))
+        self.B = nn.Parameter(torch.zeros(layer.out_features, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """`layer(x) + γ pool(x) Aᵀ Bᵀ`; x `[..., K]`."""

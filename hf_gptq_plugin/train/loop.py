@@ -254,7 +254,7 @@ def _job(
     """What must be the same for a state to be gone on from."""
     digest = hashlib.sha256()
     for window in windows:
-        digest.update(window.numpy().tobytes())
+        digest.update(window.cpu().numpy().tobytes())
     shapes = {name: list(p.shape) for name, p in named.items()}
     kept = {k: v for k, v in asdict(settings).items() if k not in left_out}
     return hashlib.sha256(json.dumps([digest.hexdigest(), shapes, kept, job]).encode()).hexdigest()
@@ -341,7 +341,11 @@ class _State:
             for name, p in self._named.items():
                 p.copy_(handle.get_tensor(f"parameter.{name}"))
                 if name in parts:
-                    self._optimizer.state[p] = {kind: restored(value) for kind, value in parts[name].items()}
+                    self._optimizer.state[p] = {
+                        # A number, as AdamW's step, stays on the CPU, where optimizers keep it.
+                        kind: restored({part: t.to(p.device) if t.dim() else t for part, t in value.items()})
+                        for kind, value in parts[name].items()
+                    }
             losses: list[float] = handle.get_tensor("losses").tolist()
             for name, layer in self._with_codes().items():
                 layer.codes.copy_(handle.get_tensor(f"codes.{name}"))
