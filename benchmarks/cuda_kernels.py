@@ -36,7 +36,7 @@ from hf_gptq_plugin.nn.ops import KernelWeight
 
 REGIMES = {0: "dequant", 1: "narrow", 2: "wide", 3: "hopper"}
 HOPPER = 3
-NARROW_ROWS, WIDE_ROWS, HOPPER_ROWS = 4, 1024, 16  # the most, the most and the fewest rows that a regime is timed with
+NARROW_ROWS, WIDE_ROWS = 4, 256  # the most rows that these regimes are timed with
 L2_MULTIPLE = 4  # weights of one graph, in sizes of the L2 cache
 MOST_COPIES = 64
 MARLIN = "_Z11marlin_cudaPKvS0_PvS1_iiiS1_iiP11CUstream_stiiii"  # marlin_cuda, as C++ names it
@@ -94,7 +94,7 @@ def ceilings(replays: int) -> tuple[float, float]:
     """Bandwidth in bytes per microsecond (read plus written) and matrix rate in operations per microsecond."""
     source = torch.randn(1 << 28, device="cuda")
     target = torch.empty_like(source)
-    bandwidth = 2 * source.numel() * 4 / graph_us([lambda: target.copy_(source)], replays)
+    bandwidth = 2 * source.numel() * 4 / graph_us([lambda: torch.neg(source, out=target)], replays)
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     b = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     return bandwidth, 2 * 8192**3 / graph_us([lambda: a @ b], replays)
@@ -238,7 +238,7 @@ def measure(
     for regime, name in REGIMES.items():
         timed = {
             "narrow": rows <= NARROW_ROWS, "wide": rows <= WIDE_ROWS, "dequant": True,
-            "hopper": rows >= HOPPER_ROWS and torch.cuda.get_device_capability() == (9, 0),
+            "hopper": torch.cuda.get_device_capability() == (9, 0),
         }  # fmt: skip
         if name == chosen or timed[name]:
             candidates[name] = (in_regime(regime), ours)

@@ -80,25 +80,26 @@ bool is_on(const char* name) {
   return value && strcmp(value, "1") == 0;
 }
 
-Regime regime_for(const Device& device, int x_dtype, int64_t M, int wanted) {
+int group_slices(const hf_gptq_cuda_weight& w) {
+  const int64_t rows = w.group_size < w.rows ? w.group_size : k_tile_count(w.rows) * kTileK;
+  return static_cast<int>(rows / kSliceK);
+}
+
+Regime regime_for(const Device& device, const hf_gptq_cuda_weight& w, int x_dtype, int64_t M,
+                  int wanted) {
   if (x_dtype == HF_GPTQ_FP32 || (x_dtype == HF_GPTQ_BF16 && device.capability < 80)) {
     return kDense;
   }
   if (wanted >= 0) return static_cast<Regime>(wanted);
   const bool invariant = is_on("HF_GPTQ_BATCH_INVARIANT");
   if (!invariant && hopper_accepts(device, M) && is_on("HF_GPTQ_CUDA_HOPPER")) return kHopper;
-  return choose_regime(device, M, invariant);
+  return choose_regime(device, M, w.scale_dtype, group_slices(w), invariant);
 }
 
 // Whether a wanted regime can compute M rows at all.
 bool is_possible(const Device& device, int regime, int64_t M) {
   return regime == -1 || regime == kDense || (regime == kNarrow && M <= kNarrowRows) ||
          regime == kWide || (regime == kHopper && device.capability == 90);
-}
-
-int group_slices(const hf_gptq_cuda_weight& w) {
-  const int64_t rows = w.group_size < w.rows ? w.group_size : k_tile_count(w.rows) * kTileK;
-  return static_cast<int>(rows / kSliceK);
 }
 
 template <class Launch>
@@ -174,13 +175,13 @@ int hf_gptq_cuda_check_device(void) {
                                 reinterpret_cast<const void*>(repack_kernel<2>),
                                 reinterpret_cast<const void*>(repack_kernel<3>),
                                 reinterpret_cast<const void*>(repack_kernel<4>),
-                                reinterpret_cast<const void*>(repack_kernel<8>),
-                                reinterpret_cast<const void*>(dequantize_kernel<2>),
-                                reinterpret_cast<const void*>(dequantize_kernel<3>),
-                                reinterpret_cast<const void*>(dequantize_kernel<4>),
-                                reinterpret_cast<const void*>(dequantize_kernel<8>)};
+                                reinterpret_cast<const void*>(repack_kernel<8>)};
   for (const void* kernel : others) {
     if (error == cudaSuccess) error = hf_gptq_load(kernel);
+  }
+  for (const int bits : {2, 3, 4, 8}) {
+    if (error != cudaSuccess) break;
+    error = by_bits(bits, [](auto constant) { return load_dequantize<constant.value>(); });
   }
   return runtime_error(error, HF_GPTQ_CUDA_ERROR_DEVICE);
 }
@@ -221,7 +222,7 @@ int hf_gptq_cuda_plan(const hf_gptq_cuda_weight* weight, int32_t x_dtype, int64_
   Device device;
   if (const int error = find_device(&device)) return error;
   if (!is_possible(device, regime, M)) return HF_GPTQ_CUDA_ERROR_ARGUMENT;
-  *plan = {0, 0, regime_for(device, x_dtype, M, regime)};
+  *plan = {0, 0, regime_for(device, *weight, x_dtype, M, regime)};
   if (plan->regime == kDense) return HF_GPTQ_CUDA_OK;
   plan->scratch_bytes = copy_bytes(*weight, M, x_plain);
   if (plan->regime == kWide) {

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "fragments.h"
+#include "hf_gptq.h"
 #include "ptx.h"
 
 namespace hf_gptq {
@@ -41,6 +42,31 @@ struct LaneWords {
     }
     return words;
   }
+
+  // The same from global memory, of which nothing is read twice.
+  static __device__ __forceinline__ LaneWords load_once(const uint32_t* tile, int lane) {
+    LaneWords words;
+    if constexpr (Bits == 4 || Bits == 8) {
+#pragma unroll
+      for (int plane = 0; plane < Bits / 4; ++plane) {
+        uint32_t four[4];
+        hf_gptq::load_once(four, tile + 128 * plane + 4 * lane);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) words.word[4 * plane + i] = four[i];
+      }
+    } else {
+      uint32_t two[2];
+      hf_gptq::load_once(two, tile + 2 * lane);
+      words.word[0] = two[0];
+      words.word[1] = two[1];
+      if constexpr (Bits == 3) {
+        uint32_t top[1];
+        hf_gptq::load_once(top, tile + 64 + lane);
+        words.word[2] = top[0];
+      }
+    }
+    return words;
+  }
 };
 
 namespace detail {
@@ -49,17 +75,17 @@ namespace detail {
 template <class T, int Bits>
 HF_GPTQ_DEVICE uint32_t magic_pair(const LaneWords<Bits>& words, int slice, int pair) {
   if constexpr (Bits == 4) {
-    return (words.word[slice] >> 4 * pair & 0x000f000fu) | magic(T());
+    return and_or(words.word[slice] >> 4 * pair, 0x000f000fu, magic(T()));
   } else if constexpr (Bits == 8) {
     // fp16 only: bytes 2 (pair % 2) and + 1 become the low bytes of two halves.
     return pick_bytes(words.word[2 * slice + pair / 2], magic(T()), pair % 2 ? 0x7372u : 0x7170u);
   } else {
     const int place = 4 * (slice % 2) + pair;
-    uint32_t codes = (words.word[slice / 2] >> 2 * place & 0x00030003u) | magic(T());
+    uint32_t codes = and_or(words.word[slice / 2] >> 2 * place, 0x00030003u, magic(T()));
     if constexpr (Bits == 3) {
       const int top = 4 * slice + pair;
       const uint32_t moved = top >= 2 ? words.word[2] >> (top - 2) : words.word[2] << (2 - top);
-      codes |= moved & 0x00040004u;
+      codes = and_or(moved, 0x00040004u, codes);
     }
     return codes;
   }
@@ -98,6 +124,29 @@ HF_GPTQ_DEVICE void decode_slice(const LaneWords<Bits>& words, int slice, uint32
       a[pair] = subtract_halves(detail::magic_pair<T, Bits>(words, slice, pair), zero, T());
     }
   }
+}
+
+// Scales and zeros as they come from the checkpoint.
+
+HF_GPTQ_DEVICE float load_scale(const uint32_t* grid, int output, int scale_dtype) {
+  if (scale_dtype == HF_GPTQ_FP32) return bits_to_float(grid[output]);
+  const uint16_t value = reinterpret_cast<const uint16_t*>(grid)[output];
+  return scale_dtype == HF_GPTQ_FP16 ? to_float(value, Half()) : to_float(value, Bfloat16());
+}
+
+// The field that begins at bit `shift` of words[0].
+template <int Bits>
+HF_GPTQ_DEVICE uint32_t load_field(const uint32_t* words, int shift) {
+  uint32_t field = words[0] >> shift;
+  if (Bits == 3 && shift > 32 - Bits) field |= words[1] << (32 - shift);
+  return field & ((1u << Bits) - 1u);
+}
+
+// The field of qzeros of output `output` of a warp, whose first field begins at bit `skip`.
+template <int Bits>
+HF_GPTQ_DEVICE uint32_t load_zero(const uint32_t* words, int output, int skip) {
+  const int bit = skip + output * Bits;
+  return load_field<Bits>(words + bit / 32, bit % 32);
 }
 
 }  // namespace hf_gptq

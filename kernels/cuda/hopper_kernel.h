@@ -13,11 +13,11 @@
 //   W 128..255   consumer 1     |
 //            +------------------+
 //
-//   producer warpgroup: warp 0 issues the copies of X and of the packed tiles of W; warps 1..3 take
-//   turns, a stage each, in turning scales and zeros into what the consumers use.
-//   full[stage]: the copies' bytes, the warp that issued them and the warp of the scales.
+//   producer warpgroup: each warp issues the copies of a panel of W; warp 0 also those of X, and
+//   warp 1 those of scales and zeros, as the checkpoint has them. Where their rows do not begin at
+//   multiples of 16 bytes, every warp copies its panel's, element by element.
+//   full[stage]: the copies' bytes and the four warps that issued them.
 //   empty[stage]: the eight warps of the consumers.
-//   A warp that fills every third stage cannot fall two phases behind, as there are three or more.
 //
 // X comes by a tensor map because one instruction then swizzles it and fills ragged edges with
 // zeros; row by row, copies could do neither, and threads that copy would need a proxy fence per
@@ -55,6 +55,7 @@ namespace hf_gptq {
 namespace hopper {
 
 constexpr int kConsumers = 2;  // warpgroups
+constexpr int kProducers = 4;  // warps, of one warpgroup
 constexpr int kThreads = 128 * (kConsumers + 1);
 constexpr int kConsumerThreads = 128 * kConsumers;
 constexpr int kConsumerN = 128;                // outputs of a consumer
@@ -67,6 +68,7 @@ constexpr int kSharedLimit = 227 * 1024;  // dynamic shared memory of a block on
 struct Problem {
   LinearArguments p;
   int token_tiles, output_tiles;
+  bool bulk_grid;  // scales and zeros can be copied sixteen bytes at a time
 };
 
 // Bytes of a stage and how many there are.
@@ -76,9 +78,11 @@ struct Shared {
   static constexpr int kX = Tokens * kTileK * 2;
   static constexpr int kPanel = kPanelTiles * tile_words(Bits) * 4;
   static constexpr int kW = kBlockOutputs / kPanelN * kPanel;
-  static constexpr int kGrid = kChunks * kBlockOutputs * 4;  // scales; as much again for zeros
+  static constexpr int kScales = kBlockOutputs * 4;  // at most, of a chunk
+  static constexpr int kZeros = kBlockOutputs * Bits / 8;
+  static constexpr int kGrid = kScales + kZeros;
   // Stages begin at multiples of 1024 bytes, the period of the swizzle.
-  static constexpr int kStage = (kX + kW + 2 * kGrid + 1023) / 1024 * 1024;
+  static constexpr int kStage = (kX + kW + kChunks * kGrid + 1023) / 1024 * 1024;
   // A consumer's outputs on their way to memory: a row per token. The 16 bytes more put the rows of
   // an 8 x 8 matrix into different banks.
   static constexpr int kRow = kConsumerN * 2 + 16;
@@ -130,28 +134,94 @@ struct Turn {
   }
 };
 
-// Copies X and the tiles of W, stage after stage.
-template <int Bits, int Tokens, int Chunk>
-HF_GPTQ_DEVICE void produce_tiles(const TensorMap* x, const Problem& problem, uint32_t stages,
-                                  uint32_t full, uint32_t empty) {
+// The row of scales and zeros of a chunk; `run` is the last one asked for, `row` its answer.
+HF_GPTQ_DEVICE int grid_row(const LinearArguments& p, int slice, int& run, int& row) {
+  int wanted = slice / p.group_slices;
+  if (wanted >= p.runs) wanted = p.runs - 1;
+  if (wanted != run) {
+    run = wanted;
+    row = p.group_map ? p.group_map[run] : run;
+  }
+  return row;
+}
+
+// Copies a row's scales and zeros of a panel into the grid of 256 outputs from `first`, element by
+// element, with a warp.
+template <int Bits, int kScales>
+HF_GPTQ_DEVICE void copy_grid(const LinearArguments& p, unsigned char* grid, int row, int first,
+                              int panel, int lane) {
+  for (int i = panel * kPanelN + lane; i < (panel + 1) * kPanelN && first + i < p.N; i += 32) {
+    const int64_t from = static_cast<int64_t>(row) * p.N + first + i;
+    if (p.scale_dtype == HF_GPTQ_FP32) {
+      reinterpret_cast<float*>(grid)[i] = static_cast<const float*>(p.scales)[from];
+    } else {
+      reinterpret_cast<uint16_t*>(grid)[i] = static_cast<const uint16_t*>(p.scales)[from];
+    }
+  }
+  constexpr int kWords = kPanelN * Bits / 32;
+  const int word = panel * kWords + lane;
+  if (p.qzeros && lane < kWords && first * Bits / 32 + word < p.zero_words) {
+    reinterpret_cast<uint32_t*>(grid + kScales)[word] =
+        p.qzeros[static_cast<int64_t>(row) * p.zero_words + first * Bits / 32 + word];
+  }
+}
+
+// What warp `warp` of the producers does, stage after stage: it copies its panel of W, and besides
+// warp 0 X, and warp 1 the scales and zeros of all. Issuing a copy takes a hundred cycles and more,
+// so that one warp alone does not keep up.
+template <int Bits, int Tokens, int Chunk, bool BulkGrid>
+HF_GPTQ_DEVICE void produce(const TensorMap* x, const Problem& problem, unsigned char* stages,
+                            uint32_t full, uint32_t empty, int warp) {
   using S = Shared<Bits, Tokens, Chunk>;
+  const LinearArguments& p = problem.p;
   const int lane = threadIdx.x % 32;
-  const int items = problem.token_tiles * problem.output_tiles * problem.p.chunks;
+  const int items = problem.token_tiles * problem.output_tiles * p.chunks;
+  const int element = p.scale_dtype == HF_GPTQ_FP32 ? 4 : 2;
+  const uint32_t window = window_address(stages);
+  int run = -1, row = 0;
   Turn turn;
   for (int number = blockIdx.x; number < items; number += gridDim.x) {
     const Item item = item_of(problem, number, Tokens);
-    const int panels = panels_of(problem, item);
+    const int first = static_cast<int>(item.output), outputs = p.N - first;
+    const bool has_panel = warp * kPanelN < outputs;
+    const int zero_words = p.qzeros ? p.zero_words - first * Bits / 32 : 0;
+    const uint32_t scale_bytes = (outputs < kBlockOutputs ? outputs : kBlockOutputs) * element;
+    const uint32_t zero_bytes = zero_words * 4 < S::kZeros ? zero_words * 4 : S::kZeros;
+    const uint32_t bytes = (has_panel ? S::kPanel : 0) + (warp == 0 ? S::kX : 0) +
+                           (BulkGrid && warp == 1 ? S::kChunks * (scale_bytes + zero_bytes) : 0);
+#pragma unroll 1  // few registers
     for (int k_tile = item.begin; k_tile < item.end; ++k_tile) {
-      mbarrier_wait(empty + 8 * turn.stage, turn.parity ^ 1);
-      if (lane == 0) {
-        const uint32_t stage = stages + turn.stage * S::kStage, done = full + 8 * turn.stage;
-        mbarrier_arrive_expect_tx(done, S::kX + panels * S::kPanel);
-        tensor_copy(stage, x, k_tile * kTileK, static_cast<int32_t>(item.token), done);
-        for (int panel = 0; panel < panels; ++panel) {
-          const int64_t tile =
-              tile_index(item.output / kTileN + panel * kPanelTiles, k_tile, problem.p.k_tiles);
-          bulk_copy(stage + S::kX + panel * S::kPanel, problem.p.tiles + tile * tile_words(Bits),
-                    S::kPanel, done);
+      if (!BulkGrid) {
+        mbarrier_wait(empty + 8 * turn.stage, turn.parity ^ 1);
+        unsigned char* grid = stages + turn.stage * S::kStage + S::kX + S::kW;
+        for (int chunk = 0; chunk < S::kChunks && has_panel; ++chunk, grid += S::kGrid) {
+          copy_grid<Bits, S::kScales>(
+              p, grid, grid_row(p, k_tile * kSlices + chunk * Chunk, run, row), first, warp, lane);
+        }
+        __syncwarp();
+      }
+      if (lane == 0) {  // alone: another lane could come to the barrier a phase too late
+        const uint32_t stage = window + turn.stage * S::kStage, done = full + 8 * turn.stage;
+        if (BulkGrid) mbarrier_wait(empty + 8 * turn.stage, turn.parity ^ 1);
+        mbarrier_arrive_expect_tx(done, bytes);
+        if (warp == 0) {
+          tensor_copy(stage, x, k_tile * kTileK, static_cast<int32_t>(item.token), done);
+        }
+        if (has_panel) {
+          const int64_t tile = tile_index(first / kTileN + warp * kPanelTiles, k_tile, p.k_tiles);
+          bulk_copy(stage + S::kX + warp * S::kPanel, p.tiles + tile * tile_words(Bits), S::kPanel,
+                    done);
+        }
+        for (int chunk = 0; BulkGrid && warp == 1 && chunk < S::kChunks; ++chunk) {
+          const uint32_t grid = stage + S::kX + S::kW + chunk * S::kGrid;
+          const int64_t from = grid_row(p, k_tile * kSlices + chunk * Chunk, run, row);
+          bulk_copy(grid,
+                    static_cast<const unsigned char*>(p.scales) + (from * p.N + first) * element,
+                    scale_bytes, done);
+          if (p.qzeros) {
+            bulk_copy(grid + S::kScales, p.qzeros + from * p.zero_words + first * Bits / 32,
+                      zero_bytes, done);
+          }
         }
       }
       __syncwarp();
@@ -160,93 +230,48 @@ HF_GPTQ_DEVICE void produce_tiles(const TensorMap* x, const Problem& problem, ui
   }
 }
 
-HF_GPTQ_DEVICE float scale_at(const LinearArguments& p, int64_t group, int n) {
-  const int64_t i = group * p.N + n;
-  if (p.scale_dtype == HF_GPTQ_FP32) return static_cast<const float*>(p.scales)[i];
-  const uint16_t value = static_cast<const uint16_t*>(p.scales)[i];
-  return p.scale_dtype == HF_GPTQ_FP16 ? to_float(value, Half()) : to_float(value, Bfloat16());
-}
-
-template <int Bits>
-HF_GPTQ_DEVICE uint32_t zero_at(const LinearArguments& p, int64_t group, int n) {
-  if (!p.qzeros) return 1u << (Bits - 1);
-  const uint32_t* word = p.qzeros + group * p.zero_words + code_word(n, Bits);
-  const int shift = code_shift(n, Bits);
-  uint32_t field = word[0] >> shift;
-  if (Bits == 3 && shift > 32 - Bits) field |= word[1] << (32 - shift);
-  return (field & ((1u << Bits) - 1u)) + p.zero_offset;
-}
-
-// Scales in fp32 and zeros as decode_slice subtracts them, for every third stage from `first`.
-template <class T, int Bits, int Tokens, int Chunk>
-HF_GPTQ_DEVICE void produce_grid(const Problem& problem, unsigned char* stages, uint32_t full,
-                                 uint32_t empty, int first) {
-  using S = Shared<Bits, Tokens, Chunk>;
-  constexpr int kAtOnce = 4;  // loads in flight per lane and kind
-  const LinearArguments& p = problem.p;
-  const int lane = threadIdx.x % 32;
-  const int items = problem.token_tiles * problem.output_tiles * problem.p.chunks;
-  Turn turn;
-  int until = first;
-  for (int number = blockIdx.x; number < items; number += gridDim.x) {
-    const Item item = item_of(problem, number, Tokens);
-    for (int k_tile = item.begin; k_tile < item.end; ++k_tile, turn.next(S::kStages)) {
-      if (until-- > 0) continue;
-      until = 2;
-      unsigned char* grid = stages + turn.stage * S::kStage + S::kX + S::kW;
-      for (int chunk = 0; chunk < S::kChunks; ++chunk) {
-        int run = (k_tile * kSlices + chunk * Chunk) / p.group_slices;
-        if (run >= p.runs) run = p.runs - 1;
-        const int64_t group = p.group_map ? p.group_map[run] : run;
-        float* scales = reinterpret_cast<float*>(grid) + chunk * kBlockOutputs;
-        uint32_t* zeros = reinterpret_cast<uint32_t*>(grid + S::kGrid) + chunk * kBlockOutputs;
-        for (int column = lane; column < kBlockOutputs; column += 32 * kAtOnce) {
-          float scale[kAtOnce];
-          uint32_t zero[kAtOnce];
-#pragma unroll
-          for (int i = 0; i < kAtOnce; ++i) {
-            const int n = static_cast<int>(item.output) + column + 32 * i;
-            scale[i] = n < p.N ? scale_at(p, group, n) : 0.0f;
-            zero[i] = n < p.N ? zero_register<T, Bits>(zero_at<Bits>(p, group, n)) : 0u;
-          }
-          if (chunk == 0 && column == lane) mbarrier_wait(empty + 8 * turn.stage, turn.parity ^ 1);
-#pragma unroll
-          for (int i = 0; i < kAtOnce; ++i) {
-            scales[column + 32 * i] = scale[i];
-            zeros[column + 32 * i] = zero[i];
-          }
-        }
-      }
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(full + 8 * turn.stage);
-    }
-  }
-}
-
 // Adds a chunk of one stage to the sums of one m64 half.
 //
 //   words   this lane's codes of the warp's tile
 //   b       descriptor of X at the chunk's first slice
-//   scales  of outputs row and row + 8 of the warp's tile; zeros likewise
-template <class T, int Bits, int Chunk, int kRegisters>
-HF_GPTQ_DEVICE void multiply_chunk(float (&total)[kRegisters], float (&part)[kRegisters],
-                                   const LaneWords<Bits>& words, int first_slice, uint64_t b,
-                                   const float* scales, const uint32_t* zeros) {
-  const uint32_t zero_low = zeros[0], zero_high = zeros[8];
-  uint32_t a[2][4];
+//   grid    the chunk's scales and zeros; the lane's outputs are `output` and output + 8
+template <class T, int Bits, int Tokens, int Chunk>
+HF_GPTQ_DEVICE void multiply_chunk(const LinearArguments& p, float (&total)[Tokens / 2],
+                                   float (&part)[Tokens / 2], const LaneWords<Bits>& words,
+                                   int first_slice, uint64_t b, const unsigned char* grid,
+                                   int output) {
+  // Operands in registers: a short product ends before the next one could be decoded.
+  constexpr int kOperands = Tokens == 64 && Chunk > 2 ? 4 : 2;
+  uint32_t zero[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    uint32_t value = 1u << (Bits - 1);
+    if (p.qzeros) {
+      value = load_zero<Bits>(
+                  reinterpret_cast<const uint32_t*>(grid + Shared<Bits, Tokens, Chunk>::kScales),
+                  output + 8 * i, 0) +
+              p.zero_offset;
+    }
+    zero[i] = zero_register<T, Bits>(value);
+  }
+  uint32_t a[kOperands][4];
 #pragma unroll
   for (int i = 0; i < Chunk; ++i) {
-    if (i >= 2) wgmma_wait<1>();  // the product that read a[i % 2]
-    decode_slice<T, Bits>(words, first_slice + i, zero_low, zero_high, a[i % 2]);
+    if (i >= kOperands) wgmma_wait<kOperands - 1>();  // the product that read a[i % kOperands]
+    decode_slice<T, Bits>(words, first_slice + i, zero[0], zero[1], a[i % kOperands]);
     wgmma_fence();
-    wgmma(part, a[i % 2], b + i * (kSliceK * 2 >> 4), i > 0, T());
+    wgmma(part, a[i % kOperands], b + i * (kSliceK * 2 >> 4), i > 0, T());
     wgmma_commit();
   }
-  const float scale[2] = {scales[0], scales[8]};
+  float scale[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    scale[i] = load_scale(reinterpret_cast<const uint32_t*>(grid), output + 8 * i, p.scale_dtype);
+  }
   wgmma_wait<0>();
   registers_settle(part);
 #pragma unroll
-  for (int i = 0; i < kRegisters; ++i) total[i] = fmaf(part[i], scale[i / 2 % 2], total[i]);
+  for (int i = 0; i < Tokens / 2; ++i) total[i] = fmaf(part[i], scale[i / 2 % 2], total[i]);
 }
 
 // Matrix descriptor of X in a stage: k-major, 128-byte swizzle, eight tokens every 1024 bytes. A
@@ -390,14 +415,11 @@ HF_GPTQ_DEVICE void consume(const Problem& problem, unsigned char* stages, uint3
                 warp * tile_words(Bits),
             lane);
         const int row = panel * kPanelN + warp * kTileN + lane / 4;
-        const float* scales = reinterpret_cast<const float*>(stage + S::kX + S::kW) + row;
-        const uint32_t* zeros =
-            reinterpret_cast<const uint32_t*>(stage + S::kX + S::kW + S::kGrid) + row;
 #pragma unroll
         for (int chunk = 0; chunk < S::kChunks; ++chunk) {
-          multiply_chunk<T, Bits, Chunk>(
-              total[half], part, words, chunk * Chunk, x + chunk * Chunk * (kSliceK * 2 >> 4),
-              scales + chunk * kBlockOutputs, zeros + chunk * kBlockOutputs);
+          multiply_chunk<T, Bits, Tokens, Chunk>(problem.p, total[half], part, words, chunk * Chunk,
+                                                 x + chunk * Chunk * (kSliceK * 2 >> 4),
+                                                 stage + S::kX + S::kW + chunk * S::kGrid, row);
         }
       }
       __syncwarp();
@@ -430,7 +452,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32 % 4, 0);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < S::kStages; ++stage) {
-      mbarrier_init(full + 8 * stage, 2);
+      mbarrier_init(full + 8 * stage, kProducers);
       mbarrier_init(empty + 8 * stage, kConsumers * 4);
     }
     mbarrier_init(join.ready, problem.p.chunks * kConsumers * 4);
@@ -444,10 +466,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   if (warpgroup == kConsumers) {
     registers_give<40>();
-    if (warp == 0) {
-      produce_tiles<Bits, Tokens, Chunk>(&x, problem, window_address(stages), full, empty);
+    if (problem.bulk_grid) {
+      produce<Bits, Tokens, Chunk, true>(&x, problem, stages, full, empty, warp);
     } else {
-      produce_grid<T, Bits, Tokens, Chunk>(problem, stages, full, empty, warp - 1);
+      produce<Bits, Tokens, Chunk, false>(&x, problem, stages, full, empty, warp);
     }
   } else {
     registers_take<232>();

@@ -39,8 +39,12 @@ cudaError_t launch_chunks(const Problem& problem, const Device& device, cudaStre
 template <class T, int Bits>
 cudaError_t launch_tokens(const LinearArguments& p, const Device& device, cudaStream_t stream) {
   const int tokens = hopper_tokens(device, p.M, p.N, p.chunks);
+  const int element = p.scale_dtype == HF_GPTQ_FP32 ? 4 : 2;
+  const bool bulk_grid = reinterpret_cast<uintptr_t>(p.scales) % 16 == 0 &&
+                         reinterpret_cast<uintptr_t>(p.qzeros) % 16 == 0 &&
+                         p.N * element % 16 == 0 && (!p.qzeros || p.zero_words % 4 == 0);
   const Problem problem{p, static_cast<int>(ceil_div(p.M, tokens)),
-                        static_cast<int>(ceil_div(p.N, kBlockOutputs))};
+                        static_cast<int>(ceil_div(p.N, kBlockOutputs)), bulk_grid};
   return tokens == 64 ? launch_chunks<T, Bits, 64>(problem, device, stream)
                       : launch_chunks<T, Bits, 128>(problem, device, stream);
 }

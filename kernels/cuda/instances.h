@@ -37,7 +37,8 @@ struct Instances {
 
   template <int Bits>
   static cudaError_t load_bits() {
-    const void* const kernels[] = {reinterpret_cast<const void*>(narrow_kernel<T, Bits>),
+    const void* const kernels[] = {reinterpret_cast<const void*>(narrow_kernel<T, Bits, true>),
+                                   reinterpret_cast<const void*>(narrow_kernel<T, Bits, false>),
                                    reinterpret_cast<const void*>(wide_kernel<T, Bits, 1>),
                                    reinterpret_cast<const void*>(wide_kernel<T, Bits, 2>),
                                    reinterpret_cast<const void*>(wide_kernel<T, Bits, 4>),

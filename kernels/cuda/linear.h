@@ -3,6 +3,7 @@
 #define HF_GPTQ_CUDA_LINEAR_H_
 
 #include "fragments.h"
+#include "hf_gptq.h"
 #include "ptx.h"
 
 namespace hf_gptq {
@@ -51,6 +52,9 @@ struct Device {
 // delivers about twice what memory does.
 constexpr int kNarrowRows = 4;
 
+// Tiles of K that a warp of the narrow kernel takes at a time.
+constexpr int kNarrowTiles = 8;
+
 // Rows of one block of the wide kernel; more rows take more blocks, which find the weights in L2.
 constexpr int kWideRows = 64;
 
@@ -68,9 +72,32 @@ constexpr int kWarps = kThreads / 32;
 
 enum Regime { kDense = 0, kNarrow = 1, kWide = 2, kHopper = 3 };
 
+// Groups that `slices` slices can touch.
+HF_GPTQ_HD static constexpr int groups_touched(int group_slices, int slices) {
+  return (group_slices + slices - 2) / group_slices + 1;
+}
+
+// Shared memory of the narrow kernel: scales and zeros of a group for 16 outputs, and what a warp
+// takes at a time.
+HF_GPTQ_HD static constexpr int narrow_grid_words(int scale_dtype) {
+  return kTileN / (scale_dtype == HF_GPTQ_FP32 ? 1 : 2) + 4;
+}
+
+HF_GPTQ_HD static constexpr int narrow_stage_words(int M, int scale_dtype, int group_slices) {
+  return M * kNarrowTiles * kTileK / 2 +
+         groups_touched(group_slices, kNarrowTiles * kSlices) * narrow_grid_words(scale_dtype);
+}
+
+static inline bool narrow_fits(const Device& device, int64_t M, int scale_dtype, int group_slices) {
+  return M <= kNarrowRows &&
+         2 * kWarps * 4 * narrow_stage_words(static_cast<int>(M), scale_dtype, group_slices) <=
+             device.shared_bytes;
+}
+
 // `invariant`: a row must have the same bits whatever M is, so the wide kernel takes every M.
-static inline Regime choose_regime(const Device& device, int64_t M, bool invariant) {
-  if (M <= kNarrowRows) return kNarrow;
+static inline Regime choose_regime(const Device& device, int64_t M, int scale_dtype,
+                                   int group_slices, bool invariant) {
+  if (narrow_fits(device, M, scale_dtype, group_slices)) return kNarrow;
   const int most = device.capability < 80 ? kMostRowsTuring : kMostRows;
   return M <= most || invariant ? kWide : kDense;
 }

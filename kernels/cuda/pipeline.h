@@ -1,5 +1,6 @@
-// What the narrow and the wide kernel share: how a warp's weights, scales and zeros come through
-// shared memory, and the arithmetic on one tile. Both keep one order of operations per output:
+// What the narrow and the wide kernel share: how a warp's scales and zeros come through shared
+// memory, and, for the wide one, its codes and the arithmetic on one tile. Both keep one order of
+// operations per output:
 //
 //   for the slices of the chunk, upwards:   group += A B        (tensor core, exact integers q - z)
 //   at the end of a group, and of the chunk: total = fma(scale, group, total);  group = 0
@@ -81,27 +82,31 @@ struct WarpStage {
     }
   }
 
+  // Starts the copies of the scales and zeros of a run, shared by `Lanes` lanes.
+  template <int Lanes = 32>
   static __device__ __forceinline__ void fetch_grid(const LinearArguments& p, uint32_t* grid, int n,
                                                     int run, int lane) {
     run = run < p.runs ? run : p.runs - 1;
     const int64_t group = p.group_map ? p.group_map[run] : run;
     const int valid = p.N - n;  // may be more than the warp takes
     if (p.scale_dtype == HF_GPTQ_FP32) {
-      if (lane < kOutputs) {
-        const float* scales = static_cast<const float*>(p.scales) + group * p.N;
-        copy_async<4>(grid + lane, lane < valid ? scales + n + lane : p.scales,
-                      lane < valid ? 4 : 0);
+      const float* scales = static_cast<const float*>(p.scales) + group * p.N + n;
+      for (int i = lane; i < kOutputs; i += Lanes) {
+        copy_async<4>(grid + i, i < valid ? static_cast<const void*>(scales + i) : p.scales,
+                      i < valid ? 4 : 0);
       }
     } else {
       const uint16_t* scales = static_cast<const uint16_t*>(p.scales) + group * p.N + n;
       if (p.N % 2 == 0) {
-        if (lane < kOutputs / 2) {
-          copy_async<4>(grid + lane,
-                        2 * lane < valid ? static_cast<const void*>(scales + 2 * lane) : p.scales,
-                        2 * lane < valid ? 4 : 0);
+        for (int i = lane; i < kOutputs / 2; i += Lanes) {
+          copy_async<4>(grid + i,
+                        2 * i < valid ? static_cast<const void*>(scales + 2 * i) : p.scales,
+                        2 * i < valid ? 4 : 0);
         }
-      } else if (lane < kOutputs) {  // rows of scales begin at odd addresses: no async copy
-        reinterpret_cast<uint16_t*>(grid)[lane] = lane < valid ? scales[lane] : uint16_t(0);
+      } else {  // rows of scales begin at odd addresses: no async copy
+        for (int i = lane; i < kOutputs; i += Lanes) {
+          reinterpret_cast<uint16_t*>(grid)[i] = i < valid ? scales[i] : uint16_t(0);
+        }
       }
     }
     if (p.qzeros && lane < kZeroWords) {
@@ -113,24 +118,8 @@ struct WarpStage {
   }
 };
 
-HF_GPTQ_DEVICE float load_scale(const uint32_t* grid, int output, int scale_dtype) {
-  if (scale_dtype == HF_GPTQ_FP32) return bits_to_float(grid[output]);
-  const uint16_t value = reinterpret_cast<const uint16_t*>(grid)[output];
-  return scale_dtype == HF_GPTQ_FP16 ? to_float(value, Half()) : to_float(value, Bfloat16());
-}
-
-// The field of qzeros of output `output` of a warp, whose first field begins at bit `skip`.
-template <int Bits>
-HF_GPTQ_DEVICE uint32_t load_zero(const uint32_t* words, int output, int skip) {
-  const int bit = skip + output * Bits;
-  uint32_t field = words[bit / 32] >> bit % 32;
-  if (Bits == 3 && bit % 32 > 32 - Bits) field |= words[bit / 32 + 1] << (32 - bit % 32);
-  return field & ((1u << Bits) - 1u);
-}
-
-// One warp's sums: NT tiles of 16 outputs x MT tiles of 8 tokens. Where fewer rows of activations
-// are kept (`Rows`), the columns beyond them repeat; nobody reads those sums.
-template <class T, int Bits, int NT, int MT, int Rows = 8 * MT>
+// One warp's sums: NT tiles of 16 outputs x MT tiles of 8 tokens.
+template <class T, int Bits, int NT, int MT>
 struct WarpSums {
   using Stage = WarpStage<Bits, NT>;
 
@@ -182,7 +171,7 @@ struct WarpSums {
     }
   }
 
-  // Adds a tile. `x` is the tile's activations [Rows][64], rows of 128 bytes whose 16-byte pieces
+  // Adds a tile. `x` is the tile's activations [8 MT][64], rows of 128 bytes whose 16-byte pieces
   // are swizzled: piece c of row r lies at c ^ (r % 8).
   __device__ __forceinline__ void add_tile(const LinearArguments& p, const uint32_t* stage,
                                            const unsigned char* x, int n, GroupCursor at,
@@ -227,8 +216,7 @@ struct WarpSums {
     const int matrix = lane / 8, row = lane % 8;
     if (MT == 1) {
       if (slice % 2 == 0) {
-        const int kept = row % Rows;
-        load_matrices(b[slice / 2], x + 128 * kept + 16 * ((2 * slice + matrix) ^ kept));
+        load_matrices(b[slice / 2], x + 128 * row + 16 * ((2 * slice + matrix) ^ row));
       }
     } else {
 #pragma unroll
@@ -265,10 +253,11 @@ HF_GPTQ_DEVICE void wait_stage(int stages) {
   }
 }
 
-// Stages of `bytes` each that fit, of the numbers that wait_stage knows; 0: not even two.
-static inline int fitting_stages(int bytes, int available) {
+// Stages of `bytes` each that fit, of the numbers that wait_stage knows, `most` at most; 0: not
+// even two.
+static inline int fitting_stages(int bytes, int available, int most = 8) {
   for (const int stages : {8, 6, 4, 3, 2}) {
-    if (stages * bytes <= available) return stages;
+    if (stages <= most && stages * bytes <= available) return stages;
   }
   return 0;
 }

@@ -90,12 +90,27 @@ HF_GPTQ_DEVICE uint16_t from_float(float value, Half) {
 #endif
 }
 
+// Two numbers as one word, the first in the low half.
 HF_GPTQ_DEVICE uint32_t pack_floats(float low, float high, Half type) {
+#if !defined(HF_GPTQ_EMULATE) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  (void)type;
+  uint32_t result;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+#else
   return from_float(low, type) | static_cast<uint32_t>(from_float(high, type)) << 16;
+#endif
 }
 
 HF_GPTQ_DEVICE uint32_t pack_floats(float low, float high, Bfloat16 type) {
+#if !defined(HF_GPTQ_EMULATE) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  (void)type;
+  uint32_t result;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+#else
   return from_float(low, type) | static_cast<uint32_t>(from_float(high, type)) << 16;
+#endif
 }
 
 // a - b in both halves.
@@ -137,6 +152,17 @@ HF_GPTQ_DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   return result;
 #else
   return __byte_perm(a, b, selector);
+#endif
+}
+
+// (a & mask) | bits, in one instruction: the compiler makes two where both are constants.
+HF_GPTQ_DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+#ifdef HF_GPTQ_EMULATE
+  return (a & mask) | bits;
+#else
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(a), "r"(mask), "r"(bits));
+  return result;
 #endif
 }
 
@@ -201,6 +227,27 @@ HF_GPTQ_DEVICE void wait_copies() {
   emulate::wait_copies(Pending);
 #elif __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+#endif
+}
+
+// Reads what no other block of this multiprocessor will read: it leaves L1 as it is.
+template <int Words>
+HF_GPTQ_DEVICE void load_once(uint32_t (&words)[Words], const uint32_t* address) {
+  static_assert(Words == 1 || Words == 2 || Words == 4, "what one instruction loads");
+#ifdef HF_GPTQ_EMULATE
+  for (int i = 0; i < Words; ++i) words[i] = address[i];
+#else
+  if constexpr (Words == 4) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "l"(address));
+  } else if constexpr (Words == 2) {
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(words[0]), "=r"(words[1])
+                 : "l"(address));
+  } else {
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(words[0]) : "l"(address));
+  }
 #endif
 }
 

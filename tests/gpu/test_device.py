@@ -44,6 +44,11 @@ def layer(bits: int = 4, group_size: int = 128, out_features: int = 1040, in_fea
     return QuantLinear.from_quantized(weight, torch.randn(out_features), dtype=torch.bfloat16)
 
 
+def dense(made: QuantLinear) -> Tensor:
+    """What the codes stand for; the layer's own weight is that rounded to its dtype."""
+    return made.quantized_weight().dequantize().double().cpu()
+
+
 def error(got: Tensor, truth: Tensor) -> float:
     return float((got.double().cpu() - truth).norm() / truth.norm())
 
@@ -53,12 +58,12 @@ def error(got: Tensor, truth: Tensor) -> float:
 def test_a_layer_that_moves_to_the_gpu_and_back(bits: int, dtype: torch.dtype) -> None:
     made = layer(bits)
     state = {name: tensor.clone() for name, tensor in made.state_dict().items()}
-    dense, bias = made.weight.double(), made.bias.double()
+    weight, bias = dense(made), made.bias.double()
     made.cuda()
     assert made.qweight.dim() == 4
     for rows in (1, 4, 5, 16, 33, 64, 200, 300):
         x = torch.randn(rows, made.in_features).to(dtype)
-        truth = x.double() @ dense.T + bias
+        truth = x.double() @ weight.T + bias
         assert error(made(x.cuda()), truth) < (1e-2 if dtype is torch.bfloat16 else 2e-3), rows
     for name, tensor in made.state_dict().items():
         assert torch.equal(tensor.cpu(), state[name]), name
@@ -142,7 +147,7 @@ def test_torch_compile_and_gradients() -> None:
     assert torch.equal(y, made(x))
     gradient = torch.randn_like(y)
     y.backward(gradient)
-    assert error(x.grad, gradient.double().cpu() @ made.weight.double().cpu()) < 1e-2
+    assert error(x.grad, gradient.double().cpu() @ dense(made)) < 1e-2
 
 
 @pytest.mark.skipif(
@@ -152,7 +157,7 @@ def test_torch_compile_and_gradients() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_hopper_kernel(rows: int, dtype: torch.dtype) -> None:
     made, x = layer().cuda(), torch.randn(rows, 2048).to(dtype)
-    truth = x.double() @ made.weight.double().cpu().T
+    truth = x.double() @ dense(made).T
     got = cuda.linear(x.cuda(), None, *made.kernel_weight.arguments, regime=3)
     assert error(got, truth) < (1e-2 if dtype is torch.bfloat16 else 2e-3)
     assert torch.equal(got, cuda.linear(x.cuda(), None, *made.kernel_weight.arguments, regime=3))
@@ -198,7 +203,7 @@ def test_checks_of_the_benchmark() -> None:
 def test_what_is_not_on_one_device() -> None:
     made = layer().cuda()
     weight = made.kernel_weight
-    with pytest.raises(ValueError, match="one device"):
+    with pytest.raises(ValueError, match="scales is on cpu, x on cuda:0"):
         ops.linear(
             torch.randn(2, 2048, device="cuda", dtype=torch.half),
             type(weight)(**{**vars(weight), "scales": weight.scales.cpu()}),

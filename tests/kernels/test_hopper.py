@@ -28,16 +28,21 @@ EXPORT int run(const hf_gptq::LinearArguments* p, int dtype, uint64_t seed, int 
 # Each is a change of one place of hopper_kernel.h, and what the complaint says; "wrong": the numbers or any complaint.
 MISTAKES = {
     "none": ("", "", ""),
-    "operand overwritten while in use": ("if (i >= 2) wgmma_wait<1>();", "", "wrong"),
+    "operand overwritten while in use": (
+        "a[i % kOperands]);\n    wgmma_fence();\n    wgmma(part, a[i % kOperands],",
+        "a[0]);\n    wgmma_fence();\n    wgmma(part, a[0],", "wrong",
+    ),
     "sum read before the products are done": ("  wgmma_wait<0>();\n", "", "wrong"),
     "no fence after the registers were written": ("wgmma_fence();", "", "wgmma_fence"),
     "stride of the descriptor": ("uint64_t(1024 >> 4) << 32", "uint64_t(512 >> 4) << 32", "wrong"),
     "step of the descriptor along k": ("b + i * (kSliceK * 2 >> 4)", "b + i * (kSliceK >> 4)", "wrong"),
     "stages not aligned to the swizzle": ("(window + 1023) / 1024 * 1024 - window", "window % 16 + 80", "descriptor"),
     "one consumer frees a stage for both": ("kConsumers * 4);\n    }", "4);\n    }", "wrong"),
-    "nobody waits for the scales": ("(full + 8 * stage, 2);", "(full + 8 * stage, 1);", "more arrivals"),
-    "wrong parity": ("turn.parity ^ 1);\n      if (lane", "turn.parity);\n      if (lane", "deadlock"),
-    "fewer bytes than announced": ("panels * S::kPanel);", "panels * S::kPanel + 16);", "deadlock"),
+    "not all producers are waited for": ("stage, kProducers);", "stage, kProducers - 1);", "wrong"),
+    "wrong parity": (
+        "turn.parity ^ 1);\n        unsigned char", "turn.parity);\n        unsigned char", "deadlock",
+    ),
+    "fewer bytes than announced": ("(done, bytes);", "(done, bytes + 16);", "deadlock"),
     "outputs stored before all are there": ("  named_barrier(1 + consumer, 128);\n  const", "  const", "wrong"),
     "splits read before they are there": ("    mbarrier_wait_cluster(join.ready, join.parity);\n", "", "wrong"),
     "splits overwritten before they are read": (
@@ -69,7 +74,7 @@ EXPORT int run{number}(const hf_gptq::LinearArguments* p, int, uint64_t seed, in
   return emulated(*p, seed, multiprocessors, message, [](const auto& q, const auto&) -> int {{
     hopper::TensorMap x;
     if (hopper::make_tensor_map(&x, q.x, q.x_columns, q.M, q.x_stride, 64, Half())) return 1;
-    const mistake{number}::Problem problem{{q, (q.M + 63) / 64, (q.N + 255) / 256}};
+    const mistake{number}::Problem problem{{q, (q.M + 63) / 64, (q.N + 255) / 256, false}};
     return hopper::launch_clusters(mistake{number}::linear_kernel<Half, 4, 64, 4>, q.chunks, dim3(q.chunks),
                                    dim3(384), mistake{number}::Shared<4, 64, 4>::kBytes, nullptr, x, problem);
   }});
@@ -94,6 +99,9 @@ HALF, BF16 = torch.float16, torch.bfloat16
     "problem",
     [
         Problem(64, 256, 128, 128),
+        Problem(64, 544, 256, 64),
+        Problem(40, 520, 256, 16, dtype=BF16, scale_dtype=torch.float32),
+        Problem(40, 288, 256, 32, bits=3),
         Problem(1, 64, 64, 64, dtype=BF16, scale_dtype=BF16),
         Problem(33, 77, 200, 32),
         Problem(130, 520, 330, 16, dtype=BF16, scale_dtype=BF16),
