@@ -55,7 +55,7 @@ def lora_step(model: Any, ids: torch.Tensor) -> tuple[float, float]:
         optimizer.step()
         optimizer.zero_grad()
         torch.cuda.synchronize()
-        seconds, loss = time.perf_counter() - start, float(result)
+        seconds, loss = time.perf_counter() - start, float(result.detach())
     peft.unload()
     return seconds, loss
 

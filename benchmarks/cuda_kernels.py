@@ -5,23 +5,25 @@
 Every product is checked first, with fresh random inputs and outputs that held NaN. Times are medians of CUDA graph
 replays; a graph walks over copies of the weight that together exceed the L2 cache several times, so that weights come
 from memory, as they do in a model. "dense" is cuBLAS; ours are its regimes, "dequant" being dequantize and cuBLAS, and
-"*" marks the one that the rules choose; beside them torch's tinygemm (bf16) and Marlin (fp16), where it is given:
---marlin takes marlin_cuda_kernel.cu (IST-DASLab/marlin, 2f6d7c1) as a shared library, built by nvcc -O3 -std=c++17
---expt-relaxed-constexpr -shared -Xcompiler -fPIC -gencode=arch=compute_90,code=sm_90. "floor" is the larger of bytes
-over bandwidth and operations over the matrix rate, both measured in the same run. Needs the CUDA library:
-pip install . -C cmake.define.HF_GPTQ_CUDA=ON
+"*" marks the one that the rules choose; beside them torch's tinygemm (bf16), Humming where humming-kernels is
+installed, and Marlin (fp16) where it is given: --marlin takes marlin_cuda_kernel.cu (IST-DASLab/marlin, 2f6d7c1) as a
+shared library, built by nvcc -O3 -std=c++17 --expt-relaxed-constexpr -shared -Xcompiler -fPIC
+-gencode=arch=compute_90,code=sm_90; on Hopper without the cache hint in cp_async4_stream, an illegal instruction there.
+"floor" is the larger of bytes over bandwidth and operations over the matrix rate, both measured in the same run. Needs
+the CUDA library: pip install . -C cmake.define.HF_GPTQ_CUDA=ON
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
+import importlib.util
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,53 @@ def marlin(path: Path, weight: QuantizedWeight, dtype: torch.dtype) -> Peer | No
     return call, (packed, scales, torch.zeros(out_features // 128 * 16, dtype=torch.int32, device=device))
 
 
+def humming(weight: QuantizedWeight, dtype: torch.dtype) -> Peer | None:
+    """Humming (humming-kernels 0.1.19) as vLLM calls it, by its own heuristics; None where it is not installed. Kernels
+    are compiled at their first call. In bf16 it rounds scales to bf16."""
+    spec, (out_features, in_features) = weight.spec, weight.codes.shape
+    if spec.bits != 4 or not spec.sym or importlib.util.find_spec("humming") is None:
+        return None
+    from humming.kernel.humming import HummingKernel
+    from humming.ops import launch_kernel
+    from humming.schema import BaseWeightSchema, HummingInputSchema
+    from humming.transform import prepare_and_transform_humming_tensors
+    from humming.tune import get_heuristics_config
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    group_size = 0 if spec.group_size in (-1, in_features) else spec.group_size
+    schema = BaseWeightSchema.from_config(
+        {"quant_method": "humming", "dtype": "int4", "group_size": group_size, "has_zero_point": False}
+    )
+    tensors = {
+        "weight": (weight.codes[:, 0::2] | weight.codes[:, 1::2] << 4).contiguous().view(torch.int32),
+        "weight_scale": weight.scales.to(dtype).T.contiguous(),
+    }
+    schema, tensors = schema.convert_humming(
+        tensors=tensors, shape_n_stacks=[out_features], shape_k_stacks=[in_features], param_dtype=dtype
+    )
+    layer, tensors = prepare_and_transform_humming_tensors(
+        tensors=tensors, shape_n=out_features, shape_k=in_features, weight_schema=schema,
+        input_schema=HummingInputSchema(), pad_n_to_multiple=256, pad_k_to_multiple=128, has_bias=False,
+        torch_dtype=dtype, device=device,
+    )  # fmt: skip
+    options = {"use_batch_invariant": False, "use_f16_accum": False, "gemm_type": "dense"}
+    intervals = get_heuristics_config(layer, **options, device=device)  # (low, high, kernel) for low < rows <= high
+    locks = torch.zeros(4096, dtype=torch.int32, device=device)
+
+    @functools.cache
+    def kernel(rows: int) -> Tensor:
+        (chosen,) = (made for low, high, made in intervals if low < rows <= high)
+        return HummingKernel.prepare_kernels(layer.to_str(), json.dumps(options), chosen, device)
+
+    def call(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+        return launch_kernel(
+            configs=kernel(x.shape[0]), inputs=x, weight=weight, weight_scale=scales,
+            weight_scale_2=tensors.get("weight_scale_2"), locks=locks,
+        )  # fmt: skip
+
+    return call, (tensors["weight"], tensors["weight_scale"])
+
+
 def tinygemm(weight: QuantizedWeight, dtype: torch.dtype) -> Peer | None:
     """torch's own 4-bit op (bf16, groups of 32 to 256), on the same grid; None where it does not apply."""
     spec = weight.spec
@@ -166,7 +215,9 @@ def tinygemm(weight: QuantizedWeight, dtype: torch.dtype) -> Peer | None:
 
 
 # Other kernels for the same codes: (weight, dtype) -> what computes it, or None where it cannot.
-PEERS: dict[str, Callable[[QuantizedWeight, torch.dtype], Peer | None]] = {"tinygemm": tinygemm}
+PEERS: dict[str, Callable[[QuantizedWeight, torch.dtype], Peer | None]] = {
+    "tinygemm": tinygemm, "humming": humming,
+}  # fmt: skip
 
 
 def correctness(device: torch.device) -> list[dict[str, Any]]:
@@ -189,10 +240,10 @@ def correctness(device: torch.device) -> list[dict[str, Any]]:
                     truth = x.double() @ dense.T + bias.double()
                     rounding = relative_error(truth.to(dtype), truth)
                     calls: dict[str, Callable[[], Tensor]] = {
-                        regime_of(kernel, x): partial(ops.linear, x, kernel, bias)
+                        regime_of(kernel, x): functools.partial(ops.linear, x, kernel, bias)
                     }
                     if torch.cuda.get_device_capability() == (9, 0) and dtype is not torch.float32:
-                        calls["hopper"] = partial(cuda.linear, x, bias, *kernel.arguments, regime=HOPPER)
+                        calls["hopper"] = functools.partial(cuda.linear, x, bias, *kernel.arguments, regime=HOPPER)
                     for regime, call in calls.items():
                         name = (
                             f"bits={bits} sym={sym} {dtype} M={rows} N={out_features} K={in_features} g={group_size} "
@@ -262,14 +313,16 @@ def measure(
         result[f"{name}_error"] = relative_error(call(x, *tensors), truth)
         if result[f"{name}_error"] > 2e-2:
             raise SystemExit(f"{name}: error {result[f'{name}_error']:.1e} at {result}")
-        result[f"{name}_us"] = graph_us([partial(call, x, *t) for t in copies[tensors]], replays)
+        result[f"{name}_us"] = graph_us([functools.partial(call, x, *t) for t in copies[tensors]], replays)
     gradient = torch.randn(rows, out_features, device=device).to(dtype)
 
     def backward(*tensors: Tensor) -> Tensor:
         return gradient @ ops.dequantize(with_grid(*tensors), in_features, dtype)
 
-    result["backward_us"] = graph_us([partial(backward, *t) for t in copies[ours]], replays)
-    result["dense_backward_us"] = graph_us([partial(torch.matmul, gradient, *t) for t in copies[(dense,)]], replays)
+    result["backward_us"] = graph_us([functools.partial(backward, *t) for t in copies[ours]], replays)
+    result["dense_backward_us"] = graph_us(
+        [functools.partial(torch.matmul, gradient, *t) for t in copies[(dense,)]], replays
+    )
     return result
 
 
@@ -317,7 +370,7 @@ def main() -> None:
     print(", ".join(f"{k} {v}" for k, v in report["environment"].items()))
     print(f"{len(report['checks'])} products agree with float64 and with themselves")
     if options.marlin:
-        PEERS["marlin"] = partial(marlin, options.marlin)
+        PEERS["marlin"] = functools.partial(marlin, options.marlin)
     if not options.check_only:
         bandwidth, rate = ceilings(options.replays)
         report["environment"] |= {"bytes_per_us": bandwidth, "operations_per_us": rate}

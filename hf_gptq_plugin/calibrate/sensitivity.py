@@ -37,7 +37,7 @@ from ..solve.linalg import add_gram, total
 from . import processes
 from .memory import give_back
 from .offload import is_offloaded
-from .products import compute_dtype, computing, own_products
+from .products import computing, own_products
 from .threads import in_order
 from .walk import forward_replaced, linear_shape, linears, text_inputs
 
@@ -106,7 +106,7 @@ def sensitivity(
             _watched(model, names | outputs, most, list(blocks) if kept > _KEPT_BYTES else []) as state,
             ExitStack() as stack,
         ):
-            if compute_dtype(model.device) == torch.float32:
+            if _dtype(model) == torch.float32:
                 stack.enter_context(own_products(model))
             work = partial(_felt, model, state, outputs, share, seed)
             each = in_order(work, enumerate(windows), model.device.type == "cpu", at_once)
@@ -125,6 +125,12 @@ def sensitivity(
         {name: made for name, parts in tokens.items() if (made := _normalized(parts, windows)) is not None},
         {name: made for name, sum_ in sums.items() if (made := sum_.metric()) is not None},
     )
+
+
+def _dtype(model: Any) -> torch.dtype:
+    """What gradients are computed in. On a processor fp32, also where it multiplies bf16 faster: it takes a tenth more
+    of a calibration's time, and rounding the slopes on their way costs perplexity (`balanced`, 4 bit: README)."""
+    return torch.float32 if model.device.type == "cpu" else torch.bfloat16
 
 
 def _normalized(parts: list[Tensor], windows: list[Tensor]) -> list[Tensor] | None:
@@ -265,7 +271,7 @@ def _felt(
     state.outputs = frozenset(outputs if window < share else ())
     state.found = {}
     try:
-        with torch.enable_grad(), computing(compute_dtype(model.device), model.device):
+        with torch.enable_grad(), computing(_dtype(model), model.device):
             out = model(**text_inputs(model, ids))
             found, state.found = state.found, None  # what is computed a second time is not noted again
             logits = getattr(out, "logits", None)

@@ -7,9 +7,9 @@
 
 #include "dequantize.h"
 #include "hf_gptq_cuda.h"
-#include "hopper.h"
 #include "linear.h"
 #include "repack.h"
+#include "rules.h"
 
 #define HF_GPTQ_STRINGIFY_(x) #x
 #define HF_GPTQ_STRINGIFY(x) HF_GPTQ_STRINGIFY_(x)
@@ -91,9 +91,8 @@ Regime regime_for(const Device& device, const hf_gptq_cuda_weight& w, int x_dtyp
     return kDense;
   }
   if (wanted >= 0) return static_cast<Regime>(wanted);
-  const bool invariant = is_on("HF_GPTQ_BATCH_INVARIANT");
-  if (!invariant && hopper_accepts(device, M) && is_on("HF_GPTQ_CUDA_HOPPER")) return kHopper;
-  return choose_regime(device, M, w.scale_dtype, group_slices(w), invariant);
+  return choose_regime(device, M, w.N, k_tile_count(w.rows), w.scale_dtype, group_slices(w),
+                       is_on("HF_GPTQ_BATCH_INVARIANT"));
 }
 
 // Whether a wanted regime can compute M rows at all.
@@ -275,7 +274,8 @@ int hf_gptq_cuda_linear(const hf_gptq_cuda_weight* weight, const void* x, int32_
   p.zero_offset = w.zero_offset;
   p.scale_dtype = w.scale_dtype;
   p.bits = w.bits;
-  p.chunks = plan.regime == kHopper ? hopper_chunks(M, w.N, p.k_tiles) : chunk_count(w.N, w.rows);
+  p.chunks = plan.regime == kHopper ? hopper_cut(device, M, w.N, p.k_tiles).chunks
+                                    : chunk_count(w.N, w.rows);
 
   char* free_scratch = static_cast<char*>(scratch);
   if (needs_copy(w, x_plain)) {

@@ -1,16 +1,8 @@
-// The regime on Hopper's warpgroup tensor cores: when it applies and how to start it. It takes over
-// from the wide kernel where activations are many enough to fill the 64-wide products of wgmma.
+// The regime on Hopper's warpgroup tensor cores: how a product is cut, and how to start it.
 //
-//   at most kHopperSplitRows rows   K is cut into chunk_count(N, K) chunks
-//   more rows                       one chunk: there are tiles enough, and adding chunks up would
-//                                   take as long as half of their products
-//
-// Chunks are the blocks of a cluster and meet in shared memory: no scratch is needed.
-//
-// Within each case a row's sum is built in one order (hopper_kernel.h), whatever M is.
-//
-// It has not run on a GPU yet, so it is not chosen by itself: HF_GPTQ_CUDA_HOPPER=1 in the
-// environment allows it.
+// K is cut into 1, 2 or 4 chunks, which the blocks of a cluster add up in shared memory: no scratch
+// is needed. A row's sum is built in one order (hopper_kernel.h) for one number of chunks; how many
+// are best depends on M.
 #ifndef HF_GPTQ_CUDA_HOPPER_H_
 #define HF_GPTQ_CUDA_HOPPER_H_
 
@@ -18,27 +10,51 @@
 
 namespace hf_gptq {
 
-constexpr int64_t kHopperLeastRows = 32;
-constexpr int64_t kHopperSplitRows = 256;
+// Tokens of a tile, 64 or 128, the chunks of K, and what that takes.
+struct HopperCut {
+  int tokens, chunks;
+  double us;
+};
 
-// Whether the regime may be chosen for M rows. Any M can be computed if it is asked for.
-static inline bool hopper_accepts(const Device& device, int64_t M) {
-  return device.capability == 90 && M >= kHopperLeastRows;
+// Clusters of so many blocks that run at a time, one block on a multiprocessor. Clusters of four
+// do not fill all groups of multiprocessors: an H200 with 132 runs less than 32.
+static inline int64_t hopper_clusters(const Device& device, int chunks) {
+  const int64_t clusters = device.multiprocessors / chunks;
+  const int64_t fitting = chunks < 4 ? clusters : clusters * 7 / 8;
+  return fitting < 1 ? 1 : fitting;
 }
 
-// Chunks that K is cut into, for M rows.
-static inline int hopper_chunks(int64_t M, int64_t N, int64_t k_tiles) {
-  return M <= kHopperSplitRows ? chunk_count(N, k_tiles * kTileK) : 1;
+// Measured on an H200: 2.6 us, 0.65 for a tile of 64 inputs with 64 tokens and 0.94 with 128, 5.5
+// and 8 for adding chunks up.
+static inline double hopper_us(const Device& device, int64_t M, int64_t N, int64_t k_tiles,
+                               int tokens, int chunks) {
+  const int64_t tiles = ceil_div(M, tokens) * ceil_div(N, kBlockN);
+  const int64_t waves = ceil_div(tiles, hopper_clusters(device, chunks));
+  const double tile = tokens == 64 ? 0.65 : 0.94, join = tokens == 64 ? 5.5 : 8.0;
+  return 2.6 + static_cast<double>(waves) * (tile * static_cast<double>(ceil_div(k_tiles, chunks)) +
+                                             (chunks > 1 ? join : 0.0));
 }
 
-// Tokens of a tile, 64 or 128. The larger one reads half as many weights; the smaller one is taken
-// where the larger would leave half of the chip idle. It makes no difference to the result.
-static inline int hopper_tokens(const Device& device, int64_t M, int64_t N, int chunks) {
-  const int64_t tiles = ceil_div(M, 128) * ceil_div(N, kBlockN) * chunks;
-  return M <= 64 || 2 * tiles <= device.multiprocessors ? 64 : 128;
+// The better number of tokens for so many chunks. It makes no difference to the result.
+static inline HopperCut hopper_cut(const Device& device, int64_t M, int64_t N, int64_t k_tiles,
+                                   int chunks) {
+  const double few = hopper_us(device, M, N, k_tiles, 64, chunks);
+  const double many = hopper_us(device, M, N, k_tiles, 128, chunks);
+  return M <= 64 || few <= many ? HopperCut{64, chunks, few} : HopperCut{128, chunks, many};
 }
 
-// By bits and type. `chunks` of the arguments is hopper_chunks, not what the other kernels take.
+static inline HopperCut hopper_cut(const Device& device, int64_t M, int64_t N, int64_t k_tiles) {
+  HopperCut best = hopper_cut(device, M, N, k_tiles, 1);
+  for (const int chunks : {2, 4}) {
+    if (k_tiles < 4 * chunks) break;
+    const HopperCut cut = hopper_cut(device, M, N, k_tiles, chunks);
+    if (cut.us < best.us) best = cut;
+  }
+  return best;
+}
+
+// By bits and type. `chunks` of the arguments is that of hopper_cut, not what the other kernels
+// take.
 cudaError_t launch_hopper_half(LinearArguments arguments, const Device& device,
                                cudaStream_t stream);
 cudaError_t launch_hopper_bfloat16(LinearArguments arguments, const Device& device,

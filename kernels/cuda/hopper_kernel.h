@@ -23,7 +23,7 @@
 // zeros; row by row, copies could do neither, and threads that copy would need a proxy fence per
 // stage. The packed weights need no map: what a panel gives to a stage lies together.
 //
-// Order of a sum, the same for every M and grid (how many splits there are: hopper_chunks):
+// Order of a sum, the same for every M and grid (how many splits there are: hopper_cut):
 //   part  = sum over a chunk of Chunk * 16 inputs on the tensor cores, from 0, in fp32
 //   total = fma(part, scale of the chunk's group, total), chunks upwards in k
 //   y     = total of split 0 + total of split 1 + .. + bias, rounded once

@@ -18,8 +18,7 @@ cudaError_t launch(const Problem& problem, const Device& device, cudaStream_t st
   const cudaError_t error = make_tensor_map(&x, p.x, p.x_columns, p.M, p.x_stride, Tokens, T());
   if (error != cudaSuccess) return error;
   const int64_t items = static_cast<int64_t>(problem.token_tiles) * problem.output_tiles * p.chunks;
-  const int64_t clusters =
-      device.multiprocessors < p.chunks ? 1 : device.multiprocessors / p.chunks;
+  const int64_t clusters = hopper_clusters(device, p.chunks);
   const int64_t blocks = items < clusters * p.chunks ? items : clusters * p.chunks;
   return launch_clusters(linear_kernel<T, Bits, Tokens, Chunk>, p.chunks,
                          dim3(static_cast<unsigned>(blocks)), dim3(kThreads), S::kBytes, stream, x,
@@ -38,7 +37,7 @@ cudaError_t launch_chunks(const Problem& problem, const Device& device, cudaStre
 
 template <class T, int Bits>
 cudaError_t launch_tokens(const LinearArguments& p, const Device& device, cudaStream_t stream) {
-  const int tokens = hopper_tokens(device, p.M, p.N, p.chunks);
+  const int tokens = hopper_cut(device, p.M, p.N, p.k_tiles, p.chunks).tokens;
   const int element = p.scale_dtype == HF_GPTQ_FP32 ? 4 : 2;
   const bool bulk_grid = reinterpret_cast<uintptr_t>(p.scales) % 16 == 0 &&
                          reinterpret_cast<uintptr_t>(p.qzeros) % 16 == 0 &&

@@ -1,4 +1,4 @@
-// What the linear kernels are given, and the choice between them.
+// What the linear kernels are given.
 #ifndef HF_GPTQ_CUDA_LINEAR_H_
 #define HF_GPTQ_CUDA_LINEAR_H_
 
@@ -46,7 +46,7 @@ struct Device {
 //   wide     a block takes 256 outputs and a chunk; activations are shared by its eight warps, and
 //            the block that arrives last adds the chunks up
 //
-// The limits below follow from counting bytes; they have not been timed on a GPU yet.
+// rules.h chooses between them.
 
 // The narrow kernel's activations cost M / 4 of the bytes of 4-bit weights, all from L2, which
 // delivers about twice what memory does.
@@ -92,14 +92,6 @@ static inline bool narrow_fits(const Device& device, int64_t M, int scale_dtype,
   return M <= kNarrowRows &&
          2 * kWarps * 4 * narrow_stage_words(static_cast<int>(M), scale_dtype, group_slices) <=
              device.shared_bytes;
-}
-
-// `invariant`: a row must have the same bits whatever M is, so the wide kernel takes every M.
-static inline Regime choose_regime(const Device& device, int64_t M, int scale_dtype,
-                                   int group_slices, bool invariant) {
-  if (narrow_fits(device, M, scale_dtype, group_slices)) return kNarrow;
-  const int most = device.capability < 80 ? kMostRowsTuring : kMostRows;
-  return M <= most || invariant ? kWide : kDense;
 }
 
 // Token tiles of 8 that a block of the wide kernel takes: 1, 2, 4 or 8.

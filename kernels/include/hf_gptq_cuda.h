@@ -92,9 +92,9 @@ HF_GPTQ_API int hf_gptq_cuda_unpack(const void* tiles, const int32_t* row_of,  /
 
 // How hf_gptq_cuda_linear will compute M rows of `x_dtype` (fp16 or bf16; fp32 is always DENSE).
 // `x_plain`: x is aligned to 16 bytes and its row stride a multiple of 8. `regime` chooses one
-// (for tests and measurements), or -1 for the rules. Reads no device memory. Two variables of the
-// environment change the rules: HF_GPTQ_BATCH_INVARIANT=1 gives a row the same bits whatever M is,
-// HF_GPTQ_CUDA_HOPPER=1 allows HF_GPTQ_CUDA_HOPPER, which has not run on a GPU yet.
+// (for tests and measurements), or -1 for the rules. Reads no device memory.
+// HF_GPTQ_BATCH_INVARIANT=1 in the environment changes the rules, so that a row has the same bits
+// whatever M is.
 HF_GPTQ_API int hf_gptq_cuda_plan(const hf_gptq_cuda_weight* weight, int32_t x_dtype, int64_t M,
                                   int32_t x_plain, int32_t regime, hf_gptq_cuda_plan_t* plan);
 

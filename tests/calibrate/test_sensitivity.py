@@ -95,7 +95,6 @@ def same(a: Sensitivity, b: Sensitivity) -> bool:
 def test_what_is_felt_is_the_gradients_size_and_direction(
     kind: str, tiny: Callable[..., Path], windows: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sensitivity, "compute_dtype", lambda device: torch.float32)
     monkeypatch.setattr(sensitivity, "_slope", lambda end, predicts, draw: end.sin())
     model = load(kind, tiny(kind)).float().eval()
     blocks, names = asked(model)

@@ -33,10 +33,13 @@ def emulated(emulated_library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     for cached in (native_cuda._load, native_cuda.problem):
         cached.cache_clear()
     configure = ctypes.CDLL(str(emulated_library)).hf_gptq_emulate_configure
-    configure.argtypes = (ctypes.c_uint64, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32)
+    configure.argtypes = (ctypes.c_uint64, *[ctypes.c_int32] * 4)
 
-    def set_emulator(seed: int = 0, resident: int = 3, capability: int = 80, shared_bytes: int = 160 * 1024) -> None:
-        configure(seed, resident, capability, shared_bytes)
+    def set_emulator(
+        seed: int = 0, resident: int = 3, capability: int = 80, shared_bytes: int = 160 * 1024,
+        multiprocessors: int = 108,
+    ) -> None:  # fmt: skip
+        configure(seed, resident, capability, shared_bytes, multiprocessors)
 
     set_emulator()
     torch.use_deterministic_algorithms(True)
