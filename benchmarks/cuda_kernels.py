@@ -37,7 +37,6 @@ from hf_gptq_plugin.nn import cuda, ops
 from hf_gptq_plugin.nn.ops import KernelWeight
 
 REGIMES = {0: "dequant", 1: "narrow", 2: "wide", 3: "hopper"}
-HOPPER = 3
 NARROW_ROWS, WIDE_ROWS = 4, 256  # the most rows that these regimes are timed with
 L2_MULTIPLE = 4  # weights of one graph, in sizes of the L2 cache
 MOST_COPIES = 64
@@ -239,11 +238,15 @@ def correctness(device: torch.device) -> list[dict[str, Any]]:
                     kernel, dense = kernel_weight(weight), weight.dequantize().double()
                     truth = x.double() @ dense.T + bias.double()
                     rounding = relative_error(truth.to(dtype), truth)
+                    possible = {
+                        "dequant": True, "narrow": rows <= NARROW_ROWS and dtype is not torch.float32,
+                        "wide": dtype is not torch.float32,
+                        "hopper": dtype is not torch.float32 and torch.cuda.get_device_capability() == (9, 0),
+                    }  # fmt: skip
                     calls: dict[str, Callable[[], Tensor]] = {
-                        regime_of(kernel, x): functools.partial(ops.linear, x, kernel, bias)
-                    }
-                    if torch.cuda.get_device_capability() == (9, 0) and dtype is not torch.float32:
-                        calls["hopper"] = functools.partial(cuda.linear, x, bias, *kernel.arguments, regime=HOPPER)
+                        name: functools.partial(cuda.linear, x, bias, *kernel.arguments, regime=number)
+                        for number, name in REGIMES.items() if possible[name]
+                    }  # fmt: skip
                     for regime, call in calls.items():
                         name = (
                             f"bits={bits} sym={sym} {dtype} M={rows} N={out_features} K={in_features} g={group_size} "
@@ -278,13 +281,14 @@ def measure(
         weight_bytes += kernel.qzeros.numel() * 4
     cache = torch.cuda.get_device_properties(device).L2_cache_size
 
-    def with_grid(qweight: Tensor, scales: Tensor) -> KernelWeight:
-        return KernelWeight(**{**vars(kernel), "qweight": qweight, "scales": scales})
+    def with_grid(*tensors: Tensor) -> KernelWeight:
+        return KernelWeight(**{**vars(kernel), **dict(zip(("qweight", "scales", "qzeros"), tensors, strict=False))})
 
     def in_regime(regime: int) -> Callable[..., Tensor]:
         return lambda x, *tensors: cuda.linear(x, None, *with_grid(*tensors).arguments, regime=regime)
 
-    ours, chosen = (kernel.qweight, kernel.scales), regime_of(kernel, x)
+    zeros = () if kernel.qzeros is None else (kernel.qzeros,)
+    ours, chosen = (kernel.qweight, kernel.scales, *zeros), regime_of(kernel, x)
     candidates: dict[str, Peer] = {"dense": (torch.nn.functional.linear, (dense,))}
     for regime, name in REGIMES.items():
         timed = {

@@ -1,7 +1,7 @@
 """What a model computes with while it is calibrated.
 
-Backward passes multiply in bf16 where the hardware has instructions for it. Elsewhere torch's 16 bits are slow, above
-all backward: there our own product, exact in 16 bits, takes the place of torch's, and attention is computed in fp32.
+Tuning multiplies in bf16 where the hardware has instructions for it. Elsewhere torch's 16 bits are slow, above all
+backward: there our own product, exact in 16 bits, takes the place of torch's, and attention is computed in fp32.
 """
 
 from __future__ import annotations

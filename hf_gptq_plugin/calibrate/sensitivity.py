@@ -128,8 +128,8 @@ def sensitivity(
 
 
 def _dtype(model: Any) -> torch.dtype:
-    """What gradients are computed in. On a processor fp32, also where it multiplies bf16 faster: it takes a tenth more
-    of a calibration's time, and rounding the slopes on their way costs perplexity (`balanced`, 4 bit: README)."""
+    """What gradients are computed in. On a processor fp32, also where it multiplies bf16 faster: rounding the slopes on
+    their way takes SmolLM2-135M (4 bit, `balanced`) from perplexity 20.27 to 20.37 and spares no time to speak of."""
     return torch.float32 if model.device.type == "cpu" else torch.bfloat16
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+_TOKENS = 256  # that two models are compared on at a time
+
 
 def require_readable(model: Any, windows: Iterable[Tensor]) -> None:
     """Check that a model can read windows of token ids, `[tokens]` or `[1, tokens]`.
@@ -226,16 +228,15 @@ def compared(model: Any, reference: Any, windows: list[Tensor], progress: bool =
         raise ValueError(f"the models have {sizes[0]} and {sizes[1]} tokens; only models of one vocabulary compare")
     loss, divergence, agreed, count, largest = [0.0, 0.0], 0.0, 0, 0, 0.0
     for ids in tqdm(windows, desc="Comparing", unit="window", disable=not progress):
-        logs = []
-        for number, each in enumerate((model, reference)):
-            each.eval()
-            logs.append(torch.log_softmax(_logits(each, ids).float(), -1))
-            targets = ids[0, 1:].to(logs[-1].device)
-            loss[number] += float(torch.nn.functional.nll_loss(logs[-1], targets, reduction="sum"))
-        logs[0] = logs[0].to(logs[1].device)
-        each_token = (logs[1].exp() * (logs[1] - logs[0])).sum(-1)
-        divergence += float(each_token.sum())
-        largest = max(largest, float(each_token.max()))
-        agreed += int((logs[0].argmax(-1) == logs[1].argmax(-1)).sum())
+        logits = [_logits(each.eval(), ids) for each in (model, reference)]
+        parts = zip(*(each.split(_TOKENS) for each in (*logits, ids[0, 1:])), strict=True)
+        for own, other, targets in parts:  # in fp32 a whole window of a large vocabulary would not fit beside a model
+            logs = [torch.log_softmax(part.to(own.device, torch.float32), -1) for part in (own, other)]
+            for number, each in enumerate(logs):
+                loss[number] += float(torch.nn.functional.nll_loss(each, targets.to(own.device), reduction="sum"))
+            each_token = (logs[1].exp() * (logs[1] - logs[0])).sum(-1)
+            divergence += float(each_token.sum())
+            largest = max(largest, float(each_token.max()))
+            agreed += int((logs[0].argmax(-1) == logs[1].argmax(-1)).sum())
         count += ids.shape[1] - 1
     return Comparison(_exp(loss[0] / count), _exp(loss[1] / count), divergence / count, largest, agreed / count, count)

@@ -1,6 +1,6 @@
 """The ops on an NVIDIA GPU, by the CUDA library.
 
-Which kernel computes a product is decided in the library (`kernels/cuda/linear.h`), by rules on the number of rows:
+Which kernel computes a product is decided in the library (`kernels/cuda/rules.h`), by rules on its size:
 few rows go to fused kernels, many to a dequantized weight and cuBLAS. Activations in fp32 always go that second way,
 in fp32. All memory comes from torch's allocator, all work goes to the current stream, and nothing waits: a call on a
 packed weight can be captured in a CUDA graph.

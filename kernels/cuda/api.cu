@@ -34,16 +34,19 @@ bool is_dtype(int dtype) { return dtype >= HF_GPTQ_FP32 && dtype <= HF_GPTQ_BF16
 
 bool is_size(int64_t size) { return size >= 1 && size < int64_t{1} << 22; }
 
+constexpr int64_t kMostOutputs = int64_t{65535} * kPanelN;  // blocks of a grid's y
+
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 bool is_shape(int64_t N, int64_t K, int64_t rows, int bits) {
-  return is_size(N) && is_size(K) && is_size(rows) && rows >= K && is_bits(bits);
+  return is_size(N) && N <= kMostOutputs && is_size(K) && is_size(rows) && rows >= K &&
+         is_bits(bits);
 }
 
 bool is_weight(const hf_gptq_cuda_weight* w) {
   return w && is_shape(w->N, w->K, w->rows, w->bits) && (w->perm || w->rows == w->K) &&
-         is_dtype(w->scale_dtype) && w->G >= 1 && w->group_size >= 1 &&
-         (w->group_size % kSliceK == 0 || w->group_size >= w->rows) &&
+         is_aligned(w->tiles) && is_aligned(w->scales) && is_dtype(w->scale_dtype) && w->G >= 1 &&
+         w->group_size >= 1 && (w->group_size % kSliceK == 0 || w->group_size >= w->rows) &&
          (w->group_map || ceil_div(w->rows, w->group_size) <= w->G) &&
          (!w->qzeros || w->zero_offset == 0 || w->zero_offset == 1);
 }
@@ -96,9 +99,10 @@ Regime regime_for(const Device& device, const hf_gptq_cuda_weight& w, int x_dtyp
 }
 
 // Whether a wanted regime can compute M rows at all.
-bool is_possible(const Device& device, int regime, int64_t M) {
-  return regime == -1 || regime == kDense || (regime == kNarrow && M <= kNarrowRows) ||
-         regime == kWide || (regime == kHopper && device.capability == 90);
+bool is_possible(const Device& device, const hf_gptq_cuda_weight& w, int regime, int64_t M) {
+  return regime == -1 || regime == kDense || regime == kWide ||
+         (regime == kNarrow && narrow_fits(device, M, w.scale_dtype, group_slices(w))) ||
+         (regime == kHopper && device.capability == 90);
 }
 
 template <class Launch>
@@ -220,7 +224,7 @@ int hf_gptq_cuda_plan(const hf_gptq_cuda_weight* weight, int32_t x_dtype, int64_
   }
   Device device;
   if (const int error = find_device(&device)) return error;
-  if (!is_possible(device, regime, M)) return HF_GPTQ_CUDA_ERROR_ARGUMENT;
+  if (!is_possible(device, *weight, regime, M)) return HF_GPTQ_CUDA_ERROR_ARGUMENT;
   *plan = {0, 0, regime_for(device, *weight, x_dtype, M, regime)};
   if (plan->regime == kDense) return HF_GPTQ_CUDA_OK;
   plan->scratch_bytes = copy_bytes(*weight, M, x_plain);

@@ -17,7 +17,7 @@ struct HopperCut {
 };
 
 // Clusters of so many blocks that run at a time, one block on a multiprocessor. Clusters of four
-// do not fill all groups of multiprocessors: an H200 with 132 runs less than 32.
+// do not fill all groups of multiprocessors: an H200 with 132 runs fewer than 32.
 static inline int64_t hopper_clusters(const Device& device, int chunks) {
   const int64_t clusters = device.multiprocessors / chunks;
   const int64_t fitting = chunks < 4 ? clusters : clusters * 7 / 8;

@@ -30,7 +30,7 @@
 //
 // Why the scale comes after the product, for every group size: it costs Tokens / 2 fma a thread and
 // chunk, at Chunk = 4 and 128 tokens 64 issue slots beside 256 cycles of the tensor core, and about
-// 50 go to decoding; both fit beside the other consumer's products. In the weight it would cost
+// 50 go to decoding, beside the other consumer's products. In the weight it would cost
 // half of that, but round every weight to 11 or 8 bits, and in fp16 lose small scales to
 // subnormals. At groups of 16 the fma are 256 in 256 cycles and bound the kernel; it is right
 // there, but not at its best.
@@ -63,8 +63,8 @@ constexpr int kHalves = kConsumerN / kPanelN;  // m64 products of a consumer
 constexpr int kBlockOutputs = kConsumerN * kConsumers;
 constexpr int kSharedLimit = 227 * 1024;  // dynamic shared memory of a block on sm_90
 
-// The work: tiles of outputs x tokens, each cut into p.chunks parts of K, 1, 2, 4 or 8: as many as
-// a cluster has blocks.
+// The work: tiles of outputs x tokens, each cut into p.chunks parts of K, 1, 2, 4 or 8 (hopper_cut
+// takes up to 4): as many as a cluster has blocks.
 struct Problem {
   LinearArguments p;
   int token_tiles, output_tiles;
@@ -113,12 +113,6 @@ HF_GPTQ_DEVICE Item item_of(const Problem& problem, int number, int tokens) {
   item.begin = static_cast<int>(chunk_begin(item.split, problem.p.chunks, problem.p.k_tiles));
   item.end = static_cast<int>(chunk_begin(item.split + 1, problem.p.chunks, problem.p.k_tiles));
   return item;
-}
-
-// Panels of 64 outputs that a tile has; the last tile may have fewer than four.
-HF_GPTQ_DEVICE int panels_of(const Problem& problem, const Item& item) {
-  const int64_t left = panel_count(problem.p.N) - item.output / kPanelN;
-  return left < kBlockOutputs / kPanelN ? static_cast<int>(left) : kBlockOutputs / kPanelN;
 }
 
 // The ring of stages, as producers and consumers walk it.
@@ -326,7 +320,7 @@ HF_GPTQ_DEVICE void join_splits(const float (&total)[kHalves][Tokens / 2], const
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         if (n + 8 * j >= p.N) continue;
-        const uint32_t pair = pack_pair(sum[2 * j] + bias[j], sum[2 * j + 1] + bias[j], T());
+        const uint32_t pair = pack_floats(sum[2 * j] + bias[j], sum[2 * j + 1] + bias[j], T());
         uint16_t* y = p.y + token * p.N + n + 8 * j;
         if (token < p.M) y[0] = static_cast<uint16_t>(pair);
         if (token + 1 < p.M) y[p.N] = static_cast<uint16_t>(pair >> 16);
@@ -358,10 +352,10 @@ HF_GPTQ_DEVICE void store_outputs(const float (&total)[kHalves][Tokens / 2], con
 #pragma unroll
     for (int i = 0; i < Tokens / 2; i += 8) {
       const float* v = total[half] + i;
-      stmatrix_transposed(row + i * 2 * kRow, pack_pair(v[0] + bias[0], v[1] + bias[0], T()),
-                          pack_pair(v[2] + bias[1], v[3] + bias[1], T()),
-                          pack_pair(v[4] + bias[0], v[5] + bias[0], T()),
-                          pack_pair(v[6] + bias[1], v[7] + bias[1], T()));
+      stmatrix_transposed(row + i * 2 * kRow, pack_floats(v[0] + bias[0], v[1] + bias[0], T()),
+                          pack_floats(v[2] + bias[1], v[3] + bias[1], T()),
+                          pack_floats(v[4] + bias[0], v[5] + bias[0], T()),
+                          pack_floats(v[6] + bias[1], v[7] + bias[1], T()));
     }
   }
   named_barrier(1 + consumer, 128);

@@ -8,8 +8,6 @@
 namespace hf_gptq {
 namespace hopper {
 
-static_assert(kMaxChunks <= 8, "a cluster has at most eight blocks");
-
 template <class T, int Bits, int Tokens, int Chunk>
 cudaError_t launch(const Problem& problem, const Device& device, cudaStream_t stream) {
   using S = Shared<Bits, Tokens, Chunk>;

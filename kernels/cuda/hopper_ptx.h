@@ -221,18 +221,6 @@ HF_GPTQ_DEVICE void wgmma(float (&d)[64], const uint32_t (&a)[4], uint64_t descr
 
 // ---- registers and memory
 
-// Two numbers as one word of 16-bit elements, the first in the low half.
-HF_GPTQ_DEVICE uint32_t pack_pair(float low, float high, Half) {
-  uint32_t result;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-  return result;
-}
-HF_GPTQ_DEVICE uint32_t pack_pair(float low, float high, Bfloat16) {
-  uint32_t result;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-  return result;
-}
-
 // Four floats to a 16-byte aligned address.
 HF_GPTQ_DEVICE void store_four(float* address, float a, float b, float c, float d) {
   *reinterpret_cast<float4*>(address) = make_float4(a, b, c, d);

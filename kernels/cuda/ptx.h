@@ -251,15 +251,6 @@ HF_GPTQ_DEVICE void load_once(uint32_t (&words)[Words], const uint32_t* address)
 #endif
 }
 
-// Reads past L1, where another block's stores may be.
-HF_GPTQ_DEVICE float load_fresh(const float* address) {
-#ifdef HF_GPTQ_EMULATE
-  return *address;
-#else
-  return __ldcg(address);
-#endif
-}
-
 // ---- tensor cores -------------------------------------------------------------------------------
 
 // Four 8 x 8 matrices of 16-bit elements. Lane 8i + j passes the address of row j of matrix i, 16

@@ -1,4 +1,4 @@
-// The kernel for 5 rows and more.
+// The kernel for 5 rows and more; rules.h says to how many.
 //
 // A block takes 8 MT tokens, 256 outputs and one chunk of K; its eight warps take 32 outputs each
 // and share the activations:
@@ -21,6 +21,7 @@ struct alignas(16) Four {
   float value[4];
 };
 
+// Reads past L1, where another block's stores may be.
 HF_GPTQ_DEVICE Four load_fresh(const Four* address) {
 #ifdef HF_GPTQ_EMULATE
   return *address;

@@ -3,7 +3,7 @@
 // Conventions
 //   * Every function that can fail returns 0 or a positive hf_gptq_cuda_error; nothing throws.
 //   * Pointers are device pointers of the current device unless said otherwise, aligned to their
-//     element; `tiles` and scratch to 16 bytes.
+//     element; `tiles`, `scales` and scratch to 16 bytes.
 //   * Work is queued on `stream`, a cudaStream_t; nothing waits for it and nothing is allocated, so
 //     every call that queues work can be captured in a CUDA graph.
 //   * Results are the same bits from run to run.

@@ -72,6 +72,13 @@ def test_a_layer_that_moves_to_the_gpu_and_back(bits: int, dtype: torch.dtype) -
         assert torch.equal(tensor, state[name]), name
 
 
+@pytest.fixture
+def invariant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only kernels of the package, and of those the narrow and the wide one."""
+    monkeypatch.setenv("HF_GPTQ_BATCH_INVARIANT", "1")
+
+
+@pytest.mark.usefixtures("invariant")
 def test_rows_keep_their_bits_whatever_the_batch_and_the_run() -> None:
     made, x = layer().cuda(), torch.randn(256, 2048, device="cuda", dtype=torch.bfloat16)
     whole = made(x)
@@ -80,6 +87,7 @@ def test_rows_keep_their_bits_whatever_the_batch_and_the_run() -> None:
             assert torch.equal(made(x[-rows:]), whole[-rows:]), rows
 
 
+@pytest.mark.usefixtures("invariant")
 def test_streams_do_not_share_counters() -> None:
     made, x = layer().cuda(), torch.randn(64, 2048, device="cuda", dtype=torch.bfloat16)
     expected = made(x)
@@ -93,23 +101,33 @@ def test_streams_do_not_share_counters() -> None:
     assert all(torch.equal(result, expected) for result in results)
 
 
+HOPPER = pytest.param(
+    3,
+    marks=pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="wgmma needs capability 9.0"
+    ),
+)
+
+
 @pytest.mark.parametrize("rows", [1, 16, 64, 300])
-def test_graph_capture(rows: int) -> None:
-    made = layer().cuda()
+@pytest.mark.parametrize("regime", [cuda.BY_RULE, native_cuda.DENSE, 2, HOPPER])
+def test_graph_capture(rows: int, regime: int) -> None:
+    weight = layer().cuda().kernel_weight.arguments
     x = torch.randn(rows, 2048, device="cuda", dtype=torch.bfloat16)
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad():
-        made(x)
+        cuda.linear(x, None, *weight, regime=regime)
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
-            y = made(x)
+            y = cuda.linear(x, None, *weight, regime=regime)
         for _ in range(3):
             x.copy_(torch.randn_like(x))
             y.fill_(float("nan"))
             graph.replay()
-            assert torch.equal(y, made(x))
+            assert torch.equal(y, cuda.linear(x, None, *weight, regime=regime))
 
 
+@pytest.mark.usefixtures("invariant")
 def test_graphs_run_side_by_side() -> None:
     """All graphs are captured on one stream, and may run on several."""
     made, inputs, outputs, graphs = layer().cuda(), [], [], []
@@ -150,17 +168,15 @@ def test_torch_compile_and_gradients() -> None:
     assert error(x.grad, gradient.double().cpu() @ dense(made)) < 1e-2
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="wgmma needs capability 9.0"
-)
+@pytest.mark.parametrize("regime", [HOPPER])
 @pytest.mark.parametrize("rows", [1, 32, 100, 256, 1000])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_hopper_kernel(rows: int, dtype: torch.dtype) -> None:
+def test_hopper_kernel(rows: int, dtype: torch.dtype, regime: int) -> None:
     made, x = layer().cuda(), torch.randn(rows, 2048).to(dtype)
     truth = x.double() @ dense(made).T
-    got = cuda.linear(x.cuda(), None, *made.kernel_weight.arguments, regime=3)
+    got = cuda.linear(x.cuda(), None, *made.kernel_weight.arguments, regime=regime)
     assert error(got, truth) < (1e-2 if dtype is torch.bfloat16 else 2e-3)
-    assert torch.equal(got, cuda.linear(x.cuda(), None, *made.kernel_weight.arguments, regime=3))
+    assert torch.equal(got, cuda.linear(x.cuda(), None, *made.kernel_weight.arguments, regime=regime))
 
 
 SMALL = """

@@ -38,6 +38,11 @@ MISTAKES = {
     "step of the descriptor along k": ("b + i * (kSliceK * 2 >> 4)", "b + i * (kSliceK >> 4)", "wrong"),
     "stages not aligned to the swizzle": ("(window + 1023) / 1024 * 1024 - window", "window % 16 + 80", "descriptor"),
     "one consumer frees a stage for both": ("kConsumers * 4);\n    }", "4);\n    }", "wrong"),
+    "wrong parity where scales are copied in bulk": (
+        "if (BulkGrid) mbarrier_wait(empty + 8 * turn.stage, turn.parity ^ 1)",
+        "if (BulkGrid) mbarrier_wait(empty + 8 * turn.stage, turn.parity)", "deadlock",
+    ),
+    "scales not announced": ("BulkGrid && warp == 1 ? S::kChunks", "BulkGrid && warp == 4 ? S::kChunks", "wrong"),
     "not all producers are waited for": ("stage, kProducers);", "stage, kProducers - 1);", "wrong"),
     "wrong parity": (
         "turn.parity ^ 1);\n        unsigned char", "turn.parity);\n        unsigned char", "deadlock",
@@ -74,7 +79,8 @@ EXPORT int run{number}(const hf_gptq::LinearArguments* p, int, uint64_t seed, in
   return emulated(*p, seed, multiprocessors, message, [](const auto& q, const auto&) -> int {{
     hopper::TensorMap x;
     if (hopper::make_tensor_map(&x, q.x, q.x_columns, q.M, q.x_stride, 64, Half())) return 1;
-    const mistake{number}::Problem problem{{q, (q.M + 63) / 64, (q.N + 255) / 256, false}};
+    const bool bulk_grid = q.N * 2 % 16 == 0 && q.zero_words % 4 == 0;
+    const mistake{number}::Problem problem{{q, (q.M + 63) / 64, (q.N + 255) / 256, bulk_grid}};
     return hopper::launch_clusters(mistake{number}::linear_kernel<Half, 4, 64, 4>, q.chunks, dim3(q.chunks),
                                    dim3(384), mistake{number}::Shared<4, 64, 4>::kBytes, nullptr, x, problem);
   }});
@@ -167,7 +173,11 @@ def test_emulator_finds_mistakes(built: tuple[Path, Path], mistake: str) -> None
     run = getattr(load(built[1]), f"run{list(MISTAKES).index(mistake)}")
     expected = MISTAKES[mistake][2]
     found = set()
-    for problem in (Problem(60, 140, 832, 64), Problem(300, 140, 128, 64, chunks=2)):
+    # Scales of the first two begin at multiples of 16 bytes, and are the copy engine's work.
+    for problem in (
+        Problem(60, 160, 832, 64), Problem(300, 160, 128, 64, chunks=2), Problem(60, 140, 832, 64),
+        Problem(300, 140, 128, 64, chunks=2),
+    ):  # fmt: skip
         for seed in range(2):
             y, message = problem.run(run, seed, multiprocessors=1)
             if message:

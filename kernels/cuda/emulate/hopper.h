@@ -213,11 +213,6 @@ inline void wgmma(float (&d)[kCount], const uint32_t (&a)[4], uint64_t descripto
   issue_wgmma(d, a, descriptor, add, [](uint16_t value) { return to_float(value, Bfloat16()); });
 }
 
-template <class T>
-inline uint32_t pack_pair(float low, float high, T type) {
-  return pack_floats(low, high, type);
-}
-
 inline void store_four(float* address, float a, float b, float c, float d) {
   const float values[4] = {a, b, c, d};
   memcpy(address, values, 16);

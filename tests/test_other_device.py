@@ -89,7 +89,7 @@ TRAIN = """
 
 
 def run(body: str) -> None:
-    script = CHILD.format(support=str(Path(__file__).parents[1] / "support"), body=body)
+    script = CHILD.format(support=str(Path(__file__).parent / "support"), body=body)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout + done.stderr[-4000:]
 
