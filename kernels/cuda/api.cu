@@ -329,13 +329,11 @@ int hf_gptq_cuda_dequantize(const hf_gptq_cuda_weight* weight, void* out, int32_
   p.K = w.K;
   p.rows = w.rows;
   p.k_tiles = k_tile_count(w.rows);
-  p.G = w.G;
   p.group_slices = group_slices(w);
   p.runs = ceil_div(w.rows, int64_t{kSliceK} * p.group_slices);
   p.zero_words = static_cast<int>(packed_words(w.N, w.bits));
   p.zero_offset = w.zero_offset;
   p.scale_dtype = w.scale_dtype;
-  p.bits = w.bits;
   p.out_dtype = out_dtype;
   return runtime_error(by_bits(w.bits, [&](auto constant) {
     return launch_dequantize<constant.value>(p, static_cast<cudaStream_t>(stream));

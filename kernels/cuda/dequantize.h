@@ -15,8 +15,8 @@ struct DequantizeArguments {
   const int32_t* perm;       // [rows] input of each row, -1: none; NULL
   const int32_t* group_map;  // [runs] or NULL
   void* out;                 // [N, K], rows out_stride apart
-  int64_t out_stride, N, K, rows, k_tiles, G, runs;
-  int group_slices, zero_words, zero_offset, scale_dtype, bits, out_dtype;
+  int64_t out_stride, N, K, rows, k_tiles, runs;
+  int group_slices, zero_words, zero_offset, scale_dtype, out_dtype;
   bool in_pieces;  // rows can be written sixteen bytes at a time
 };
 
@@ -89,9 +89,7 @@ __global__ void __launch_bounds__(32 * kDequantizeWarps)
         if (p.qzeros) {
           const uint32_t* words = p.qzeros + group * p.zero_words + code_word(inside, Bits);
           const int shift = code_shift(inside, Bits);
-          uint32_t field = words[0] >> shift;
-          if (shift + Bits > 32) field |= words[1] << (32 - shift);
-          value = (field & ((1u << Bits) - 1u)) + p.zero_offset;
+          value = load_field<Bits>(words, shift) + p.zero_offset;
         }
         zero[half] = zero_register<Half, Bits>(value);
       }

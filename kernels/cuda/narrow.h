@@ -32,23 +32,10 @@ struct Narrow {
                     Stage::grid_words(HF_GPTQ_FP32) == narrow_grid_words(HF_GPTQ_FP32),
                 "what the choice of a regime counts with");
 
-  // Where the next stage begins among the groups.
-  struct Cursor {
-    int run, slice;  // of its first slice, and that slice's number within the run
-
-    __device__ __forceinline__ void next_stage(const LinearArguments& p) {
-      slice += kStageSlices;
-      while (slice >= p.group_slices) {
-        slice -= p.group_slices;
-        ++run;
-      }
-    }
-  };
-
   // Starts the copies of a stage: the rows of activations, zeros beyond their end, in 16-byte
   // pieces (piece c of row r lies at c ^ r), and the grids of the groups that the stage touches.
   static __device__ __forceinline__ void fetch(const LinearArguments& p, uint32_t* stage, int n,
-                                               int tile, Cursor at, int lane) {
+                                               int tile, GroupCursor at, int lane) {
 #pragma unroll
     for (int part = 0; part < kNarrowTiles / 4; ++part) {
       const int piece = 32 * part + lane, column = tile * kTileK + 8 * piece;
@@ -191,13 +178,13 @@ struct Narrow {
       walk.scale[0] = walk.scale[1] = 0.0f;
       walk.zero[0] = walk.zero[1] = zero_register<T, Bits>(1u << (Bits - 1));
       walk.left = 0;
-      Cursor at = {begin * kSlices / p.group_slices, begin * kSlices % p.group_slices};
+      GroupCursor at(p, begin);
       walk.skip = at.slice;
       int fetched = 0, write = 0, read = 0;
       const auto fetch_next = [&] {
         if (fetched < tiles) fetch(p, stages + write * words, n, begin + fetched, at, lane);
         commit_copies();
-        at.next_stage(p);
+        at.advance(p, kStageSlices);
         fetched += kNarrowTiles;
         if (++write == p.stages) write = 0;
       };

@@ -18,15 +18,15 @@
 
 namespace hf_gptq {
 
-// Where a tile begins among the groups; moved tile by tile, as a division costs too much.
+// Where a tile begins among the groups; moved on from it, as a division costs too much.
 struct GroupCursor {
   int run, slice;  // run of the tile's first slice, and that slice's number within it
 
   __device__ __forceinline__ GroupCursor(const LinearArguments& p, int tile)
       : run(tile * kSlices / p.group_slices), slice(tile * kSlices % p.group_slices) {}
 
-  __device__ __forceinline__ void next_tile(const LinearArguments& p) {
-    slice += kSlices;
+  __device__ __forceinline__ void advance(const LinearArguments& p, int slices) {
+    slice += slices;
     while (slice >= p.group_slices) {
       slice -= p.group_slices;
       ++run;

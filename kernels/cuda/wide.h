@@ -83,7 +83,7 @@ struct Wide {
       if (fetched < end) {
         fetch(p, shared + write * bytes, first_row, n_tile, fetched, ahead, fetched == begin, lane,
               warp);
-        ahead.next_tile(p);
+        ahead.advance(p, kSlices);
       }
       commit_copies();
       ++write;
@@ -93,14 +93,14 @@ struct Wide {
       __syncthreads();  // the stage has arrived for all, and all are done with the one before it
       if (fetched < end) {
         fetch(p, shared + write * bytes, first_row, n_tile, fetched, ahead, false, lane, warp);
-        ahead.next_tile(p);
+        ahead.advance(p, kSlices);
       }
       commit_copies();
       if (n < p.N) {
         unsigned char* stage = shared + read * bytes;
         sums.add_tile(p, warp_stage(p, stage, warp), stage, n, at, tile == begin, lane);
       }
-      at.next_tile(p);
+      at.advance(p, kSlices);
       if (++write == p.stages) write = 0;
       if (++read == p.stages) read = 0;
     }
