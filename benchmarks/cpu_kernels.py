@@ -6,7 +6,8 @@ On a machine that others use too, `--clock cpu` takes the process's own time on 
 
 Weights are copied until they are larger than the caches and every call takes the next copy. Each result is
 compared with float64 before it is timed; a time is the least of many. Baselines that this machine or build does not
-have are listed with the reason. Shapes are N×K.
+have are listed with the reason. Shapes are N×K. `× int8` is how many times as fast the product is with activations
+rounded to 8 bits (`native.set_activations`), and the last column its error.
 """
 
 from __future__ import annotations
@@ -163,12 +164,29 @@ def check(name: str, got: Tensor, truth: Tensor, limit: float) -> float:
     return error
 
 
+def int8_product(
+    x: Tensor, packed: ops.KernelWeight, many: list[ops.KernelWeight], truth: Tensor, seconds: float, few: bool
+) -> tuple[float, float] | None:
+    """Microseconds and error of the product with activations rounded to 8 bits; None where there is no such product."""
+    try:
+        native.set_activations("int8")
+    except native.NativeError:
+        return None
+    try:
+        error = check(f"int8 M={len(x)}", ops.linear(x, packed)[:TRUTH_ROWS], truth, 2e-2)
+        us = best_us(lambda i: ops.linear(x, many[i % len(many)]), seconds, len(many) if few else 1)
+    finally:
+        native.set_activations("exact")
+    return us, error
+
+
 def forward(
     shapes: Iterable[tuple[int, int]], rows: Iterable[int], cases: Iterable[Case], dtypes: Iterable[str], seconds: float
 ) -> list[dict[str, Any]]:
     """The product: prints one line per combination and returns the figures."""
-    heads = ("N×K", "weight", "x", "M", "µs", "GB/s", "GFLOP/s", "× read", "× dense", "× fp32", "× torch", "× vLLM")
-    print(" ".join(f"{h:>10}" for h in heads), f"{'error':>8} {'dense':>8}")
+    heads = ("N×K", "weight", "x", "M", "µs", "GB/s", "GFLOP/s", "× read")
+    heads += ("× dense", "× fp32", "× torch", "× vLLM", "× int8")
+    print(" ".join(f"{h:>10}" for h in heads), f"{'error':>8} {'dense':>8} {'int8':>8}")
     figures, notes = [], {}
     for out_features, in_features in shapes:
         for case in cases:
@@ -209,12 +227,13 @@ def forward(
                             continue
                         check(f"{label} M={m}", call(x)[:TRUTH_ROWS], truth, 2e-2)
                         times[label] = best_us(lambda i, x=x, call=call: call(x), seconds)
+                    int8 = int8_product(x, packed, many, truth, seconds, few)
                     line = {
                         "N": out_features, "K": in_features, "case": str(case), "dtype": name, "M": m,
                         "isa": native.status().isa, "us": us, "GB/s": size / us / 1e3, "bytes": size,
                         "GFLOP/s": 2 * m * out_features * in_features / us / 1e3,
                         "x_read": us / (size / read * 1e6), "error": error, "dense_error": dense_error,
-                        "baselines_us": times,
+                        "baselines_us": times, "int8_us": int8 and int8[0], "int8_error": int8 and int8[1],
                     }  # fmt: skip
                     figures.append(line)
                     ratios = [
@@ -224,7 +243,8 @@ def forward(
                     print(
                         f"{f'{out_features}×{in_features}':>10} {case!s:>10} {name:>10} {m:10d} {us:10.0f} "
                         f"{line['GB/s']:10.1f} {line['GFLOP/s']:10.0f} {line['x_read']:10.2f}",
-                        *ratios, f"{error:8.1e} {dense_error:8.1e}", flush=True,
+                        *ratios, f"{us / int8[0]:10.2f}" if int8 else f"{'-':>10}",
+                        f"{error:8.1e} {dense_error:8.1e}", f"{int8[1]:8.1e}" if int8 else f"{'-':>8}", flush=True,
                     )  # fmt: skip
     for label, reason in notes.items():
         print(f"no figure for {label}: {reason}")

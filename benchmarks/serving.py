@@ -202,7 +202,8 @@ def main() -> None:
         parser.error("give either MODEL or --random-1b")
     print("python -m benchmarks.serving", *sys.argv[1:])
     print(f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {options.threads} thread(s), "
-          f"torch {torch.__version__}, kernels: {native.status().isa or native.status().state}")  # fmt: skip
+          f"torch {torch.__version__}, kernels: {native.status().isa or native.status().state}, "
+          f"activations: {native.status().activations}")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         source, quantized = options.model, options.quantized
         if options.random_1b:

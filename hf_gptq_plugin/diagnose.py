@@ -39,7 +39,8 @@ def findings() -> list[Finding]:
 def _native() -> Finding:
     status = native.status()
     if status.state == "loaded":
-        return Finding("ok", "native library", f"{status.path}: {status.isa} in use; {status.detail}")
+        rounded = ", activations rounded to int8" if status.activations == "int8" else ""
+        return Finding("ok", "native library", f"{status.path}: {status.isa} in use{rounded}; {status.detail}")
     if status.state == "absent":
         return Finding(
             "note", "native library",

@@ -98,6 +98,7 @@ def machine(model: Any) -> dict[str, str]:
         kernel = "PyTorch" if native_cuda.problem(model.device) else "CUDA"
     else:
         kernel = status.isa if status.state == "loaded" else "PyTorch"
+        kernel += ", int8 activations" if status.activations == "int8" else ""
     return {
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine(),
         "threads": str(torch.get_num_threads()),

@@ -6,6 +6,8 @@
 #include <sys/mman.h>
 #endif
 
+#include <atomic>
+
 #include "dispatch.h"
 #include "hf_gptq.h"
 #include "layout.h"
@@ -26,6 +28,9 @@
 
 namespace hf_gptq {
 namespace {
+
+// What rounds activations to 8 bits, where hf_gptq_set_activations asked for it; else null.
+std::atomic<int (*)(const LinearArguments&)> rounding_linear{nullptr};
 
 bool is_bits(int bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 8; }
 
@@ -266,6 +271,8 @@ const char* hf_gptq_error_string(int error) {
       return "libtorch is older than 2.13 or refused the op";
     case HF_GPTQ_ERROR_MODE:
       return "mode must be 0 (store), 1 (add) or 2 (add, symmetric)";
+    case HF_GPTQ_ERROR_ACTIVATIONS:
+      return "activations must be 0 (exact) or 1 (int8), and int8 needs AVX-512 with VNNI";
     default:
       return "unknown error code";
   }
@@ -295,6 +302,14 @@ void hf_gptq_set_parallel_for(hf_gptq_parallel_for_t parallel_for) {
   set_parallel_for(parallel_for);
 }
 
+int hf_gptq_set_activations(int32_t activations) {
+  const bool int8 = activations == HF_GPTQ_ACTIVATIONS_INT8;
+  if (!int8 && activations != HF_GPTQ_ACTIVATIONS_EXACT) return HF_GPTQ_ERROR_ACTIVATIONS;
+  if (int8 && !dispatch().linear_int8) return HF_GPTQ_ERROR_ACTIVATIONS;
+  rounding_linear.store(int8 ? dispatch().linear_int8 : nullptr);
+  return HF_GPTQ_OK;
+}
+
 int hf_gptq_linear(const hf_gptq_weight* weight, const void* x, int32_t x_dtype, int64_t M,
                    int64_t x_row_stride, const void* bias, void* y) {
   if (const int error = validate(weight)) return error;
@@ -304,7 +319,9 @@ int hf_gptq_linear(const hf_gptq_weight* weight, const void* x, int32_t x_dtype,
   if (!x || !y) return HF_GPTQ_ERROR_NULL_POINTER;
   const RunList list(*weight);
   if (list.error()) return list.error();
-  return dispatch().kernels->linear({*weight, list.runs(), x, x_dtype, M, x_row_stride, bias, y});
+  const auto int8 = rounding_linear.load(std::memory_order_relaxed);
+  const auto linear = int8 ? int8 : dispatch().kernels->linear;
+  return linear({*weight, list.runs(), x, x_dtype, M, x_row_stride, bias, y});
 }
 
 int hf_gptq_dequantize(const hf_gptq_weight* weight, void* out, int32_t out_dtype,

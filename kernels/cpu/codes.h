@@ -99,7 +99,7 @@ struct Floats {
   using Products = FloatProducts;
   static constexpr int kBits = kWidth;
   static constexpr int kCodes = 1;  // per step
-  static constexpr bool kFixed = false;
+  static constexpr bool kFixed = false, kBytes = false;
   // Rows up to which decoding them for every row block costs less than panels do; measured.
 #if defined(HF_GPTQ_SIMD_AVX512F)
   static constexpr int64_t kMostStreamedRows = 48;
@@ -180,7 +180,7 @@ struct Pairs {
   using Products = PairProducts;
   static constexpr int kBits = kWidth;
   static constexpr int kCodes = 2;
-  static constexpr bool kFixed = false;
+  static constexpr bool kFixed = false, kBytes = false;
   static constexpr int64_t kMostCodes = kUnbounded;
   static constexpr int kUnit = codes_per_unit(kBits);
   static constexpr int kUnitWords = words_per_unit(kBits);

@@ -11,9 +11,12 @@
 namespace hf_gptq {
 namespace {
 
+using Linear = int (*)(const LinearArguments&);
+
 struct Candidate {
   const Kernels* kernels;
   bool supported;
+  Linear linear_int8;
 };
 
 #ifdef HF_GPTQ_X86_64
@@ -30,36 +33,38 @@ Dispatch choose() {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 #ifdef HF_GPTQ_EMULATE_AVX512
-  const bool avx512f = avx2, avx512bf16 = avx2;
+  const bool avx512f = avx2, avx512bf16 = avx2, vnni = avx2;
 #else
   const bool avx512f = avx2 && __builtin_cpu_supports("avx512f");
   const bool avx512bf16 =
       avx512f && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16");
+  const bool vnni = avx512f && __builtin_cpu_supports("avx512vnni");
 #endif
-  const Candidate candidates[] = {{&kernels_avx512bf16, avx512bf16},
-                                  {&kernels_avx512f, avx512f},
-                                  {&kernels_avx2, avx2},
-                                  {&kernels_portable, true}};
+  const Linear int8 = vnni ? linear_int8_avx512vnni : nullptr;
+  const Candidate candidates[] = {{&kernels_avx512bf16, avx512bf16, int8},
+                                  {&kernels_avx512f, avx512f, int8},
+                                  {&kernels_avx2, avx2, nullptr},
+                                  {&kernels_portable, true, nullptr}};
 #else
-  const Candidate candidates[] = {{&kernels_portable, true}};
+  const Candidate candidates[] = {{&kernels_portable, true, nullptr}};
 #endif
 
-  const Kernels* best = nullptr;
+  const Candidate* best = nullptr;
   for (const Candidate& candidate : candidates) {
-    if (candidate.supported && !best) best = candidate.kernels;
+    if (candidate.supported && !best) best = &candidate;
   }
   const char* wanted = getenv("HF_GPTQ_ISA");
-  if (!wanted || !*wanted) return {best, nullptr};
+  if (!wanted || !*wanted) return {best->kernels, best->linear_int8, nullptr};
 
   const char* reason = "is not an instruction set of this build";
   for (const Candidate& candidate : candidates) {
     if (strcmp(wanted, candidate.kernels->isa) != 0) continue;
-    if (candidate.supported) return {candidate.kernels, nullptr};
+    if (candidate.supported) return {candidate.kernels, candidate.linear_int8, nullptr};
     reason = "is not supported by this CPU";
   }
   static char message[160];
   snprintf(message, sizeof message, "HF_GPTQ_ISA=%.40s %s; using %s (accepted:", wanted, reason,
-           best->isa);
+           best->kernels->isa);
   for (const Candidate& candidate : candidates) {
     if (!candidate.supported) continue;
     const size_t used = strlen(message);
@@ -67,7 +72,7 @@ Dispatch choose() {
   }
   const size_t used = strlen(message);
   snprintf(message + used, sizeof message - used, ")");
-  return {best, message};
+  return {best->kernels, best->linear_int8, message};
 }
 
 }  // namespace

@@ -88,6 +88,21 @@ HF_GPTQ_INLINE VecF lookup_16(VecU index, VecU table) {
 
 #endif
 
+#if defined(HF_GPTQ_SIMD_VNNI)
+
+// vpdpbusd.
+HF_GPTQ_INLINE VecF add_byte_products(VecF codes, const float* x, VecF sum) {
+  uint8_t unsigned_bytes[64];
+  int8_t signed_bytes[4];
+  memcpy(unsigned_bytes, &codes, sizeof unsigned_bytes);
+  memcpy(signed_bytes, x, sizeof signed_bytes);
+  VecI total = (VecI)sum;
+  for (int i = 0; i < 64; ++i) total[i / 4] += unsigned_bytes[i] * signed_bytes[i % 4];
+  return (VecF)total;
+}
+
+#endif
+
 }  // namespace
 }  // namespace hf_gptq
 

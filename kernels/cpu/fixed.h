@@ -56,7 +56,7 @@ struct Fixed {
   using Products = FixedProducts;
   static constexpr int kBits = kWidth;
   static constexpr int kCodes = 2;
-  static constexpr bool kFixed = true;
+  static constexpr bool kFixed = true, kBytes = false;
   static constexpr int64_t kMostStreamedRows = kUnbounded;
   static constexpr int kUnit = codes_per_unit(kBits);
   static constexpr int kUnitWords = words_per_unit(kBits);

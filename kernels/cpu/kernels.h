@@ -155,6 +155,9 @@ struct Kernels {
 };
 
 #ifdef HF_GPTQ_X86_64
+// `linear` with activations rounded to 8 bits.
+int linear_int8_avx512vnni(const LinearArguments&);
+
 extern const Kernels kernels_avx512bf16;
 extern const Kernels kernels_avx512f;
 extern const Kernels kernels_avx2;

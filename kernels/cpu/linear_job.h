@@ -5,6 +5,7 @@
 #ifndef HF_GPTQ_CPU_LINEAR_JOB_H_
 #define HF_GPTQ_CPU_LINEAR_JOB_H_
 
+#include "bytes.h"
 #include "fixed.h"
 #include "parallel.h"
 #include "row_blocks.h"
@@ -79,6 +80,7 @@ struct LinearJob {
   RowBlocks rows;     // of the slab
   const float* x;     // packed slab
   FixedRows fixed;    // for Codes::kFixed
+  ByteRows bytes;     // for Codes::kBytes
   int64_t task_row_blocks;
 };
 

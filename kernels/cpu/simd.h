@@ -171,6 +171,18 @@ HF_GPTQ_INLINE VecF fmadd_pairs(VecF a, const float* b, VecF c) {
 }
 #endif
 
+// sum + the products of the four unsigned bytes of a lane of codes and the four signed bytes of *x.
+#if defined(HF_GPTQ_SIMD_VNNI) && defined(HF_GPTQ_EMULATE)
+// In emulate.h.
+#elif defined(HF_GPTQ_SIMD_VNNI)
+HF_GPTQ_INLINE VecF add_byte_products(VecF codes, const float* x, VecF sum) {
+  __asm__("vpdpbusd %[x]%{1to16%}, %[codes], %[sum]"
+          : [sum] "+v"(sum)
+          : [codes] "v"(codes), [x] "m"(*x));
+  return sum;
+}
+#endif
+
 // For short copies of unknown length, where GCC may choose a string instruction over vectors.
 HF_GPTQ_INLINE void copy_floats(const float* src, int64_t count, float* dst) {
   int64_t i = 0;

@@ -120,6 +120,35 @@ HF_GPTQ_INLINE void fixed_sums(const LinearJob& job, int64_t row_block, int64_t 
   }
 }
 
+// The sums of one stretch for activations of 8 bits, in fp32.
+template <class Codes, int kRows, int kBlocks>
+HF_GPTQ_INLINE void byte_sums(const LinearJob& job, int64_t row_block, int64_t stretch,
+                              const uint32_t* const (&words)[kBlocks], int64_t row_stride,
+                              const VecF (&zeros)[kBlocks * kBlockVectors],
+                              VecF (&sum)[kRows][kBlocks * kBlockVectors]) {
+  constexpr int kVectors = kBlocks * kBlockVectors;
+  const Stretch& s = job.stretches.data[stretch];
+  const int64_t first_row = job.rows.begin(row_block);
+  const float* x = job.x + first_row * job.stretches.steps + s.begin * kRows;
+  const int64_t number = first_row * job.stretches.count + stretch * kRows;
+  const float* offsets = job.bytes.offsets + number;
+  const float* scales = job.bytes.scales + number;
+  HF_GPTQ_UNROLL
+  for (int m = 0; m < kRows; ++m) {
+    HF_GPTQ_UNROLL
+    for (int v = 0; v < kVectors; ++v) sum[m][v] = Codes::begin(offsets + m);
+  }
+  Codes::walk(job.a.weight, words, row_stride, s.code, s.end - s.begin,
+              Accumulate<Codes, kRows, kVectors>{x, sum});
+  HF_GPTQ_UNROLL
+  for (int m = 0; m < kRows; ++m) {
+    HF_GPTQ_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      sum[m][v] = Codes::less_zeros(sum[m][v], zeros[v], offsets + m) * splat(scales[m]);
+    }
+  }
+}
+
 // The kRows rows of a row block times kBlocks column blocks, `words` with one row stride.
 template <class Codes, int kRows, int kBlocks>
 void stream(const LinearJob& job, int64_t row_block, int64_t block,
@@ -151,6 +180,8 @@ void stream(const LinearJob& job, int64_t row_block, int64_t block,
     VecF sum[kRows][kVectors] = {};
     if constexpr (Codes::kFixed) {
       fixed_sums<Codes, kRows, kBlocks>(job, row_block, run, words, row_stride, zeros, sum);
+    } else if constexpr (Codes::kBytes) {
+      byte_sums<Codes, kRows, kBlocks>(job, row_block, run, words, row_stride, zeros, sum);
     } else {
       Codes::decode(w, words, row_stride, r.code, r.end - r.begin, zeros,
                     Accumulate<Codes, kRows, kVectors>{x + r.begin * kRows, sum});

@@ -269,3 +269,27 @@ def product_of_integers(
             value = np.ldexp((sums[0] + sums[1] * 2.0**-15).astype(np.float32), exponent)
             total = fused(value.astype(np.float32), scales[g].astype(np.float32), total)
     return total
+
+
+def product_of_bytes(
+    x: np.ndarray, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, group: np.ndarray, order: np.ndarray,
+    bits: int,
+) -> np.ndarray:  # fmt: skip
+    """y `[N]` in float32 of one row with activations rounded to 8 bits: integers times max |x| / 127, by parts.
+
+    x `[K]` float32, finite; codes `[N, K]`, scales and zeros `[G, N]`, group `[K]`, order `[K]`.
+    """
+    unit = {2: 16, 3: 32, 4: 8, 8: 4}[bits]
+    total = np.zeros(codes.shape[0], dtype=np.float32)
+    for start, end in runs(group, order):
+        g = group[order[start]]
+        for first in range(start // unit * unit, end, 256):
+            inputs = order[max(first, start) : min(first + 256, end)]
+            values = x[inputs].astype(np.float32)
+            most = np.abs(values).max()
+            scale = np.float32(most / np.float32(127)) if most >= 2.0**-120 else np.float32(0)
+            inverse = np.float32(127) / most if most >= 2.0**-120 else np.float32(0)
+            integers = np.rint(values * inverse).astype(np.int64)
+            sums = (codes[:, inputs].astype(np.int64) - zeros[g].astype(np.int64)[:, None]) @ integers
+            total = fused(sums.astype(np.float32) * scale, scales[g].astype(np.float32), total)
+    return total
