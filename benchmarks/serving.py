@@ -28,15 +28,18 @@ import torch
 from hf_gptq_plugin import native
 
 PROMPT, STEPS = 448, 32
-# engine, method, dtype: what is loaded and how. The first of an engine is what the others are compared with.
+# engine, method, dtype: what is loaded and how; "ours int8" with activations rounded to 8 bits. The first of an engine is
+# what the others are compared with.
 VARIANTS = (
     ("transformers", "dense", "bfloat16"),
     ("transformers", "dense", "float32"),
     ("transformers", "ours", "bfloat16"),
     ("transformers", "ours", "float32"),
+    ("transformers", "ours int8", "bfloat16"),
     ("transformers", "gptqmodel", "bfloat16"),
     ("vllm", "dense", "bfloat16"),
     ("vllm", "ours", "bfloat16"),
+    ("vllm", "ours int8", "bfloat16"),
     ("vllm", "vllm gptq", "bfloat16"),
 )
 RATES = ("batch 1", "batch 8", "prefill")
@@ -93,7 +96,7 @@ def in_vllm(path: str, method: str, dtype: str) -> dict[str, float]:
     """Rates of the checkpoint in vLLM's CPU build."""
     from vllm import LLM, SamplingParams
 
-    quantization = {"dense": None, "ours": "hf_gptq"}.get(method, "gptq")
+    quantization = {"dense": None, "ours": "hf_gptq", "ours int8": "hf_gptq"}.get(method, "gptq")
     engine = LLM(
         path, quantization=quantization, dtype=dtype, max_model_len=1024, max_num_seqs=8, seed=0,
         skip_tokenizer_init=True, enable_prefix_caching=False,
@@ -141,6 +144,7 @@ def measure(variant: tuple[str, str, str], path: str, threads: int, timer: str) 
     command += ["--threads", str(threads), "--clock", timer]
     environment = {
         **os.environ, "OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR",
+        "HF_GPTQ_ACTIVATIONS": "int8" if variant[1] == "ours int8" else "exact",
     }  # fmt: skip
     if timer == "cpu":
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # so that it is this process's time
@@ -192,6 +196,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.only:
         engine, method, dtype = options.only.split("/")
+        if method == "ours int8" and native.status().activations != "int8":
+            raise SystemExit(f"Error: {native.status().detail}")
         if engine == "transformers":
             rates = in_transformers(options.model, method, getattr(torch, dtype))
         else:
@@ -202,8 +208,7 @@ def main() -> None:
         parser.error("give either MODEL or --random-1b")
     print("python -m benchmarks.serving", *sys.argv[1:])
     print(f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {options.threads} thread(s), "
-          f"torch {torch.__version__}, kernels: {native.status().isa or native.status().state}, "
-          f"activations: {native.status().activations}")  # fmt: skip
+          f"torch {torch.__version__}, kernels: {native.status().isa or native.status().state}")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         source, quantized = options.model, options.quantized
         if options.random_1b:
