@@ -28,8 +28,8 @@ import torch
 from hf_gptq_plugin import native
 
 PROMPT, STEPS = 448, 32
-# engine, method, dtype: what is loaded and how; "ours int8" with activations rounded to 8 bits. The first of an engine is
-# what the others are compared with.
+# engine, method, dtype: what is loaded and how; "ours int8" with activations rounded to 8 bits. The first of an
+# engine is what the others are compared with.
 VARIANTS = (
     ("transformers", "dense", "bfloat16"),
     ("transformers", "dense", "float32"),
