@@ -22,8 +22,7 @@ int run_bytes(const LinearArguments& a, Stretch* stretches) {
 }  // namespace
 
 int linear_int8_avx512vnni(const LinearArguments& a) {
-  const int64_t most = 2 * a.runs.count + a.weight.K / 256;
-  const Buffer buffer(most * sizeof(Stretch));
+  const Buffer buffer(most_stretches(a) * sizeof(Stretch));
   Stretch* stretches = static_cast<Stretch*>(buffer.data());
   if (!stretches) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
   return with_width(a.weight.bits, [&](auto width) {

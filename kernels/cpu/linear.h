@@ -3,8 +3,8 @@
 // Up to Codes::kMostStreamedRows rows go through stream.h, more through panels.h. In both a
 // (row, column) pair sees the operations documented for hf_gptq_linear in the same order, whatever
 // the number of rows: that is what makes a row's bits independent of the batch. What is multiplied
-// in one step is a matter of Codes (codes.h, fixed.h): one code and one fp32, or two codes and two
-// 16-bit numbers.
+// in one step is a matter of Codes (codes.h, fixed.h, bytes.h): one code and one fp32, two codes
+// and two 16-bit numbers, or, where they are to be rounded, four codes and four 8-bit numbers.
 #ifndef HF_GPTQ_CPU_LINEAR_H_
 #define HF_GPTQ_CPU_LINEAR_H_
 
@@ -15,9 +15,7 @@ namespace {
 
 template <int kBits>
 int linear_bits(const LinearArguments& a) {
-  // A run of Fixed may begin within a unit, and has at least one part.
-  const int64_t most = 2 * a.runs.count + a.weight.K / 256;
-  const Buffer buffer(most * sizeof(Stretch));
+  const Buffer buffer(most_stretches(a) * sizeof(Stretch));
   Stretch* stretches = static_cast<Stretch*>(buffer.data());
   if (!stretches) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
 #if defined(HF_GPTQ_SIMD_BF16)

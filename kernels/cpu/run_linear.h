@@ -133,6 +133,9 @@ int pack_x(int64_t begin, int64_t end, const void* context) {
   return HF_GPTQ_OK;
 }
 
+// Stretches at most: a run may begin within a unit, and has at least one part.
+int64_t most_stretches(const LinearArguments& a) { return 2 * a.runs.count + a.weight.K / 256; }
+
 // Writes the stretches of the runs.
 template <class Codes>
 Stretches find_stretches(const Runs& runs, Stretch* stretches) {
