@@ -184,6 +184,7 @@ def forward(
     shapes: Iterable[tuple[int, int]], rows: Iterable[int], cases: Iterable[Case], dtypes: Iterable[str], seconds: float
 ) -> list[dict[str, Any]]:
     """The product: prints one line per combination and returns the figures."""
+    native.set_activations("exact")
     heads = ("N×K", "weight", "x", "M", "µs", "GB/s", "GFLOP/s", "× read")
     heads += ("× dense", "× fp32", "× torch", "× vLLM", "× int8")
     print(" ".join(f"{h:>10}" for h in heads), f"{'error':>8} {'dense':>8} {'int8':>8}")

@@ -32,6 +32,7 @@ for isa in avx512f avx2 portable; do
 done
 run avx2 tests/nn/test_fixed.py
 run avx512bf16 tests/nn/test_int8.py
+run avx512f tests/nn/test_int8.py
 run avx2 tests/solve/test_linalg.py
 for isa in avx512f avx2 portable; do
   run "$isa" tests/solve/test_joint.py -k "native"

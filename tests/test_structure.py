@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "hf": {"format", "solve", "nn", "calibrate", "config", "convert", "train", "native", "native_cuda"},
     "diagnose": {"native", "native_cuda", "hf", "version"},
     "demo": {"config", "format", "hf"},
-    "": {"config", "format", "hf", "nn", "version"},  # the package's own __init__
+    "": {"config", "format", "hf", "native", "nn", "version"},  # the package's own __init__
 }
 WITHOUT_TRANSFORMERS = {"convert", "train", "format", "solve", "nn", "native", "native_cuda", "version"}
 

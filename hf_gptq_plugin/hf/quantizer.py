@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
+from .. import native
 from ..calibrate.data import calibration_record, calibration_windows
 from ..calibrate.datafree import quantize_without_data
 from ..calibrate.experts import Layout, layouts, merges_into, unfuse_experts
@@ -232,7 +233,8 @@ class GptqQuantizer(HfQuantizer):
         )
         start = time.perf_counter()
         if config.method == "gptq":
-            self.reports = quantize_model(model, self._windows, plan)
+            with native.exact_activations():
+                self.reports = quantize_model(model, self._windows, plan)
         else:
             self.reports = quantize_without_data(model, plan, config.method)
         self.seconds = time.perf_counter() - start

@@ -30,7 +30,7 @@ namespace hf_gptq {
 namespace {
 
 // What rounds activations to 8 bits, where hf_gptq_set_activations asked for it; else null.
-std::atomic<int (*)(const LinearArguments&)> rounding_linear{nullptr};
+std::atomic<Linear> rounding_linear{nullptr};
 
 bool is_bits(int bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 8; }
 
@@ -272,7 +272,8 @@ const char* hf_gptq_error_string(int error) {
     case HF_GPTQ_ERROR_MODE:
       return "mode must be 0 (store), 1 (add) or 2 (add, symmetric)";
     case HF_GPTQ_ERROR_ACTIVATIONS:
-      return "activations must be 0 (exact) or 1 (int8), and int8 needs AVX-512 with VNNI";
+      return "activations must be 0 (exact) or 1 (int8), and int8 needs AVX-512 "
+             "with VNNI in use";
     default:
       return "unknown error code";
   }
@@ -310,6 +311,10 @@ int hf_gptq_set_activations(int32_t activations) {
   return HF_GPTQ_OK;
 }
 
+int32_t hf_gptq_activations(void) {
+  return rounding_linear.load() ? HF_GPTQ_ACTIVATIONS_INT8 : HF_GPTQ_ACTIVATIONS_EXACT;
+}
+
 int hf_gptq_linear(const hf_gptq_weight* weight, const void* x, int32_t x_dtype, int64_t M,
                    int64_t x_row_stride, const void* bias, void* y) {
   if (const int error = validate(weight)) return error;
@@ -319,8 +324,8 @@ int hf_gptq_linear(const hf_gptq_weight* weight, const void* x, int32_t x_dtype,
   if (!x || !y) return HF_GPTQ_ERROR_NULL_POINTER;
   const RunList list(*weight);
   if (list.error()) return list.error();
-  const auto int8 = rounding_linear.load(std::memory_order_relaxed);
-  const auto linear = int8 ? int8 : dispatch().kernels->linear;
+  const Linear int8 = rounding_linear.load(std::memory_order_relaxed);
+  const Linear linear = int8 ? int8 : dispatch().kernels->linear;
   return linear({*weight, list.runs(), x, x_dtype, M, x_row_stride, bias, y});
 }
 

@@ -2,10 +2,10 @@
 // linkage, see isa.h.
 //
 // vpdpbusd adds four products of an unsigned and a signed byte to a sum, where vdpbf16ps adds two
-// products. Up to 256 activations that meet one scale become integers of 7 bits and a sign under
+// products. Up to 256 activations that meet one scale become integers of 7 bits and a sign times
 // one number:
 //
-//   x = integer * (max |x| / 127),   |integer| <= 127
+//   integer = rint(x / (max |x| / 127)),   |integer| <= 127
 //
 // Codes are the unsigned bytes. Zeros are subtracted from the sums, which are exact: below 2^24 in
 // magnitude, the numbers that fp32 holds without gaps.
@@ -58,6 +58,7 @@ struct Bytes {
   static constexpr uint32_t kMask = ((uint32_t{1} << kBits) - 1) * 0x01010101u;
   // Codes whose places are found together, see pack().
   static constexpr int64_t kPlaced = kBits == 3 ? 32 : 16;
+  static_assert(kMostCodes * 127 * 256 < 1 << 24 && kMostCodes % kPlaced == 0, "what pack() takes");
 
   static int64_t first(const Run& run) { return run.begin / kUnit * kUnit; }
   static int64_t steps(const Run& run) {
@@ -160,7 +161,7 @@ struct Bytes {
       }
       v = copy;
       inverse = 1.0f;
-    } else if (magnitude < 0x1p-120f) {
+    } else if (magnitude < 0x1p-119f) {
       *scale = inverse = 0.0f;
     }
     alignas(64) int8_t integers[kMostCodes], placed[kMostCodes];

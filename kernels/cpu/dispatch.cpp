@@ -11,8 +11,6 @@
 namespace hf_gptq {
 namespace {
 
-using Linear = int (*)(const LinearArguments&);
-
 struct Candidate {
   const Kernels* kernels;
   bool supported;
@@ -38,7 +36,8 @@ Dispatch choose() {
   const bool avx512f = avx2 && __builtin_cpu_supports("avx512f");
   const bool avx512bf16 =
       avx512f && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16");
-  const bool vnni = avx512f && __builtin_cpu_supports("avx512vnni");
+  const bool vnni =
+      avx512f && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni");
 #endif
   const Linear int8 = vnni ? linear_int8_avx512vnni : nullptr;
   const Candidate candidates[] = {{&kernels_avx512bf16, avx512bf16, int8},

@@ -7,8 +7,8 @@ namespace hf_gptq {
 
 struct Dispatch {
   const Kernels* kernels;
-  int (*linear_int8)(const LinearArguments&);  // or null
-  const char* error;                           // why HF_GPTQ_ISA was not honoured, or null
+  Linear linear_int8;  // or null
+  const char* error;   // why HF_GPTQ_ISA was not honoured, or null
 };
 
 // Chosen at the first call, for the life of the process.

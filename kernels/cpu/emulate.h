@@ -1,6 +1,7 @@
 // The AVX-512 instructions of simd.h, computed with AVX2: a test build (HF_GPTQ_EMULATE_AVX512)
-// runs the kernels of avx512f and avx512bf16 with the same results on a processor that has neither.
-// Everything else is GCC's vectors, which it splits by itself. Included by simd.h only.
+// runs the kernels of avx512f and avx512bf16, and those with VNNI, with the same results on a
+// processor that has neither. Everything else is GCC's vectors, which it splits by itself. Included
+// by simd.h only.
 #ifndef HF_GPTQ_CPU_EMULATE_H_
 #define HF_GPTQ_CPU_EMULATE_H_
 

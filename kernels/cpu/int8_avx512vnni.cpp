@@ -1,5 +1,5 @@
-// The product for activations rounded to 8 bits: a translation unit of its own, since processors
-// with VNNI have either AVX512-BF16 or not. As isa.h says, nothing of it may be merged by the
+// The product for activations rounded to 8 bits: a translation unit of its own, since many
+// processors with VNNI have no AVX512-BF16. As isa.h says, nothing of it may be merged by the
 // linker.
 #define HF_GPTQ_SIMD_AVX512F
 #define HF_GPTQ_SIMD_VNNI

@@ -139,10 +139,12 @@ struct JointArguments {
   int bits;
 };
 
+using Linear = int (*)(const LinearArguments&);
+
 // Each returns an hf_gptq_error.
 struct Kernels {
   const char* isa;
-  int (*linear)(const LinearArguments&);
+  Linear linear;
   int (*dequantize)(const DequantizeArguments&);
   int (*transposed)(const TransposedArguments&);
   int (*solve)(const SolveArguments&);

@@ -89,7 +89,7 @@ bool pack_bytes(const LinearJob& job, int64_t block, float* packed) {
       static_cast<float*>(thread_scratch(((perm ? 2 : 1) * K + rows * steps) * sizeof(float)));
   if (!row) return false;
   float* sorted = row + K;
-  float* copy = perm ? sorted + K : sorted;
+  float* copy = rows == 1 ? packed : perm ? sorted + K : sorted;
   for (int r = 0; r < rows; ++r) {
     to_float(a.x, a.dtype, (job.row_begin + first_row + r) * a.x_row_stride, K, row);
     for (int64_t i = 0; perm && i < K; ++i) sorted[i] = row[perm[i]];
@@ -100,7 +100,7 @@ bool pack_bytes(const LinearJob& job, int64_t block, float* packed) {
                   job.bytes.scales + number, job.bytes.offsets + number);
     }
   }
-  interleave(copy, steps, rows, steps, packed);
+  if (rows > 1) interleave(copy, steps, rows, steps, packed);
   return true;
 }
 
@@ -177,8 +177,9 @@ int run_linear(const LinearArguments& a, const Stretches& stretches) {
     const RowBlocks rows(min64(slab_rows, a.M - begin), most_rows);
     const LinearJob job{a, stretches, begin, rows, packed, fixed, bytes, 1};
     const PackJob pack{job, packed};
-    int error =
-        parallel_for(rows.count, grain_for(16 * steps * rows.largest), pack_x<Codes>, &pack);
+    // Rounding takes time for every number, not for every step.
+    const int64_t work = (Codes::kBytes ? 64 : 16) * steps * rows.largest;
+    int error = parallel_for(rows.count, grain_for(work), pack_x<Codes>, &pack);
     if (error != HF_GPTQ_OK) return error;
     if constexpr (Codes::kMostStreamedRows == kUnbounded) {
       error = run_stream<Codes, kStreamRows>(job);

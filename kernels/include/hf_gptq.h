@@ -139,10 +139,12 @@ HF_GPTQ_API int hf_gptq_register_torch_op(hf_gptq_lookup_t lookup);
 
 // Sets what hf_gptq_linear does with activations, for the whole process; exact at first. With int8,
 // for which the processor must have AVX-512 with VNNI ("avx512bf16" or "avx512f" in use),
-// activations of every type are rounded to 8 bits, and a linear layer is about 1.7 times as fast
-// where many rows bound it. See hf_gptq_linear for what is computed. Other functions stay as they
-// are.
+// activations of every type are rounded to 8 bits, which is faster where many rows are multiplied.
+// Other functions stay as they are.
 HF_GPTQ_API int hf_gptq_set_activations(int32_t activations);
+
+// What was set, an hf_gptq_activations.
+HF_GPTQ_API int32_t hf_gptq_activations(void);
 
 // y = x @ weight^T + bias.
 //
@@ -176,10 +178,10 @@ HF_GPTQ_API int hf_gptq_set_activations(int32_t activations);
 //
 // With HF_GPTQ_ACTIVATIONS_INT8, x converts exactly to fp32, and a run is cut into parts of 256
 // codes, counted from the beginning of its first unit. For each part, with m the largest |x|:
-//   q = rint(x * fp32(127 / m));  0 if m < 2^-120
+//   q = rint(x * fp32(127 / m));  0 if m < 2^-119
 //   sum = fp32(sum of q * (code - zero)) * fp32(m / 127);  total = fma(sum, scale, total)
-// The sums of integers are exact. Infinities and NaN as with "avx2", and so are weights whose runs
-// divide units so often that more than 2 K codes would be multiplied: they are computed exactly.
+// The sums of integers are exact. Infinities and NaN as with "avx2". A weight for which more than
+// 2 K codes would be multiplied is computed as with HF_GPTQ_ACTIVATIONS_EXACT.
 //
 // A row of y has the same bits whatever M is and whatever the other rows are (payloads of NaN
 // excepted).

@@ -16,16 +16,19 @@ from hf_gptq_plugin.format.spec import BITS, QuantSpec
 from hf_gptq_plugin.nn import ops
 from hf_gptq_plugin.nn.ops import KernelWeight
 
-ROWS = (1, 2, 5, 12, 31)  # a block of every kind, and several
+ROWS = (1, 2, 6, 12, 31)  # a block of every kind, and several
 
 
 def available() -> bool:
+    """Whether there is such a product; what the environment asked for stays."""
+    before = native.status().activations
     try:
         native.set_activations("int8")
     except native.NativeError:
         return False
-    native.set_activations("exact")
-    return True
+    used = native.status().activations
+    native.set_activations(before)
+    return used == "int8"
 
 
 needs_vnni = pytest.mark.skipif(
@@ -35,9 +38,10 @@ needs_vnni = pytest.mark.skipif(
 
 @pytest.fixture
 def int8() -> Iterator[None]:
+    before = native.status().activations
     native.set_activations("int8")
     yield
-    native.set_activations("exact")
+    native.set_activations(before)
 
 
 def make(spec: QuantSpec, rows: int, group: torch.Tensor) -> tuple[QuantizedWeight, KernelWeight]:
@@ -49,13 +53,14 @@ model = partial(product_by_rows, references.product_of_bytes)
 
 
 def activations(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of normal numbers, of outliers, of zeros, of tiny numbers."""
+    """Rows of normal numbers, of outliers, of zeros, of tiny numbers, of numbers that count as zeros."""
     x = torch.randn(rows, columns)
-    if rows > 4:
+    if rows > 5:
         x[1] *= torch.randn(columns) ** 8
         x[2, :: columns // 3] *= 3000
         x[3] = 0
-        x[4] *= 1e-6 if dtype == torch.float16 else 1e-37
+        x[4] *= 1e-6 if dtype == torch.float16 else 1e-35
+        x[5] *= 1e-6 if dtype == torch.float16 else 1e-37
     return x.clamp(-6e4, 6e4).to(dtype)
 
 
@@ -87,12 +92,13 @@ def test_every_bit_of_the_sum(
 @needs_vnni
 @pytest.mark.usefixtures("int8")
 def test_groups_that_begin_within_a_unit() -> None:
-    group = torch.tensor([0] * 37 + [1] * 51 + [2] * 40, dtype=torch.int32)
-    for bits in BITS:
-        weight, kernel = make(QuantSpec(bits, 48, sym=False), 20, group)
-        for rows in ROWS:
-            x = activations(rows, 128, torch.bfloat16)
-            assert torch.equal(ops.linear(x, kernel), model(weight, kernel, x)), (bits, rows)
+    for lengths in ((37, 51, 40), (37, 600)):
+        group = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), torch.tensor(lengths))
+        for bits in BITS:
+            weight, kernel = make(QuantSpec(bits, -(-sum(lengths) // len(lengths)), sym=False), 20, group)
+            for rows in ROWS:
+                x = activations(rows, sum(lengths), torch.bfloat16)
+                assert torch.equal(ops.linear(x, kernel), model(weight, kernel, x)), (bits, rows)
 
 
 @needs_vnni
@@ -164,6 +170,15 @@ def test_what_is_not_rounded(int8: None) -> None:
         assert torch.equal(a, b)
     error = (rounded - ops.linear(x, natural)).norm() / ops.linear(x, natural).norm()
     assert 1e-3 < error < 1.2e-2  # 1 / (127 sqrt(12)) of the largest of a group, which is two to three deviations
+
+
+@needs_vnni
+def test_exact_for_the_length_of_a_block(int8: None) -> None:
+    assert native.status().activations == "int8"
+    with pytest.raises(KeyError), native.exact_activations():
+        assert native.status().activations == "exact"
+        raise KeyError
+    assert native.status().activations == "int8"
 
 
 def test_an_unknown_name_is_refused() -> None:

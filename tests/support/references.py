@@ -287,8 +287,8 @@ def product_of_bytes(
             inputs = order[max(first, start) : min(first + 256, end)]
             values = x[inputs].astype(np.float32)
             most = np.abs(values).max()
-            scale = np.float32(most / np.float32(127)) if most >= 2.0**-120 else np.float32(0)
-            inverse = np.float32(127) / most if most >= 2.0**-120 else np.float32(0)
+            scale = np.float32(most / np.float32(127)) if most >= 2.0**-119 else np.float32(0)
+            inverse = np.float32(127) / most if most >= 2.0**-119 else np.float32(0)
             integers = np.rint(values * inverse).astype(np.int64)
             sums = (codes[:, inputs].astype(np.int64) - zeros[g].astype(np.int64)[:, None]) @ integers
             total = fused(sums.astype(np.float32) * scale, scales[g].astype(np.float32), total)
