@@ -286,11 +286,16 @@ struct Pairs {
     }
   };
 
-  // The steps of a run of one row of x.
-  static float* pack_run(const uint16_t* x, const Run& run, float* packed) {
+  static HF_GPTQ_INLINE VecU pair_places() {
     static constexpr PairPlaces kPlaces;
     VecU places;
     memcpy(&places, kPlaces.places, sizeof places);
+    return places;
+  }
+
+  // The steps of a run of one row of x.
+  static float* pack_run(const uint16_t* x, const Run& run, float* packed) {
+    const VecU places = pair_places();
     int64_t unit = first(run);
     while (unit < run.end) {
       if (unit >= run.begin && unit + 32 <= run.end) {
@@ -323,6 +328,17 @@ struct Pairs {
     // Where units are of one group each, the runs are as one.
     const Run all{0, K, 0};
     const Runs runs = steps == Pairs::steps(all) ? Runs{&all, 1} : a.runs;
+    if (runs.data == &all && rows > 1 && !perm && K % 32 == 0) {
+      const uint16_t* x = static_cast<const uint16_t*>(a.x) + m * a.x_row_stride;
+      const VecU places = pair_places();
+      interleave_rows(rows, steps, packed,
+                      [&](int r, int64_t i, int64_t /*left*/) __attribute__((always_inline)) {
+                        VecU numbers;
+                        memcpy(&numbers, x + r * a.x_row_stride + 2 * i, sizeof numbers);
+                        return lookup_16(places, numbers);
+                      });
+      return true;
+    }
     for (int r = 0; r < rows; ++r) {
       const uint16_t* x = static_cast<const uint16_t*>(a.x) + (m + r) * a.x_row_stride;
       if (perm) {

@@ -36,26 +36,16 @@ HF_GPTQ_INLINE void transpose(VecF (&a)[kLanes]) {
   }
 }
 
-// packed[i * count + r] = rows[r * stride + i] for i < steps and r < count, at most kLanes.
-void interleave(const float* rows, int64_t stride, int count, int64_t steps, float* packed) {
-  if (count == 1) {
-    copy_floats(rows, steps, packed);
-    return;
-  }
+// packed[i * count + r] = element i of row r, for i < steps and r < count, at most kLanes.
+// row_at(r, i, left): kLanes elements of row r from i on, of which `left` exist.
+template <class RowAt>
+HF_GPTQ_INLINE void interleave_rows(int count, int64_t steps, float* packed, RowAt row_at) {
   for (int64_t i = 0; i < steps; i += kLanes) {
     const int64_t left = min64(steps - i, kLanes);
     VecF square[kLanes];
     HF_GPTQ_UNROLL
     for (int r = 0; r < kLanes; ++r) {
-      square[r] = VecF{};
-      if (r < count) {
-        const float* row = rows + r * stride + i;
-        if (left == kLanes) {
-          square[r] = load(row);
-        } else {
-          memcpy(&square[r], row, left * sizeof(float));
-        }
-      }
+      square[r] = r < count ? row_at(r, i, left) : VecF{};
     }
     transpose(square);
     // Every store but the last of all is partly overwritten by the next.
@@ -66,6 +56,22 @@ void interleave(const float* rows, int64_t stride, int count, int64_t steps, flo
     for (int s = 0; s < kLanes; ++s) store(to + s * count, square[s]);
     if (beyond) copy_floats(end, left * count, packed + i * count);
   }
+}
+
+// packed[i * count + r] = rows[r * stride + i].
+void interleave(const float* rows, int64_t stride, int count, int64_t steps, float* packed) {
+  if (count == 1) {
+    copy_floats(rows, steps, packed);
+    return;
+  }
+  interleave_rows(count, steps, packed,
+                  [&](int r, int64_t i, int64_t left) __attribute__((always_inline)) {
+                    const float* row = rows + r * stride + i;
+                    if (left == kLanes) return load(row);
+                    VecF some = {};
+                    memcpy(&some, row, left * sizeof(float));
+                    return some;
+                  });
 }
 
 }  // namespace
