@@ -43,7 +43,7 @@ struct ByteProducts {
 
 // kSymmetric: every zero is 2^(bits-1).
 template <int kWidth, bool kSymmetricZeros>
-struct Bytes {
+struct Bytes : WholeUnits<kWidth, 4> {
   using Products = ByteProducts;
   static constexpr int kBits = kWidth;
   static constexpr bool kSymmetric = kSymmetricZeros;
@@ -59,11 +59,6 @@ struct Bytes {
   // Codes whose places are found together, see pack().
   static constexpr int64_t kPlaced = kBits == 3 ? 32 : 16;
   static_assert(kMostCodes * 127 * 256 < 1 << 24 && kMostCodes % kPlaced == 0, "what pack() takes");
-
-  static int64_t first(const Run& run) { return run.begin / kUnit * kUnit; }
-  static int64_t steps(const Run& run) {
-    return (ceil_div(run.end, kUnit) - run.begin / kUnit) * kUnitSteps;
-  }
 
   // The codes of step j of an arranged unit, one in each byte of a lane.
   static HF_GPTQ_INLINE VecF four(const VecU (&unit)[kUnitWords], int j) {

@@ -35,6 +35,17 @@ struct Stretch {
 // Where nothing bounds the codes of a stretch, or the rows of stream().
 constexpr int64_t kUnbounded = INT64_MAX;
 
+// How a run is cut into steps of kCodes codes where it takes whole units; the codes of a unit that
+// are not the run's meet zeros in x.
+template <int kBits, int kCodes>
+struct WholeUnits {
+  static constexpr int kUnit = codes_per_unit(kBits);
+  static int64_t first(const Run& run) { return run.begin / kUnit * kUnit; }
+  static int64_t steps(const Run& run) {
+    return (ceil_div(run.end, kUnit) - run.begin / kUnit) * (kUnit / kCodes);
+  }
+};
+
 // Loads the words of a unit that begins in row `row` of `rows`, for each vector of each block.
 template <int kUnitWords, int kBlocks, int kVectors>
 HF_GPTQ_INLINE void load_unit(const uint32_t* const (&words)[kBlocks], int64_t row, int64_t rows,
@@ -176,7 +187,7 @@ struct PairProducts {
 
 // kSymmetric: fewer than 8 bits, whose zeros are all 2^(bits-1).
 template <int kWidth, bool kSymmetric>
-struct Pairs {
+struct Pairs : WholeUnits<kWidth, 2> {
   using Products = PairProducts;
   static constexpr int kBits = kWidth;
   static constexpr int kCodes = 2;
@@ -190,12 +201,6 @@ struct Pairs {
   // Codes of a byte, if it holds whole ones.
   static constexpr int kByte = 8 % kBits == 0 ? 8 / kBits : 1;
   static constexpr int64_t kMostStreamedRows = kBits == 2 || kBits == 4 ? kUnbounded : 96;
-
-  // A run takes whole units; the codes of a unit that are not the run's meet zeros in x.
-  static int64_t steps(const Run& run) {
-    return (ceil_div(run.end, kUnit) - run.begin / kUnit) * kHalf;
-  }
-  static int64_t first(const Run& run) { return run.begin / kUnit * kUnit; }
 
   // What the steps of a unit are taken from. Where zeros differ, their offset is added to two codes
   // at a time if they lie in the bytes of a half.
@@ -296,7 +301,7 @@ struct Pairs {
   // The steps of a run of one row of x.
   static float* pack_run(const uint16_t* x, const Run& run, float* packed) {
     const VecU places = pair_places();
-    int64_t unit = first(run);
+    int64_t unit = Pairs::first(run);
     while (unit < run.end) {
       if (unit >= run.begin && unit + 32 <= run.end) {
         VecU numbers;

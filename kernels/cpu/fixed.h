@@ -52,7 +52,7 @@ struct FixedProducts {
 };
 
 template <int kWidth>
-struct Fixed {
+struct Fixed : WholeUnits<kWidth, 2> {
   using Products = FixedProducts;
   static constexpr int kBits = kWidth;
   static constexpr int kCodes = 2;
@@ -65,11 +65,6 @@ struct Fixed {
   // entry 8.
   static constexpr int64_t kMostCodes = 256;
   static constexpr uint32_t kMask = ((uint32_t{1} << kBits) - 1) * 0x10001u;
-
-  static int64_t first(const Run& run) { return run.begin / kUnit * kUnit; }
-  static int64_t steps(const Run& run) {
-    return (ceil_div(run.end, kUnit) * kUnit - first(run)) / 2;
-  }
 
   // Whether step j may be taken 2^kBits times as large, by the shift of the step before it.
   static constexpr bool is_raised(int j) {

@@ -30,22 +30,30 @@ class FixedMemory {
   Buffer buffer_;
 };
 
+// Row m of x in fp32, in the order of the codes. memory: K floats, with a permutation 2 K.
+const float* ordered_row(const LinearArguments& a, int64_t m, float* memory) {
+  const int64_t K = a.weight.K;
+  to_float(a.x, a.dtype, m * a.x_row_stride, K, memory);
+  const int32_t* perm = a.weight.perm;
+  if (!perm) return memory;
+  float* ordered = memory + K;
+  for (int64_t i = 0; i < K; ++i) ordered[i] = memory[perm[i]];
+  return ordered;
+}
+
+// Floats that ordered_row() needs.
+int64_t ordered_floats(const hf_gptq_weight& w) { return w.perm ? 2 * w.K : w.K; }
+
 // Row r of a row block as integers.
 template <class Codes>
 bool pack_fixed_row(const LinearJob& job, int64_t block, int r) {
   const LinearArguments& a = job.a;
   const FixedRows& f = job.fixed;
-  const int64_t K = a.weight.K, first_row = job.rows.begin(block);
+  const int64_t first_row = job.rows.begin(block);
   const int rows = job.rows.size(block);
-  const int32_t* perm = a.weight.perm;
-  float* row = static_cast<float*>(thread_scratch((perm ? 2 : 1) * K * sizeof(float)));
-  if (!row) return false;
-  to_float(a.x, a.dtype, (job.row_begin + first_row + r) * a.x_row_stride, K, row);
-  if (perm) {
-    float* sorted = row + K;
-    for (int64_t i = 0; i < K; ++i) sorted[i] = row[perm[i]];
-    row = sorted;
-  }
+  float* memory = static_cast<float*>(thread_scratch(ordered_floats(a.weight) * sizeof(float)));
+  if (!memory) return false;
+  const float* row = ordered_row(a, job.row_begin + first_row + r, memory);
   for (int64_t s = 0; s < job.stretches.count; ++s) {
     const Stretch& stretch = job.stretches.data[s];
     const int64_t at = first_row * job.stretches.steps + stretch.begin * rows + r;
@@ -82,22 +90,19 @@ void list_fixed_steps(const LinearJob& job, int64_t block) {
 template <class Codes>
 bool pack_bytes(const LinearJob& job, int64_t block, float* packed) {
   const LinearArguments& a = job.a;
-  const int64_t K = a.weight.K, steps = job.stretches.steps, first_row = job.rows.begin(block);
+  const int64_t steps = job.stretches.steps, first_row = job.rows.begin(block);
   const int rows = job.rows.size(block);
-  const int32_t* perm = a.weight.perm;
-  float* row =
-      static_cast<float*>(thread_scratch(((perm ? 2 : 1) * K + rows * steps) * sizeof(float)));
-  if (!row) return false;
-  float* sorted = row + K;
-  float* copy = rows == 1 ? packed : perm ? sorted + K : sorted;
+  const int64_t ordered = ordered_floats(a.weight);
+  float* memory = static_cast<float*>(thread_scratch((ordered + rows * steps) * sizeof(float)));
+  if (!memory) return false;
+  float* copy = rows == 1 ? packed : memory + ordered;
   for (int r = 0; r < rows; ++r) {
-    to_float(a.x, a.dtype, (job.row_begin + first_row + r) * a.x_row_stride, K, row);
-    for (int64_t i = 0; perm && i < K; ++i) sorted[i] = row[perm[i]];
+    const float* row = ordered_row(a, job.row_begin + first_row + r, memory);
     for (int64_t s = 0; s < job.stretches.count; ++s) {
       const Stretch& stretch = job.stretches.data[s];
       const int64_t number = first_row * job.stretches.count + s * rows + r;
-      Codes::pack(perm ? sorted : row, stretch, copy + r * steps + stretch.begin,
-                  job.bytes.scales + number, job.bytes.offsets + number);
+      Codes::pack(row, stretch, copy + r * steps + stretch.begin, job.bytes.scales + number,
+                  job.bytes.offsets + number);
     }
   }
   if (rows > 1) interleave(copy, steps, rows, steps, packed);

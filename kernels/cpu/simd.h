@@ -70,14 +70,13 @@ HF_GPTQ_INLINE VecU splat(uint32_t x) { return VecU{} + x; }
 // The bf16 nearest to every lane, ties to even, in its upper half; what the lower half holds is
 // undefined. A NaN keeps its top bits and becomes quiet.
 HF_GPTQ_INLINE VecU rounded_bf16(VecF x) {
-  const VecU u = (VecU)x;
+  const VecU u = (VecU)x, rounded = u + 0x7fffu + ((u >> 16) & 1u);
 #if defined(HF_GPTQ_SIMD_AVX512F) && !defined(HF_GPTQ_EMULATE)
   const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  const VecU up = u + 0x7fffu + ((u >> 16) & 1u);
-  return (VecU)_mm512_mask_or_epi32((__m512i)up, is_nan, (__m512i)u, _mm512_set1_epi32(0x400000));
+  return (VecU)_mm512_mask_or_epi32((__m512i)rounded, is_nan, (__m512i)u,
+                                    _mm512_set1_epi32(0x400000));
 #else
   const VecU is_nan = (VecU)((u & 0x7fffffffu) > 0x7f800000u);
-  const VecU rounded = u + 0x7fffu + ((u >> 16) & 1u);
   return (rounded & ~is_nan) | ((u | 0x400000u) & is_nan);
 #endif
 }

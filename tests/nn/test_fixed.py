@@ -7,24 +7,18 @@ from functools import partial
 import pytest
 import references
 import torch
-from weights import kernel_weight, product_by_rows, random_weight
+from weights import check_every_bit, kernel_weight, make, product_by_rows
 
 from hf_gptq_plugin import native
-from hf_gptq_plugin.format.grid import QuantizedWeight, natural_groups
+from hf_gptq_plugin.format.grid import natural_groups
 from hf_gptq_plugin.format.spec import BITS, QuantSpec
 from hf_gptq_plugin.nn import ops
-from hf_gptq_plugin.nn.ops import KernelWeight
 
 pytestmark = pytest.mark.skipif(
     native.status().isa != "avx2",
     reason=f"the instruction set in use is {native.status().isa or 'none'}; HF_GPTQ_ISA=avx2 takes this one",
 )
 ROWS = (1, 2, 3, 8, 23)  # a block of every height, and several
-
-
-def make(spec: QuantSpec, rows: int, group: torch.Tensor) -> tuple[QuantizedWeight, KernelWeight]:
-    weight = random_weight(spec, rows, group)
-    return weight, kernel_weight(weight)
 
 
 model = partial(product_by_rows, references.product_of_integers)
@@ -53,17 +47,9 @@ def activations(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
 def test_every_bit_of_the_sum(
     bits: int, sym: bool, dtype: torch.dtype, columns: int, group_size: int, shuffled: bool
 ) -> None:
-    spec = QuantSpec(bits, group_size, sym)
-    group = natural_groups(columns, group_size)
-    if shuffled:
-        group = group[torch.randperm(columns)].contiguous()
-    weight, canonical = make(spec, 37, group)
-    for kernel in (canonical, canonical.packed()):
-        if shuffled and kernel is canonical:
-            continue  # every code its own run: computed in fp32
-        for rows in ROWS:
-            x = activations(rows, columns, dtype)
-            assert torch.equal(ops.linear(x, kernel), model(weight, kernel, x)), rows
+    check_every_bit(
+        QuantSpec(bits, group_size, sym), columns, shuffled, (activations(rows, columns, dtype) for rows in ROWS), model
+    )
 
 
 def test_groups_that_begin_within_a_unit() -> None:

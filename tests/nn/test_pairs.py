@@ -7,23 +7,17 @@ from functools import partial
 import pytest
 import references
 import torch
-from weights import kernel_weight, product_by_rows, random_weight
+from weights import check_every_bit, make, product_by_rows
 
 from hf_gptq_plugin import native
-from hf_gptq_plugin.format.grid import QuantizedWeight, natural_groups
+from hf_gptq_plugin.format.grid import natural_groups
 from hf_gptq_plugin.format.spec import BITS, QuantSpec
 from hf_gptq_plugin.nn import ops
-from hf_gptq_plugin.nn.ops import KernelWeight
 
 pytestmark = pytest.mark.skipif(
     native.status().isa != "avx512bf16",
     reason=f"the instruction set in use is {native.status().isa or 'none'}; tests/check_native.sh emulates avx512bf16",
 )
-
-
-def make(spec: QuantSpec, rows: int, group: torch.Tensor) -> tuple[QuantizedWeight, KernelWeight]:
-    weight = random_weight(spec, rows, group)
-    return weight, kernel_weight(weight)
 
 
 model = partial(product_by_rows, references.product_of_pairs)
@@ -36,17 +30,13 @@ model = partial(product_by_rows, references.product_of_pairs)
     [(256, 64, False), (200, 48, False), (331, 128, False), (160, 32, True), (96, -1, False)],
 )
 def test_every_bit_of_the_sum(bits: int, sym: bool, columns: int, group_size: int, shuffled: bool) -> None:
-    spec = QuantSpec(bits, group_size, sym)
-    group = natural_groups(columns, group_size)
-    if shuffled:
-        group = group[torch.randperm(columns)].contiguous()
-    weight, canonical = make(spec, 37, group)
-    for kernel in (canonical, canonical.packed()):
-        if shuffled and kernel is canonical:
-            continue  # every code its own run: computed as avx512f does
-        for rows in (1, 3, 9, 14):
-            x = torch.randn(rows, columns).bfloat16()
-            assert torch.equal(ops.linear(x, kernel), model(weight, kernel, x)), rows
+    check_every_bit(
+        QuantSpec(bits, group_size, sym),
+        columns,
+        shuffled,
+        (torch.randn(rows, columns).bfloat16() for rows in (1, 3, 9, 14)),
+        model,
+    )
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -213,6 +213,14 @@ def runs(group: np.ndarray, order: np.ndarray) -> Iterator[tuple[int, int]]:
     return zip([0, *edges], [*edges, len(order)], strict=True)
 
 
+def parts(group: np.ndarray, order: np.ndarray, bits: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Group and inputs of every part: a run is cut every 256 places, counted from the first unit that it touches."""
+    unit = {2: 16, 3: 32, 4: 8, 8: 4}[bits]
+    for start, end in runs(group, order):
+        for first in range(start // unit * unit, end, 256):
+            yield group[order[start]], order[max(first, start) : min(first + 256, end)]
+
+
 def product_of_pairs(
     x: np.ndarray, codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray, group: np.ndarray, order: np.ndarray,
     bits: int,
@@ -250,24 +258,20 @@ def product_of_integers(
 
     x `[K]` float32 that are bf16 or fp16, finite; codes `[N, K]`, scales and zeros `[G, N]`, group `[K]`, order `[K]`.
     """
-    unit = {2: 16, 3: 32, 4: 8, 8: 4}[bits]
     total = np.zeros(codes.shape[0], dtype=np.float32)
-    for start, end in runs(group, order):
-        g = group[order[start]]
-        for first in range(start // unit * unit, end, 256):
-            inputs = order[max(first, start) : min(first + 256, end)]
-            values = x[inputs].astype(np.float64)
-            exponent = int(np.frexp(np.abs(values).max())[1]) - 15 if values.any() else -126
-            exponent = max(exponent, -126)
-            scaled = np.ldexp(values, -exponent)
-            high = np.rint(scaled)
-            low = np.rint((scaled - high) * 2**15)
-            if 4 * np.abs(low).sum() <= np.abs(high).sum():
-                low[:] = 0
-            differences = codes[:, inputs].astype(np.int64) - zeros[g].astype(np.int64)[:, None]
-            sums = [(differences @ part.astype(np.int64)).astype(np.float32).astype(np.float64) for part in (high, low)]
-            value = np.ldexp((sums[0] + sums[1] * 2.0**-15).astype(np.float32), exponent)
-            total = fused(value.astype(np.float32), scales[g].astype(np.float32), total)
+    for g, inputs in parts(group, order, bits):
+        values = x[inputs].astype(np.float64)
+        exponent = int(np.frexp(np.abs(values).max())[1]) - 15 if values.any() else -126
+        exponent = max(exponent, -126)
+        scaled = np.ldexp(values, -exponent)
+        high = np.rint(scaled)
+        low = np.rint((scaled - high) * 2**15)
+        if 4 * np.abs(low).sum() <= np.abs(high).sum():
+            low[:] = 0
+        differences = codes[:, inputs].astype(np.int64) - zeros[g].astype(np.int64)[:, None]
+        sums = [(differences @ part.astype(np.int64)).astype(np.float32).astype(np.float64) for part in (high, low)]
+        value = np.ldexp((sums[0] + sums[1] * 2.0**-15).astype(np.float32), exponent)
+        total = fused(value.astype(np.float32), scales[g].astype(np.float32), total)
     return total
 
 
@@ -279,17 +283,13 @@ def product_of_bytes(
 
     x `[K]` float32, finite; codes `[N, K]`, scales and zeros `[G, N]`, group `[K]`, order `[K]`.
     """
-    unit = {2: 16, 3: 32, 4: 8, 8: 4}[bits]
     total = np.zeros(codes.shape[0], dtype=np.float32)
-    for start, end in runs(group, order):
-        g = group[order[start]]
-        for first in range(start // unit * unit, end, 256):
-            inputs = order[max(first, start) : min(first + 256, end)]
-            values = x[inputs].astype(np.float32)
-            most = np.abs(values).max()
-            scale = np.float32(most / np.float32(127)) if most >= 2.0**-119 else np.float32(0)
-            inverse = np.float32(127) / most if most >= 2.0**-119 else np.float32(0)
-            integers = np.rint(values * inverse).astype(np.int64)
-            sums = (codes[:, inputs].astype(np.int64) - zeros[g].astype(np.int64)[:, None]) @ integers
-            total = fused(sums.astype(np.float32) * scale, scales[g].astype(np.float32), total)
+    for g, inputs in parts(group, order, bits):
+        values = x[inputs].astype(np.float32)
+        most = np.abs(values).max()
+        scale = np.float32(most / np.float32(127)) if most >= 2.0**-119 else np.float32(0)
+        inverse = np.float32(127) / most if most >= 2.0**-119 else np.float32(0)
+        integers = np.rint(values * inverse).astype(np.int64)
+        sums = (codes[:, inputs].astype(np.int64) - zeros[g].astype(np.int64)[:, None]) @ integers
+        total = fused(sums.astype(np.float32) * scale, scales[g].astype(np.float32), total)
     return total

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 
-from hf_gptq_plugin.format.grid import QuantizedWeight
+from hf_gptq_plugin.format.grid import QuantizedWeight, natural_groups
 from hf_gptq_plugin.format.spec import QuantSpec
+from hf_gptq_plugin.nn import ops
 from hf_gptq_plugin.nn.ops import KernelWeight
 
 
@@ -49,3 +50,29 @@ def product_by_rows(
         for row in x
     ]  # fmt: skip
     return torch.from_numpy(np.stack(rows)).to(x.dtype)
+
+
+def make(spec: QuantSpec, rows: int, group: torch.Tensor) -> tuple[QuantizedWeight, KernelWeight]:
+    """A random weight, and the same as the kernels take it."""
+    weight = random_weight(spec, rows, group)
+    return weight, kernel_weight(weight)
+
+
+def check_every_bit(
+    spec: QuantSpec,
+    columns: int,
+    shuffled: bool,
+    batches: Iterable[torch.Tensor],
+    model: Callable[[QuantizedWeight, KernelWeight, torch.Tensor], torch.Tensor],
+) -> None:
+    """Products of a random weight `[37, columns]` with every batch `[M, columns]` have the bits that `model` says, in a
+    checkpoint's layout and packed. Shuffled, every code is its own run in the former, which is computed otherwise."""
+    group = natural_groups(columns, spec.group_size)
+    if shuffled:
+        group = group[torch.randperm(columns)].contiguous()
+    weight, canonical = make(spec, 37, group)
+    batches = list(batches)
+    assert batches
+    for kernel in (canonical.packed(),) if shuffled else (canonical, canonical.packed()):
+        for x in batches:
+            assert torch.equal(ops.linear(x, kernel), model(weight, kernel, x)), len(x)
