@@ -88,17 +88,22 @@ HF_GPTQ_INLINE float round_to(float x, int dtype) {
   return x;
 }
 
-// dst[i] = src[i], i < kCount, a multiple of 8.
-template <int kCount>
-HF_GPTQ_INLINE void fp16_to_floats(const uint16_t* src, float* dst) {
+// kLanes numbers in fp16.
+HF_GPTQ_INLINE VecF load_fp16(const uint16_t* p) {
+#if defined(HF_GPTQ_SIMD_AVX512F) && !defined(HF_GPTQ_EMULATE)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#else
+  float v[kLanes];
 #if defined(HF_GPTQ_SIMD_AVX512F) || defined(HF_GPTQ_SIMD_AVX2)
   HF_GPTQ_UNROLL
-  for (int i = 0; i < kCount; i += 8) {
-    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i));
-    _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(h));
+  for (int i = 0; i < kLanes; i += 8) {
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i));
+    _mm256_storeu_ps(v + i, _mm256_cvtph_ps(h));
   }
 #else
-  for (int i = 0; i < kCount; ++i) dst[i] = fp16_to_float(src[i]);
+  for (int i = 0; i < kLanes; ++i) v[i] = fp16_to_float(p[i]);
+#endif
+  return load(v);
 #endif
 }
 

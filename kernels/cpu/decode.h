@@ -38,15 +38,11 @@ constexpr float magic(int place) { return static_cast<float>(int32_t{1} << (23 -
 constexpr uint32_t magic_bits(int place) { return static_cast<uint32_t>(150 - place) << 23; }
 constexpr int places(int bits) { return 23 / bits < 3 ? 23 / bits : 3; }
 
-// Fetches what is read some rows after `word`: of several blocks side by side into the second level
-// of the cache, since the first waits for too few lines at a time to keep memory busy.
+// Fetches what is read some rows after `word`, into the second level of the cache: the first waits
+// for too few lines at a time to keep memory busy. Blocks side by side are that many streams.
 template <int kBlocks>
 HF_GPTQ_INLINE void prefetch_words(const uint32_t* word, int64_t row_stride) {
-  if constexpr (kBlocks > 1) {
-    __builtin_prefetch(word + 32 * row_stride, 0, 2);
-  } else {
-    __builtin_prefetch(word + 64 * row_stride);
-  }
+  __builtin_prefetch(word + (kBlocks > 1 ? 32 : 128) * row_stride, 0, 2);
 }
 
 // The words of one block: word (r, n % 16) at words[r * row_stride + n % 16].
@@ -79,9 +75,14 @@ inline BlockWords block_words(const hf_gptq_weight& w, int64_t block, uint32_t* 
   return {copy, kBlockColumns};
 }
 
-// zero[c] of the 16 columns of a block in group g, from qzeros; columns beyond N get finite values.
+// The zeros of the 16 columns of a block in group g; columns beyond N get any.
 template <int kBits>
-HF_GPTQ_INLINE void load_zeros(const hf_gptq_weight& w, int64_t g, int64_t block, float* zero) {
+HF_GPTQ_INLINE void load_zeros(const hf_gptq_weight& w, int64_t g, int64_t block, VecF* zeros) {
+  if (!w.qzeros) {
+    HF_GPTQ_UNROLL
+    for (int v = 0; v < kBlockVectors; ++v) zeros[v] = splat(static_cast<float>(1 << (kBits - 1)));
+    return;
+  }
   const int64_t column = block * kBlockColumns;
   // Eight codes are kBits whole bytes. The row is read no further than its last word.
   const int64_t row_bytes = packed_words(w.N, kBits) * sizeof(uint32_t);
@@ -96,7 +97,7 @@ HF_GPTQ_INLINE void load_zeros(const hf_gptq_weight& w, int64_t g, int64_t block
       memcpy(&eight[i], row + offset, available);
     }
   }
-  constexpr uint32_t kMask = (1u << kBits) - 1;
+  VecI codes[kBlockVectors];
   if constexpr (kBits < 8) {
     // Eight codes lie in 32 bits, which every lane shifts by its own place.
     HF_GPTQ_UNROLL
@@ -107,23 +108,39 @@ HF_GPTQ_INLINE void load_zeros(const hf_gptq_weight& w, int64_t g, int64_t block
         place[i] = (v * kLanes + i) % 8 * kBits;
         second[i] = i >= 8 ? 0xffffffffu : 0;
       }
-      VecU codes = splat(static_cast<uint32_t>(eight[v * kLanes / 8]));
-      if (kLanes > 8) codes = (codes & ~second) | (splat(static_cast<uint32_t>(eight[1])) & second);
-      // Under the exponent of 2^23 an integer is a float.
-      const VecF value = (VecF)((codes >> place & kMask) | magic_bits(0));
-      store(zero + v * kLanes, value - splat(magic(0) - static_cast<float>(w.zero_offset)));
+      VecU word = splat(static_cast<uint32_t>(eight[v * kLanes / 8]));
+      if (kLanes > 8) word = (word & ~second) | (splat(static_cast<uint32_t>(eight[1])) & second);
+      codes[v] = (VecI)(word >> place & ((1u << kBits) - 1));
     }
   } else {
-    uint8_t codes[kBlockColumns];
-    memcpy(codes, eight, sizeof codes);
-    for (int c = 0; c < kBlockColumns; ++c) {
-      zero[c] = static_cast<float>(codes[c] + w.zero_offset);
+    HF_GPTQ_UNROLL
+    for (int v = 0; v < kBlockVectors; ++v) {
+      typedef uint8_t Narrow __attribute__((vector_size(kLanes)));
+      Narrow narrow;
+      memcpy(&narrow, reinterpret_cast<const uint8_t*>(eight) + v * kLanes, sizeof narrow);
+      codes[v] = __builtin_convertvector(narrow, VecI);
     }
   }
+  HF_GPTQ_UNROLL
+  for (int v = 0; v < kBlockVectors; ++v) {
+    zeros[v] = __builtin_convertvector(codes[v] + w.zero_offset, VecF);
+  }
+}
+
+// Where the scales of `blocks` blocks of columns lie in group 0, if load_fp16 can read them there;
+// null if not.
+HF_GPTQ_INLINE const uint16_t* fp16_scales(const hf_gptq_weight& w, int64_t block, int blocks) {
+  if (w.scale_dtype != HF_GPTQ_FP16 || (block + blocks) * kBlockColumns > w.N) return nullptr;
+  return static_cast<const uint16_t*>(w.scales) + block * kBlockColumns;
 }
 
 // The scales of a block in group g; 0 beyond N.
 inline void load_scales(const hf_gptq_weight& w, int64_t g, int64_t block, float* scale) {
+  if (const uint16_t* half = fp16_scales(w, block, 1)) {
+    HF_GPTQ_UNROLL
+    for (int c = 0; c < kBlockColumns; c += kLanes) store(scale + c, load_fp16(half + g * w.N + c));
+    return;
+  }
   const int64_t column = block * kBlockColumns;
   const int64_t left = w.N - column;
   if (left < kBlockColumns) memset(scale, 0, kBlockColumns * sizeof(float));
@@ -131,37 +148,15 @@ inline void load_scales(const hf_gptq_weight& w, int64_t g, int64_t block, float
            scale);
 }
 
-// scale[c] and zero[c] of the 16 columns of a block in group g; columns beyond N get finite values.
-// Short where a stream comes by for every group: whole blocks of scales in fp16, no zeros.
-template <int kBits>
-HF_GPTQ_INLINE void load_group(const hf_gptq_weight& w, int64_t g, int64_t block, float* scale,
-                               float* zero) {
-  if (w.scale_dtype == HF_GPTQ_FP16 && (block + 1) * kBlockColumns <= w.N) {
-    const uint16_t* half = static_cast<const uint16_t*>(w.scales) + g * w.N + block * kBlockColumns;
-    fp16_to_floats<kBlockColumns>(half, scale);
-  } else {
-    load_scales(w, g, block, scale);
-  }
-  if (w.qzeros) {
-    load_zeros<kBits>(w, g, block, zero);
-  } else {
-    HF_GPTQ_UNROLL
-    for (int v = 0; v < kBlockVectors; ++v)
-      store(zero + v * kLanes, splat(static_cast<float>(1 << (kBits - 1))));
-  }
-}
-
-// Fetches what load_group will read for `blocks` blocks. The rows of scales are too far apart for
-// the hardware to foresee.
+// Fetches the scales and zeros of `blocks` blocks in group g. The rows of scales are too far apart
+// for the hardware to foresee.
 HF_GPTQ_INLINE void prefetch_group(const hf_gptq_weight& w, int64_t g, int64_t block, int blocks) {
-  const char* scales = static_cast<const char*>(w.scales);
-  for (int b = 0; b < blocks; ++b) {
-    __builtin_prefetch(scales +
-                       (g * w.N + (block + b) * kBlockColumns) * dtype_size(w.scale_dtype));
-  }
+  constexpr int64_t kLine = 64;
+  const int64_t column = block * kBlockColumns, size = dtype_size(w.scale_dtype);
+  const char* scales = static_cast<const char*>(w.scales) + (g * w.N + column) * size;
+  for (int64_t i = 0; i < blocks * kBlockColumns * size; i += kLine) __builtin_prefetch(scales + i);
   if (w.qzeros) {
-    __builtin_prefetch(w.qzeros + g * packed_words(w.N, w.bits) +
-                       code_word(block * kBlockColumns, w.bits));
+    __builtin_prefetch(w.qzeros + g * packed_words(w.N, w.bits) + code_word(column, w.bits));
   }
 }
 

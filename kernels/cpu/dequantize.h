@@ -49,11 +49,9 @@ void dequantize_tile(const hf_gptq_weight& w, const Runs& runs, const BlockWords
     const Run& r = runs.data[low];
     const int64_t to = min64(r.end, end);
     alignas(64) float scale[kBlockColumns];
-    alignas(64) float zero[kBlockColumns];
-    load_group<kBits>(w, r.group, block, scale, zero);
+    load_scales(w, r.group, block, scale);
     VecF zeros[kBlockVectors];
-    HF_GPTQ_UNROLL
-    for (int v = 0; v < kBlockVectors; ++v) zeros[v] = load(zero + v * kLanes);
+    load_zeros<kBits>(w, r.group, block, zeros);
     float (*rows)[kBlockColumns] = values + (from - begin);
     decode<kBits>(words, b.row_stride, from, to, zeros,
                   [&](int64_t i, const VecF(&decoded)[kBlockVectors])

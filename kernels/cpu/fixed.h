@@ -51,10 +51,12 @@ struct FixedProducts {
   }
 };
 
-template <int kWidth>
+// kSymmetric: zeros are all 2^(bits-1).
+template <int kWidth, bool kSymmetrical>
 struct Fixed : WholeUnits<kWidth, 2> {
   using Products = FixedProducts;
   static constexpr int kBits = kWidth;
+  static constexpr bool kSymmetric = kSymmetrical;
   static constexpr int kCodes = 2;
   static constexpr bool kFixed = true, kBytes = false;
   static constexpr int64_t kMostStreamedRows = kUnbounded;
@@ -130,12 +132,8 @@ struct Fixed : WholeUnits<kWidth, 2> {
 
   // sum - zero * sum_x.
   static HF_GPTQ_INLINE VecF less_zeros(VecF sum, VecF zero, int32_t sum_x) {
-    return (VecF)_mm256_sub_epi32(
-        (__m256i)sum, _mm256_mullo_epi32(_mm256_cvtps_epi32(zero), _mm256_set1_epi32(sum_x)));
-  }
-  // The same for the zero of a symmetric weight.
-  static HF_GPTQ_INLINE VecF less_middle(VecF sum, int32_t sum_x) {
-    return (VecF)((VecI)sum - sum_x * (1 << (kBits - 1)));
+    if constexpr (kSymmetric) return (VecF)((VecI)sum - sum_x * (1 << (kBits - 1)));
+    return (VecF)((VecI)sum - __builtin_convertvector(zero, VecI) * sum_x);
   }
 
   static int32_t total(__m256i v) {
@@ -144,19 +142,47 @@ struct Fixed : WholeUnits<kWidth, 2> {
     return lanes[0] + lanes[1] + lanes[2] + lanes[3] + lanes[4] + lanes[5] + lanes[6] + lanes[7];
   }
 
-  // x of one row, in fp32 and in the order of the codes, as integers: the steps of one stretch, of
-  // which step i goes to high[i * stride] and low[i * stride]. Returns whether any low is not 0.
-  static bool pack(const float* x, const Stretch& s, float* high, float* low, int64_t stride,
-                   float* scale, int32_t* sum_high, int32_t* sum_low) {
-    alignas(32) float v[kMostCodes + 8] = {};
-    alignas(32) int16_t parts[2][kMostCodes + 16];
-    const int64_t count = 2 * (s.end - s.begin);
-    const int64_t width = ceil_div(count, 16) * 16;
-    memset(v, 0, width * sizeof(float));
-    copy_floats(x + s.valid_begin, s.valid_end - s.valid_begin, v + (s.valid_begin - s.code));
+  // `count` integers in the order of the codes, brought into that of the steps.
+  static HF_GPTQ_INLINE void place(const int16_t* integers, int64_t count, float* steps) {
+    alignas(32) int16_t placed[kMostCodes];
+    const __m128i* in = reinterpret_cast<const __m128i*>(integers);
+    __m128i* out = reinterpret_cast<__m128i*>(placed);
+    constexpr int kEights = kHalf / 8;  // vectors of a half unit
+    for (int64_t i = 0; i < ceil_div(count, 8); i += kEights > 0 ? 2 * kEights : 1) {
+      if constexpr (kEights > 0) {
+        HF_GPTQ_UNROLL
+        for (int j = 0; j < kEights; ++j) {
+          const __m128i first = _mm_load_si128(in + i + j);
+          const __m128i second = _mm_load_si128(in + i + kEights + j);
+          _mm_store_si128(out + i + 2 * j, _mm_unpacklo_epi16(first, second));
+          _mm_store_si128(out + i + 2 * j + 1, _mm_unpackhi_epi16(first, second));
+        }
+      } else {
+        const __m128i order =
+            kHalf == 4 ? _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15)
+                       : _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+        _mm_store_si128(out + i, _mm_shuffle_epi8(_mm_load_si128(in + i), order));
+      }
+    }
+    memcpy(steps, placed, count * sizeof(int16_t));
+  }
+
+  // x of one row, in fp32 and in the order of the codes, as integers: the steps of one stretch.
+  // Returns whether any low is not 0.
+  static bool pack(const float* x, const Stretch& s, float* high, float* low, float* scale,
+                   int32_t* sum_high, int32_t* sum_low) {
+    alignas(32) float copy[kMostCodes];
+    alignas(32) int16_t parts[2][kMostCodes];
+    const int64_t count = 2 * (s.end - s.begin), width = ceil_div(count, 16) * 16;
+    const float* v = x + s.code;
+    if (s.valid_begin != s.code || s.valid_end - s.code != width) {
+      memset(copy, 0, width * sizeof(float));
+      copy_floats(x + s.valid_begin, s.valid_end - s.valid_begin, copy + (s.valid_begin - s.code));
+      v = copy;
+    }
     __m256i most = _mm256_setzero_si256();
     for (int64_t i = 0; i < width; i += 8) {
-      const __m256i bits = _mm256_load_si256(reinterpret_cast<const __m256i*>(v + i));
+      const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + i));
       most = _mm256_max_epi32(most, _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)));
     }
     alignas(32) uint32_t lanes[8];
@@ -171,9 +197,11 @@ struct Fixed : WholeUnits<kWidth, 2> {
       // An infinity is 1 times infinity, beside which the others are nothing.
       for (int64_t i = 0; i < width; ++i) {
         const uint32_t bits = float_bits(v[i]);
-        v[i] = (bits & 0x7fffffffu) == 0x7f800000u ? bits_float((bits & 0x80000000u) | 0x3f800000u)
-                                                   : 0.0f;
+        copy[i] = (bits & 0x7fffffffu) == 0x7f800000u
+                      ? bits_float((bits & 0x80000000u) | 0x3f800000u)
+                      : 0.0f;
       }
+      v = copy;
       *scale = bits_float(largest);
       inverse = 1.0f;
     }
@@ -182,7 +210,8 @@ struct Fixed : WholeUnits<kWidth, 2> {
     for (int64_t i = 0; i < width; i += 16) {
       __m256i integers[2][2];
       for (int h = 0; h < 2; ++h) {
-        const __m256 scaled = _mm256_mul_ps(_mm256_load_ps(v + i + 8 * h), _mm256_set1_ps(inverse));
+        const __m256 scaled =
+            _mm256_mul_ps(_mm256_loadu_ps(v + i + 8 * h), _mm256_set1_ps(inverse));
         integers[0][h] = _mm256_cvtps_epi32(scaled);
         const __m256 rest = _mm256_sub_ps(scaled, _mm256_cvtepi32_ps(integers[0][h]));
         integers[1][h] = _mm256_cvtps_epi32(_mm256_mul_ps(rest, _mm256_set1_ps(32768.0f)));
@@ -203,18 +232,10 @@ struct Fixed : WholeUnits<kWidth, 2> {
       memset(parts[1], 0, width * sizeof(int16_t));
       sums[1] = _mm256_setzero_si256();
     }
-    int32_t* const totals[2] = {sum_high, sum_low};
-    float* const out[2] = {high, low};
-    for (int p = 0; p < 2; ++p) {
-      *totals[p] = total(sums[p]);
-      for (int64_t unit = 0; unit < count; unit += kUnit) {
-        for (int64_t j = 0; j < kHalf; ++j) {
-          const uint16_t lower = static_cast<uint16_t>(parts[p][unit + j]);
-          const uint16_t upper = static_cast<uint16_t>(parts[p][unit + j + kHalf]);
-          out[p][(unit / 2 + j) * stride] = bits_float(lower | uint32_t{upper} << 16);
-        }
-      }
-    }
+    *sum_high = total(sums[0]);
+    *sum_low = total(sums[1]);
+    place(parts[0], count, high);
+    place(parts[1], count, low);
     return !negligible;
   }
 };

@@ -30,8 +30,12 @@ int linear_bits(const LinearArguments& a) {
   }
 #elif defined(HF_GPTQ_SIMD_AVX2)
   if (a.dtype != HF_GPTQ_FP32) {
-    const Stretches found = find_stretches<Fixed<kBits>>(a.runs, stretches);
-    if (found.steps <= a.weight.K) return run_linear<Fixed<kBits>>(a, found);
+    using Any = Fixed<kBits, false>;
+    using Symmetric = Fixed<kBits, true>;
+    const Stretches found = find_stretches<Any>(a.runs, stretches);
+    if (found.steps <= a.weight.K) {
+      return a.weight.qzeros ? run_linear<Any>(a, found) : run_linear<Symmetric>(a, found);
+    }
   }
 #endif
   return run_linear<Floats<kBits>>(a, find_stretches<Floats<kBits>>(a.runs, stretches));

@@ -64,8 +64,6 @@ constexpr int64_t kTaskRowBlocks = 240 / kTileRows;
 constexpr int64_t kSlabRowBlocks = 4 * kTaskRowBlocks;
 // Tasks wanted, so that an unknown number of threads finishes together.
 constexpr int64_t kWantedTasks = 64;
-// Runs ahead of the one in use whose scales and zeros stream() prefetches.
-constexpr int64_t kPrefetchRuns = 4;
 
 struct Stretches {
   const Stretch* data;

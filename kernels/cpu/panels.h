@@ -87,11 +87,9 @@ template <class Codes>
 void decode_segment(const hf_gptq_weight& w, const Segment& segment, int64_t group_block, int b,
                     const BlockWords& block, int64_t at, float* scales,
                     const PanelScratch& scratch) {
-  alignas(64) float zero[kBlockColumns];
-  load_group<Codes::kBits>(w, segment.group, group_block + b, scales + b * kBlockColumns, zero);
+  load_scales(w, segment.group, group_block + b, scales + b * kBlockColumns);
   VecF zeros[kBlockVectors];
-  HF_GPTQ_UNROLL
-  for (int v = 0; v < kBlockVectors; ++v) zeros[v] = load(zero + v * kLanes);
+  load_zeros<Codes::kBits>(w, segment.group, group_block + b, zeros);
   const uint32_t* words[1] = {block.words};
   float* panel = scratch.panels + b / kTileBlocks * kPanelFloats + at * kTileColumns +
                  b % kTileBlocks * kBlockColumns;

@@ -44,24 +44,36 @@ const float* ordered_row(const LinearArguments& a, int64_t m, float* memory) {
 // Floats that ordered_row() needs.
 int64_t ordered_floats(const hf_gptq_weight& w) { return w.perm ? 2 * w.K : w.K; }
 
-// Row r of a row block as integers.
+// A row block as integers.
 template <class Codes>
-bool pack_fixed_row(const LinearJob& job, int64_t block, int r) {
+bool pack_fixed(const LinearJob& job, int64_t block) {
   const LinearArguments& a = job.a;
-  const FixedRows& f = job.fixed;
-  const int64_t first_row = job.rows.begin(block);
+  const int64_t steps = job.stretches.steps, count = job.stretches.count;
+  const int64_t first_row = job.rows.begin(block), ordered = ordered_floats(a.weight);
   const int rows = job.rows.size(block);
-  float* memory = static_cast<float*>(thread_scratch(ordered_floats(a.weight) * sizeof(float)));
+  float* memory = static_cast<float*>(thread_scratch((ordered + 2 * rows * steps) * sizeof(float)));
   if (!memory) return false;
-  const float* row = ordered_row(a, job.row_begin + first_row + r, memory);
-  for (int64_t s = 0; s < job.stretches.count; ++s) {
-    const Stretch& stretch = job.stretches.data[s];
-    const int64_t at = first_row * job.stretches.steps + stretch.begin * rows + r;
-    const int64_t number = first_row * job.stretches.count + s * rows;
-    int32_t* sums = f.sums + 2 * number + r;
-    f.listed[block * job.stretches.count + s] |= Codes::pack(
-        row, stretch, f.high + at, f.low + at, rows, f.scales + number + r, sums, sums + rows);
+  float* const high = job.fixed.high + first_row * steps;
+  float* const low = job.fixed.low + first_row * steps;
+  float* const high_rows = rows == 1 ? high : memory + ordered;
+  float* const low_rows = rows == 1 ? low : high_rows + rows * steps;
+  int32_t* const listed = job.fixed.listed + block * count;
+  memset(listed, 0, count * sizeof(int32_t));
+  bool any = false;
+  for (int r = 0; r < rows; ++r) {
+    const float* row = ordered_row(a, job.row_begin + first_row + r, memory);
+    for (int64_t s = 0; s < count; ++s) {
+      const Stretch& stretch = job.stretches.data[s];
+      const int64_t at = r * steps + stretch.begin, number = first_row * count + s * rows;
+      int32_t* sums = job.fixed.sums + 2 * number + r;
+      const bool has_low = Codes::pack(row, stretch, high_rows + at, low_rows + at,
+                                       job.fixed.scales + number + r, sums, sums + rows);
+      listed[s] |= has_low;
+      any |= has_low;
+    }
   }
+  if (rows > 1) interleave(high_rows, steps, rows, steps, high);
+  if (rows > 1 && any) interleave(low_rows, steps, rows, steps, low);
   return true;
 }
 
@@ -123,11 +135,7 @@ int pack_x(int64_t begin, int64_t end, const void* context) {
     const int rows = job.rows.size(block);
     float* packed = static_cast<const PackJob*>(context)->packed + first_row * job.stretches.steps;
     if constexpr (Codes::kFixed) {
-      memset(job.fixed.listed + block * job.stretches.count, 0,
-             job.stretches.count * sizeof(int32_t));
-      for (int r = 0; r < rows; ++r) {
-        if (!pack_fixed_row<Codes>(job, block, r)) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
-      }
+      if (!pack_fixed<Codes>(job, block)) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
       list_fixed_steps(job, block);
     } else if constexpr (Codes::kBytes) {
       if (!pack_bytes<Codes>(job, block, packed)) return HF_GPTQ_ERROR_OUT_OF_MEMORY;

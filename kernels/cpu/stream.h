@@ -64,59 +64,45 @@ HF_GPTQ_INLINE void low_sums(const LinearJob& job, const Stretch& s, const float
 
 // The sums of one stretch for integer activations, in fp32. Zeros are not subtracted from codes but
 // from the sums, as zero * (sum of x): exact, as long as they are integers.
-template <class Codes, int kRows, int kBlocks>
-HF_GPTQ_INLINE void fixed_sums(const LinearJob& job, int64_t row_block, int64_t stretch,
-                               const uint32_t* const (&words)[kBlocks], int64_t row_stride,
-                               const VecF (&zeros)[kBlocks * kBlockVectors],
-                               VecF (&sum)[kRows][kBlocks * kBlockVectors]) {
-  constexpr int kVectors = kBlocks * kBlockVectors;
+template <class Codes, int kRows>
+HF_GPTQ_INLINE void fixed_sums(const LinearJob& job, const FixedRows& fixed, int64_t row_block,
+                               int64_t stretch, int64_t block, const uint32_t* const (&words)[1],
+                               int64_t row_stride, VecF (&sum)[kRows][kBlockVectors]) {
+  constexpr int kVectors = kBlockVectors;
   constexpr int kPlaces = kRows <= kTwoPlacesRows ? 2 : 1;
   const hf_gptq_weight& w = job.a.weight;
   const Stretch& s = job.stretches.data[stretch];
   const int64_t first_row = job.rows.begin(row_block);
   const int64_t first = first_row * job.stretches.steps + s.begin * kRows;
   const int64_t number = first_row * job.stretches.count + stretch * kRows;
-  const int32_t* sum_x = job.fixed.sums + number * 2;
+  const int32_t* sum_x = fixed.sums + number * 2;
   VecF high[kPlaces][kRows][kVectors] = {};
   Codes::template walk<kPlaces>(
       w, words, row_stride, s.code, s.end - s.begin,
-      AccumulateFixed<Codes, kRows, kVectors, kPlaces>{job.x + first, high});
-  auto less_zeros = [&](VecF of, int v, int32_t x) __attribute__((always_inline)) {
-    return w.qzeros ? Codes::less_zeros(of, zeros[v], x) : Codes::less_middle(of, x);
-  };
+      AccumulateFixed<Codes, kRows, kVectors, kPlaces>{fixed.high + first, high});
+  VecF low[1][kRows][kVectors] = {};
+  const int64_t count = fixed.listed[row_block * job.stretches.count + stretch];
+  const bool listed = __builtin_expect(count > 0, 0);
+  if (listed) {
+    const uint8_t* list = fixed.list + row_block * job.stretches.steps + s.begin;
+    low_sums<Codes>(job, s, fixed.low + first, list, count, words, row_stride, low);
+  }
+  VecF zeros[kVectors] = {};
+  if (!Codes::kSymmetric) load_zeros<Codes::kBits>(w, s.group, block, zeros);
   HF_GPTQ_UNROLL
   for (int m = 0; m < kRows; ++m) {
+    const VecF scale = splat(fixed.scales[number + m]);
     HF_GPTQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      const VecF lower = high[0][m][v];
-      const VecF joined = kPlaces == 1 ? lower : Codes::joined(lower, high[kPlaces - 1][m][v]);
-      sum[m][v] = less_zeros(joined, v, sum_x[m]);
+      VecF whole = high[0][m][v];
+      if (kPlaces == 2) whole = Codes::joined(whole, high[kPlaces - 1][m][v]);
+      whole = Codes::less_zeros(whole, zeros[v], sum_x[m]);
+      const VecF value =
+          listed ? Codes::Products::value(
+                       whole, Codes::less_zeros(low[0][m][v], zeros[v], sum_x[kRows + m]))
+                 : Codes::Products::value(whole);
+      sum[m][v] = value * scale;
     }
-  }
-  if (const int64_t listed = job.fixed.listed[row_block * job.stretches.count + stretch]) {
-    VecF low[1][kRows][kVectors] = {};
-    const uint8_t* list = job.fixed.list + row_block * job.stretches.steps + s.begin;
-    low_sums<Codes>(job, s, job.fixed.low + first, list, listed, words, row_stride, low);
-    HF_GPTQ_UNROLL
-    for (int m = 0; m < kRows; ++m) {
-      HF_GPTQ_UNROLL
-      for (int v = 0; v < kVectors; ++v) {
-        sum[m][v] =
-            Codes::Products::value(sum[m][v], less_zeros(low[0][m][v], v, sum_x[kRows + m]));
-      }
-    }
-  } else {
-    HF_GPTQ_UNROLL
-    for (int m = 0; m < kRows; ++m) {
-      HF_GPTQ_UNROLL
-      for (int v = 0; v < kVectors; ++v) sum[m][v] = Codes::Products::value(sum[m][v]);
-    }
-  }
-  HF_GPTQ_UNROLL
-  for (int m = 0; m < kRows; ++m) {
-    const VecF scale = splat(job.fixed.scales[number + m]);
-    HF_GPTQ_UNROLL
-    for (int v = 0; v < kVectors; ++v) sum[m][v] *= scale;
   }
 }
 
@@ -158,8 +144,11 @@ void stream(const LinearJob& job, int64_t row_block, int64_t block,
   const hf_gptq_weight& w = job.a.weight;
   const int64_t first_row = job.rows.begin(row_block);
   const float* x = job.x + first_row * job.stretches.steps;
-  alignas(64) float scale[kColumns];
-  alignas(64) float zero[kColumns];
+  const FixedRows fixed = job.fixed;
+  // Scales of several blocks come into registers when the sums have left theirs. Those of one wait
+  // in memory, where every row finds them.
+  const uint16_t* const halves = kBlocks > 1 ? fp16_scales(w, block, kBlocks) : nullptr;
+  alignas(64) float copied[kColumns];
   // Whether there are registers for totals beside sums, words and codes.
   constexpr bool kKept = 2 * kRows * kVectors + 3 * kVectors + 2 <= kRegisters;
   VecF kept[kRows][kVectors] = {};
@@ -167,24 +156,33 @@ void stream(const LinearJob& job, int64_t row_block, int64_t block,
   if (!kKept) memset(total, 0, sizeof total);
   for (int64_t run = 0; run < job.stretches.count; ++run) {
     const Stretch& r = job.stretches.data[run];
-    if (run + kPrefetchRuns < job.stretches.count) {
-      prefetch_group(w, job.stretches.data[run + kPrefetchRuns].group, block, kBlocks);
+    prefetch_group(w, r.group, block + kBlocks, kBlocks);
+    if (!halves) {
+      for (int b = 0; b < kBlocks; ++b) {
+        load_scales(w, r.group, block + b, copied + b * kBlockColumns);
+      }
     }
-    for (int b = 0; b < kBlocks; ++b) {
-      load_group<Codes::kBits>(w, r.group, block + b, scale + b * kBlockColumns,
-                               zero + b * kBlockColumns);
-    }
-    VecF zeros[kVectors];
-    HF_GPTQ_UNROLL
-    for (int v = 0; v < kVectors; ++v) zeros[v] = load(zero + v * kLanes);
     VecF sum[kRows][kVectors] = {};
     if constexpr (Codes::kFixed) {
-      fixed_sums<Codes, kRows, kBlocks>(job, row_block, run, words, row_stride, zeros, sum);
-    } else if constexpr (Codes::kBytes) {
-      byte_sums<Codes, kRows, kBlocks>(job, row_block, run, words, row_stride, zeros, sum);
+      fixed_sums<Codes, kRows>(job, fixed, row_block, run, block, words, row_stride, sum);
     } else {
-      Codes::decode(w, words, row_stride, r.code, r.end - r.begin, zeros,
-                    Accumulate<Codes, kRows, kVectors>{x + r.begin * kRows, sum});
+      VecF zeros[kVectors];
+      HF_GPTQ_UNROLL
+      for (int b = 0; b < kBlocks; ++b) {
+        load_zeros<Codes::kBits>(w, r.group, block + b, zeros + b * kBlockVectors);
+      }
+      if constexpr (Codes::kBytes) {
+        byte_sums<Codes, kRows, kBlocks>(job, row_block, run, words, row_stride, zeros, sum);
+      } else {
+        Codes::decode(w, words, row_stride, r.code, r.end - r.begin, zeros,
+                      Accumulate<Codes, kRows, kVectors>{x + r.begin * kRows, sum});
+      }
+    }
+    VecF scales[kVectors];
+    const uint16_t* half = halves ? halves + r.group * w.N : nullptr;
+    HF_GPTQ_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      scales[v] = halves ? load_fp16(half + v * kLanes) : load(copied + v * kLanes);
     }
     // Totals that find no registers stay in memory: GCC would keep some of them in both.
     float* totals = total[0];
@@ -193,12 +191,12 @@ void stream(const LinearJob& job, int64_t row_block, int64_t block,
     for (int m = 0; m < kRows; ++m) {
       HF_GPTQ_UNROLL
       for (int v = 0; v < kVectors; ++v) {
-        const VecF of_columns = load(scale + v * kLanes);
         if constexpr (kKept) {
-          kept[m][v] = fmadd(sum[m][v], of_columns, kept[m][v]);
+          kept[m][v] =
+              fmadd(sum[m][v], kBlocks > 1 ? scales[v] : load(copied + v * kLanes), kept[m][v]);
         } else {
           float* t = totals + m * kColumns + v * kLanes;
-          store(t, fmadd(sum[m][v], of_columns, load(t)));
+          store(t, fmadd(sum[m][v], kBlocks > 1 ? scales[v] : load(copied + v * kLanes), load(t)));
         }
       }
     }
@@ -263,6 +261,11 @@ int stream_tasks(int64_t begin, int64_t end, const void* context) {
   for (int64_t t = begin; t < end; ++t) {
     const int64_t row_begin = t / groups * job.task_row_blocks;
     const int64_t block = t % groups * kBlocks;
+    if (t == begin) {
+      for (int64_t r = 0; r < job.stretches.count; ++r) {
+        prefetch_group(w, job.stretches.data[r].group, block, kBlocks);
+      }
+    }
     stream_columns<Codes, kRows, kBlocks>(job, row_begin,
                                           min64(row_begin + job.task_row_blocks, job.rows.count),
                                           block, min64(block + kBlocks, blocks), copy);
