@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from children import free_port
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -465,3 +467,81 @@ def test_training_a_dense_model_quantizes_it_first(hf_gptq: Run, model: Path, te
     assert result.code == 1 and "use one of lora, affine" in result.err
     result = hf_gptq("train", tmp_path / "out", tmp_path / "x", "--data", text, "--seqlen", 48, "--rank", 4000)
     assert result.code == 1 and "rank=4000 must be an integer from 1 to" in result.err
+
+
+# The command, killed in front of one of its renames, which is where something becomes finished.
+KILLED = """
+import atexit, os, signal, sys
+place, renames = int(sys.argv[1]), [0]
+def watch(event, arguments):
+    if event == "os.rename":
+        renames[0] += 1
+        if renames[0] == place:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(watch)
+atexit.register(lambda: print("renames", renames[0], file=sys.stderr))
+from hf_gptq_cli import main
+main(sys.argv[2:])
+"""
+
+
+def test_same_bytes_for_any_number_of_threads_and_after_any_kill(model: Path, text: Path, tmp_path: Path) -> None:
+    """`best`, with every step that a preset has."""
+    arguments = (
+        "--bits", 3, "--group-size", 32, "--preset", "best", "--block-epochs", 1, "--model-epochs", 1,
+        "--calibration", text, "--samples", 4, "--seqlen", 32,
+    )  # fmt: skip
+
+    def run(name: str, place: int = 0, threads: int = 1) -> tuple[int, int]:
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(place), "quantize", *map(str, (model, tmp_path / name, *arguments))],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(threads)},
+            capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        return done.returncode, int(done.stderr.split("renames ")[-1]) if done.returncode == 0 else 0
+
+    code, renames = run("whole")
+    assert code == 0 and renames > 8
+    assert run("threads", threads=2)[0] == 0
+    # Each attempt comes some renames further than the one before, or ends: the last ones move OUT's own files.
+    kills = 0
+    for place in (renames // 3, renames // 3, renames // 4, 3):
+        if run("killed", place)[0] == 0:
+            break
+        kills += 1
+    assert kills >= 3
+    assert run("killed")[0] == 0
+    files = ("model.safetensors", "config.json", "quantize_config.json")
+    wanted = [(tmp_path / "whole" / name).read_bytes() for name in files]
+    for other in ("threads", "killed"):
+        assert [(tmp_path / other / name).read_bytes() for name in files] == wanted, other
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "threads", "whole"]
+
+
+def test_launchers_share_the_text(model: Path, text: Path, tmp_path: Path) -> None:
+    arguments = ("--preset", "fast", "--group-size", 32, "--calibration", text, "--samples", 7, "--seqlen", 32)
+    launchers = {
+        "torchrun": ("torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port"),
+        "accelerate": (
+            "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+            "--dynamo_backend", "no", "--multi_gpu", "--main_process_ip", "127.0.0.1", "--main_process_port",
+        ),
+    }  # fmt: skip
+    for name, launcher in launchers.items():
+        done = subprocess.run(
+            [
+                sys.executable, "-m", *launcher, str(free_port()), "-m", "hf_gptq_cli", "quantize", str(model),
+                str(tmp_path / name), *map(str, arguments),
+            ],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Quantized 14 layers") == 1  # the first process alone tells
+        lines = (tmp_path / name / "calibration.csv").read_text().splitlines()
+        column = lines[0].split(",").index("tokens")
+        assert {int(line.split(",")[column]) for line in lines[1:]} == {2 * 3 * 32}  # every Hessian, of both
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in launchers]
+    assert files[0] == files[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["accelerate", "torchrun"]

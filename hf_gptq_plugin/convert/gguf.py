@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..format.grid import QuantizedWeight
 from ..format.spec import CheckpointError
+from ..format.staging import staged
 from .gguf_blocks import BLOCK, SIZES, TYPES, Choice, blocks, choose, rotary_order
 from .gguf_meta import architecture, number, rope_factors, write_config, write_tokenizer
 from .order import moved
@@ -89,11 +90,13 @@ def write_gguf(
     common = max(sorted({t.type for t in planned if t.quantized}), key=[t.type for t in planned if t.quantized].count)
     existed = target.parent.exists()
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, staging = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-    os.close(handle)
     logging.getLogger("gguf").setLevel(logging.WARNING)
-    writer = gguf.GGUFWriter(staging, arch)
-    try:
+    with ExitStack() as stack:
+        if not existed:
+            stack.callback(_remove_if_empty, target.parent)
+        staging = stack.enter_context(staged(target.parent, target.name, is_folder=False))
+        writer = gguf.GGUFWriter(staging, arch)
+        stack.callback(writer.close)
         write_config(writer, source.config, source.folder.resolve().name, _FILE_TYPES[common])
         note = write_tokenizer(writer, source.folder, source.config)
         for tensor in planned:
@@ -120,13 +123,12 @@ def write_gguf(
         writer.close()
         os.chmod(staging, 0o644)
         os.replace(staging, target)
-    except BaseException:
-        writer.close()
-        Path(staging).unlink(missing_ok=True)
-        if not existed:
-            target.parent.rmdir()
-        raise
     return done, [note] if note else []
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _planned(source: Source, arch: str, kind: str) -> Iterator[_Tensor]:

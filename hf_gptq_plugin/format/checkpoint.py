@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from . import packing
 from .spec import BITS, FORMATS, WORD, CheckpointError, QuantSpec
+from .staging import staged
 
 logger = logging.getLogger(__name__)
 
@@ -273,14 +273,13 @@ def written_whole(directory: str | Path) -> Iterator[Path]:
 
     Yields a new folder next to `directory`; on success its files replace those of the same name, `config.json`
     last, so that an interrupted save leaves either the old checkpoint or none that can be loaded. On an error
-    nothing of it stays.
+    nothing of it stays; what a killed process leaves goes with the next save.
     """
     target = Path(directory).resolve()  # what a link points to, which may lie on another disk
     existed = target.exists()
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target if existed and target.stat().st_dev != target.parent.stat().st_dev else target.parent
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=beside))
-    try:
+    with staged(beside, target.name, is_folder=True) as staging:
         yield staging
         target.mkdir(exist_ok=True)
         for path in staging.iterdir():
@@ -295,8 +294,6 @@ def written_whole(directory: str | Path) -> Iterator[Path]:
                 shutil.copytree(path, target / path.name, dirs_exist_ok=True)
             else:
                 os.replace(path, target / path.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _remove_stale_shards(target: Path, written: set[str]) -> None:

@@ -128,12 +128,7 @@ struct Bytes : WholeUnits<kWidth, 4> {
   static void pack(const float* x, const Stretch& s, float* steps, float* scale, float* offset) {
     const int64_t count = 4 * (s.end - s.begin), width = ceil_div(count, kPlaced) * kPlaced;
     alignas(64) float copy[kMostCodes];
-    const float* v = x + s.code;
-    if (s.valid_begin != s.code || s.valid_end - s.code != width) {
-      memset(copy, 0, width * sizeof(float));
-      copy_floats(x + s.valid_begin, s.valid_end - s.valid_begin, copy + (s.valid_begin - s.code));
-      v = copy;
-    }
+    const float* v = stretch_values(x, s, width, copy);
     VecI most = {};
     for (int64_t i = 0; i < width; i += kLanes) {
       const VecI magnitude = (VecI)((VecU)load(v + i) & 0x7fffffffu);
@@ -146,14 +141,8 @@ struct Bytes : WholeUnits<kWidth, 4> {
     *scale = magnitude / 127.0f;
     float inverse = 127.0f / magnitude;
     if (largest >= 0x7f800000) {
-      // An infinity is 1 times infinity, beside which the others are nothing; what is NaN as well
-      // makes everything NaN.
-      for (int64_t i = 0; i < width; ++i) {
-        const uint32_t bits = float_bits(v[i]);
-        copy[i] = (bits & 0x7fffffffu) == 0x7f800000u
-                      ? bits_float((bits & 0x80000000u) | 0x3f800000u)
-                      : 0.0f;
-      }
+      // An infinity is 1 times infinity; what is NaN as well makes everything NaN.
+      infinities(v, width, copy);
       v = copy;
       inverse = 1.0f;
     } else if (magnitude < 0x1p-119f) {

@@ -46,6 +46,24 @@ struct WholeUnits {
   }
 };
 
+// x of the codes of a stretch, `width` floats of which those that are not the run's are 0: where it
+// lies, or in `copy`.
+inline const float* stretch_values(const float* x, const Stretch& s, int64_t width, float* copy) {
+  if (s.valid_begin == s.code && s.valid_end - s.code == width) return x + s.code;
+  memset(copy, 0, width * sizeof(float));
+  copy_floats(x + s.valid_begin, s.valid_end - s.valid_begin, copy + (s.valid_begin - s.code));
+  return copy;
+}
+
+// out[i]: 1 or -1 for an infinity, beside which the others are nothing: 0. out may be v.
+inline void infinities(const float* v, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = float_bits(v[i]);
+    const bool infinite = (bits & 0x7fffffffu) == 0x7f800000u;
+    out[i] = infinite ? bits_float((bits & 0x80000000u) | 0x3f800000u) : 0.0f;
+  }
+}
+
 // Loads the words of a unit that begins in row `row` of `rows`, for each vector of each block.
 template <int kUnitWords, int kBlocks, int kVectors>
 HF_GPTQ_INLINE void load_unit(const uint32_t* const (&words)[kBlocks], int64_t row, int64_t rows,

@@ -119,12 +119,7 @@ inline void to_float(const void* src, int dtype, int64_t first, int64_t count, f
     return;
   }
   int64_t i = 0;
-#if defined(HF_GPTQ_SIMD_AVX512F) || defined(HF_GPTQ_SIMD_AVX2)
-  for (; i + 8 <= count; i += 8) {
-    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(half + i));
-    _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(h));
-  }
-#endif
+  for (; i + kLanes <= count; i += kLanes) store(dst + i, load_fp16(half + i));
   for (; i < count; ++i) dst[i] = fp16_to_float(half[i]);
 }
 

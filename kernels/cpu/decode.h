@@ -39,7 +39,8 @@ constexpr uint32_t magic_bits(int place) { return static_cast<uint32_t>(150 - pl
 constexpr int places(int bits) { return 23 / bits < 3 ? 23 / bits : 3; }
 
 // Fetches what is read some rows after `word`, into the second level of the cache: the first waits
-// for too few lines at a time to keep memory busy. Blocks side by side are that many streams.
+// for too few lines at a time to keep memory busy. Of blocks side by side fewer rows are as many
+// lines.
 template <int kBlocks>
 HF_GPTQ_INLINE void prefetch_words(const uint32_t* word, int64_t row_stride) {
   __builtin_prefetch(word + (kBlocks > 1 ? 32 : 128) * row_stride, 0, 2);
@@ -75,7 +76,8 @@ inline BlockWords block_words(const hf_gptq_weight& w, int64_t block, uint32_t* 
   return {copy, kBlockColumns};
 }
 
-// The zeros of the 16 columns of a block in group g; columns beyond N get any.
+// The zeros of the 16 columns of a block in group g; columns beyond N get integers from
+// 0 to 2^kBits.
 template <int kBits>
 HF_GPTQ_INLINE void load_zeros(const hf_gptq_weight& w, int64_t g, int64_t block, VecF* zeros) {
   if (!w.qzeros) {
@@ -134,7 +136,8 @@ HF_GPTQ_INLINE const uint16_t* fp16_scales(const hf_gptq_weight& w, int64_t bloc
   return static_cast<const uint16_t*>(w.scales) + block * kBlockColumns;
 }
 
-// The scales of a block in group g; 0 beyond N.
+// The scales of a block in group g; 0 beyond N. Short for whole blocks in fp16, where a stream
+// comes by for every group.
 inline void load_scales(const hf_gptq_weight& w, int64_t g, int64_t block, float* scale) {
   if (const uint16_t* half = fp16_scales(w, block, 1)) {
     HF_GPTQ_UNROLL
@@ -148,8 +151,8 @@ inline void load_scales(const hf_gptq_weight& w, int64_t g, int64_t block, float
            scale);
 }
 
-// Fetches the scales and zeros of `blocks` blocks in group g. The rows of scales are too far apart
-// for the hardware to foresee.
+// Fetches most of the scales and zeros of `blocks` blocks in group g. The rows of scales are too
+// far apart for the hardware to foresee.
 HF_GPTQ_INLINE void prefetch_group(const hf_gptq_weight& w, int64_t g, int64_t block, int blocks) {
   constexpr int64_t kLine = 64;
   const int64_t column = block * kBlockColumns, size = dtype_size(w.scale_dtype);

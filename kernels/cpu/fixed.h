@@ -21,7 +21,7 @@ namespace {
 
 // The packed activations of a slab (linear_job.h).
 struct FixedRows {
-  float* high;      // LinearJob::x
+  float* high;      // as LinearJob::x lies
   float* low;       // as high
   float* scales;    // 2^e for each (row block, stretch, row)
   int32_t* sums;    // for each (row block, stretch): of high for each row, then of low
@@ -51,12 +51,12 @@ struct FixedProducts {
   }
 };
 
-// kSymmetric: zeros are all 2^(bits-1).
-template <int kWidth, bool kSymmetrical>
+// kSymmetricZeros: zeros are all 2^(bits-1).
+template <int kWidth, bool kSymmetricZeros>
 struct Fixed : WholeUnits<kWidth, 2> {
   using Products = FixedProducts;
   static constexpr int kBits = kWidth;
-  static constexpr bool kSymmetric = kSymmetrical;
+  static constexpr bool kSymmetric = kSymmetricZeros;
   static constexpr int kCodes = 2;
   static constexpr bool kFixed = true, kBytes = false;
   static constexpr int64_t kMostStreamedRows = kUnbounded;
@@ -66,6 +66,7 @@ struct Fixed : WholeUnits<kWidth, 2> {
   // Codes of a stretch: sums of 256 products of 15 and 8 bits and a sign fit 32 bits, and a list's
   // entry 8.
   static constexpr int64_t kMostCodes = 256;
+  static_assert(kMostCodes % 16 == 0 && kMostCodes % kUnit == 0, "what pack() takes");
   static constexpr uint32_t kMask = ((uint32_t{1} << kBits) - 1) * 0x10001u;
 
   // Whether step j may be taken 2^kBits times as large, by the shift of the step before it.
@@ -142,8 +143,8 @@ struct Fixed : WholeUnits<kWidth, 2> {
     return lanes[0] + lanes[1] + lanes[2] + lanes[3] + lanes[4] + lanes[5] + lanes[6] + lanes[7];
   }
 
-  // `count` integers in the order of the codes, brought into that of the steps.
-  static HF_GPTQ_INLINE void place(const int16_t* integers, int64_t count, float* steps) {
+  // Writes `count` integers, which are in the order of the codes, in that of the steps.
+  static HF_GPTQ_INLINE void to_steps(const int16_t* integers, int64_t count, float* packed) {
     alignas(32) int16_t placed[kMostCodes];
     const __m128i* in = reinterpret_cast<const __m128i*>(integers);
     __m128i* out = reinterpret_cast<__m128i*>(placed);
@@ -164,7 +165,7 @@ struct Fixed : WholeUnits<kWidth, 2> {
         _mm_store_si128(out + i, _mm_shuffle_epi8(_mm_load_si128(in + i), order));
       }
     }
-    memcpy(steps, placed, count * sizeof(int16_t));
+    memcpy(packed, placed, count * sizeof(int16_t));
   }
 
   // x of one row, in fp32 and in the order of the codes, as integers: the steps of one stretch.
@@ -174,12 +175,7 @@ struct Fixed : WholeUnits<kWidth, 2> {
     alignas(32) float copy[kMostCodes];
     alignas(32) int16_t parts[2][kMostCodes];
     const int64_t count = 2 * (s.end - s.begin), width = ceil_div(count, 16) * 16;
-    const float* v = x + s.code;
-    if (s.valid_begin != s.code || s.valid_end - s.code != width) {
-      memset(copy, 0, width * sizeof(float));
-      copy_floats(x + s.valid_begin, s.valid_end - s.valid_begin, copy + (s.valid_begin - s.code));
-      v = copy;
-    }
+    const float* v = stretch_values(x, s, width, copy);
     __m256i most = _mm256_setzero_si256();
     for (int64_t i = 0; i < width; i += 8) {
       const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(v + i));
@@ -194,13 +190,8 @@ struct Fixed : WholeUnits<kWidth, 2> {
     *scale = bits_float(static_cast<uint32_t>(exponent + 127) << 23);
     float inverse = bits_float(static_cast<uint32_t>(127 - exponent) << 23);
     if (largest >= 0x7f800000u) {
-      // An infinity is 1 times infinity, beside which the others are nothing.
-      for (int64_t i = 0; i < width; ++i) {
-        const uint32_t bits = float_bits(v[i]);
-        copy[i] = (bits & 0x7fffffffu) == 0x7f800000u
-                      ? bits_float((bits & 0x80000000u) | 0x3f800000u)
-                      : 0.0f;
-      }
+      // An infinity is 1 times infinity.
+      infinities(v, width, copy);
       v = copy;
       *scale = bits_float(largest);
       inverse = 1.0f;
@@ -234,8 +225,8 @@ struct Fixed : WholeUnits<kWidth, 2> {
     }
     *sum_high = total(sums[0]);
     *sum_low = total(sums[1]);
-    place(parts[0], count, high);
-    place(parts[1], count, low);
+    to_steps(parts[0], count, high);
+    to_steps(parts[1], count, low);
     return !negligible;
   }
 };

@@ -144,10 +144,10 @@ void stream(const LinearJob& job, int64_t row_block, int64_t block,
   const hf_gptq_weight& w = job.a.weight;
   const int64_t first_row = job.rows.begin(row_block);
   const float* x = job.x + first_row * job.stretches.steps;
-  const FixedRows fixed = job.fixed;
+  const FixedRows fixed = job.fixed;  // once: GCC would read it again after every store
   // Scales of several blocks come into registers when the sums have left theirs. Those of one wait
   // in memory, where every row finds them.
-  const uint16_t* const halves = kBlocks > 1 ? fp16_scales(w, block, kBlocks) : nullptr;
+  const uint16_t* const fp16 = kBlocks > 1 ? fp16_scales(w, block, kBlocks) : nullptr;
   alignas(64) float copied[kColumns];
   // Whether there are registers for totals beside sums, words and codes.
   constexpr bool kKept = 2 * kRows * kVectors + 3 * kVectors + 2 <= kRegisters;
@@ -157,7 +157,7 @@ void stream(const LinearJob& job, int64_t row_block, int64_t block,
   for (int64_t run = 0; run < job.stretches.count; ++run) {
     const Stretch& r = job.stretches.data[run];
     prefetch_group(w, r.group, block + kBlocks, kBlocks);
-    if (!halves) {
+    if (!fp16) {
       for (int b = 0; b < kBlocks; ++b) {
         load_scales(w, r.group, block + b, copied + b * kBlockColumns);
       }
@@ -178,12 +178,15 @@ void stream(const LinearJob& job, int64_t row_block, int64_t block,
                       Accumulate<Codes, kRows, kVectors>{x + r.begin * kRows, sum});
       }
     }
-    VecF scales[kVectors];
-    const uint16_t* half = halves ? halves + r.group * w.N : nullptr;
+    VecF scales[kVectors];  // for kBlocks > 1
+    const uint16_t* of_group = fp16 ? fp16 + r.group * w.N : nullptr;
     HF_GPTQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      scales[v] = halves ? load_fp16(half + v * kLanes) : load(copied + v * kLanes);
+      scales[v] = fp16 ? load_fp16(of_group + v * kLanes) : load(copied + v * kLanes);
     }
+    auto scale_of = [&](int v) __attribute__((always_inline)) {
+      return kBlocks > 1 ? scales[v] : load(copied + v * kLanes);
+    };
     // Totals that find no registers stay in memory: GCC would keep some of them in both.
     float* totals = total[0];
     if constexpr (!kKept) __asm__("" : "+r"(totals));
@@ -192,11 +195,10 @@ void stream(const LinearJob& job, int64_t row_block, int64_t block,
       HF_GPTQ_UNROLL
       for (int v = 0; v < kVectors; ++v) {
         if constexpr (kKept) {
-          kept[m][v] =
-              fmadd(sum[m][v], kBlocks > 1 ? scales[v] : load(copied + v * kLanes), kept[m][v]);
+          kept[m][v] = fmadd(sum[m][v], scale_of(v), kept[m][v]);
         } else {
           float* t = totals + m * kColumns + v * kLanes;
-          store(t, fmadd(sum[m][v], kBlocks > 1 ? scales[v] : load(copied + v * kLanes), load(t)));
+          store(t, fmadd(sum[m][v], scale_of(v), load(t)));
         }
       }
     }
@@ -261,7 +263,7 @@ int stream_tasks(int64_t begin, int64_t end, const void* context) {
   for (int64_t t = begin; t < end; ++t) {
     const int64_t row_begin = t / groups * job.task_row_blocks;
     const int64_t block = t % groups * kBlocks;
-    if (t == begin) {
+    if (t == begin) {  // what stream() fetches a block ahead
       for (int64_t r = 0; r < job.stretches.count; ++r) {
         prefetch_group(w, job.stretches.data[r].group, block, kBlocks);
       }

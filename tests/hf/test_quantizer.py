@@ -220,13 +220,17 @@ def test_shards_of_a_chosen_size(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_per_module_rules(tiny: Tiny, windows: list[list[int]], tmp_path: Path) -> None:
-    dynamic = {r"-:.*layers\.0\.mlp": {}, r"+:.*v_proj": {"bits": 8, "group_size": 16}}
+    dynamic = {r"-:.*layers\.0\.mlp": {}, r"+:.*v_proj": {"bits": 8, "group_size": 16}, r".*o_proj": {"sym": False}}
     model = quantize(tiny("llama"), windows, dynamic=dynamic)
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
-    assert model.model.layers[1].self_attn.v_proj.spec == QuantSpec(8, 16)
     model.save_pretrained(tmp_path)
     again = load(tmp_path)
-    assert again.model.layers[1].self_attn.v_proj.spec == QuantSpec(8, 16)
+    for found in (model, again):
+        attention = found.model.layers[1].self_attn
+        assert attention.v_proj.spec == QuantSpec(8, 16) and attention.o_proj.spec.sym is False
+        zeros = attention.o_proj.quantized_weight().zeros
+        assert int(zeros.min()) < int(zeros.max())  # free, where symmetric ones are all 8
+        assert set(attention.q_proj.quantized_weight().zeros.unique().tolist()) == {8}
     assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
     chosen = quantize(tiny("llama"), windows, modules_in_block_to_quantize=[["self_attn.o_proj"], ["mlp.up_proj"]])
     names = {n.split(".", 3)[3] for n, m in chosen.named_modules() if isinstance(m, QuantLinear)}

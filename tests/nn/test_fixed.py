@@ -89,3 +89,9 @@ def test_infinities_and_nan_reach_the_output() -> None:
             assert bool(y[row][difference == 0].isnan().all())
         assert bool(y[3].isnan().all())
         assert torch.equal(y[0], clean[0])
+    # Where parts share a unit, in rows out of order.
+    _, kernel = make(QuantSpec(4, 48), 20, natural_groups(96, 48)[torch.randperm(96)])
+    x = torch.randn(2, 96).bfloat16()
+    x[1, 50] = float("inf")
+    y = ops.linear(x, kernel)
+    assert bool(y[0].isfinite().all()) and not bool(y[1].isfinite().any())

@@ -91,9 +91,12 @@ def test_linear_and_dequantize_against_float64(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scales_dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_half_precision_activations(implementation: str, dtype: torch.dtype, scales_dtype: torch.dtype) -> None:
-    weight, dense = random_weight(QuantSpec(4, 32), 48, 96, dtype=scales_dtype)
-    x = torch.randn(5, 96).to(dtype)
+@pytest.mark.parametrize(("rows", "out_features"), [(5, 48), (1, 245), (3, 245)])  # of one and of many blocks at once
+def test_half_precision_activations(
+    implementation: str, dtype: torch.dtype, scales_dtype: torch.dtype, rows: int, out_features: int
+) -> None:
+    weight, dense = random_weight(QuantSpec(4, 32), out_features, 96, dtype=scales_dtype)
+    x = torch.randn(rows, 96).to(dtype)
     y = ops.linear(x, layouts(weight)["packed"])
     assert y.dtype == dtype
     truth = x.double() @ dense.T
@@ -184,6 +187,12 @@ def test_shapes_of_activations(implementation: str) -> None:
         ops.linear(strided, kernel_weight).double(), before.double() @ dense.T, rtol=1e-4, atol=1e-5
     )
     assert torch.equal(strided, before)
+    # One row or one number many times: strides of 0.
+    for x, product in ((torch.randn(64), ops.linear), (torch.randn(24), ops.linear_transposed)):
+        rest = (64,) if product is ops.linear_transposed else ()
+        for many in (x.expand(5, -1), x[:1].expand(5, x.numel())):
+            y = product(many, kernel_weight, *rest)
+            assert torch.equal(y, product(many.contiguous(), kernel_weight, *rest))
 
 
 @pytest.mark.skipif(native.library() is None, reason="guards native code, which is absent")
@@ -210,8 +219,11 @@ def test_shapes_that_do_not_belong_together_never_reach_native_code() -> None:
     endless = KernelWeight(**{**vars(named), "group_size": 2**63 - 1})  # nothing overflows
     assert torch.equal(ops.linear(x, endless), ops.linear(x, named))
     for field, value in (("bits", 5), ("bits", 2**32 + 4), ("zero_offset", 2), ("zero_offset", 2**32 + 1)):
+        wrong = KernelWeight(**{**vars(named), field: value})
         with pytest.raises(refused, match=f"{field}={value}.*are no weight"):
-            ops.linear(x, KernelWeight(**{**vars(named), field: value}))
+            ops.linear(x, wrong)
+        with pytest.raises(ValueError, match=f"{field}={value}.*are no weight"):
+            ops.linear_transposed(torch.randn(2, 24), wrong, 64)
     twice = KernelWeight(**{**vars(layouts(weight)["packed"]), "perm": torch.zeros(64, dtype=torch.int32)})
     assert ops.dequantize(twice, 64).abs().max() < 1e6  # no memory that nobody wrote
     assert ops.linear_transposed(torch.randn(2, 24), twice, 64).abs().max() < 1e6
@@ -318,14 +330,20 @@ def test_transposed_is_the_gradient_of_the_gradient(implementation: str) -> None
 
 @pytest.mark.skipif(native.library() is None, reason="a property of the native kernel, which is absent")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_of_the_transposed_product_does_not_depend_on_the_batch(dtype: torch.dtype) -> None:
+def test_a_row_of_the_transposed_product_does_not_depend_on_the_batch_or_threads(dtype: torch.dtype) -> None:
     weight, _ = random_weight(QuantSpec(4, 48, sym=False), 600, 70)
     kernel_weight = layouts(weight)["packed"]
     x = torch.randn(2100, 600).to(dtype)  # more than is done at a time
     whole = ops.linear_transposed(x, kernel_weight, 70)
     few = (slice(5, 5 + n) for n in range(1, 14))
-    for rows in (*few, slice(419, 422), slice(2047, 2050), slice(3, 40), slice(0, 500)):
-        assert torch.equal(ops.linear_transposed(x[rows], kernel_weight, 70), whole[rows])
+    threads = torch.get_num_threads()
+    try:
+        for rows in (*few, slice(419, 422), slice(2047, 2050), slice(3, 40), slice(0, 500)):
+            for n in (1, 2):
+                torch.set_num_threads(n)
+                assert torch.equal(ops.linear_transposed(x[rows], kernel_weight, 70), whole[rows]), (rows, n)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_part_of_the_outputs(implementation: str) -> None:

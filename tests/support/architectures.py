@@ -51,6 +51,7 @@ _VISION = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_
 # q, k, v, o and the two or three of the feed-forward part, times the blocks; fused ones count once.
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama", _LLAMA | dict(hidden_size=96, intermediate_size=160), {"model.layers": 2 * 7}),
+    "mistral": Architecture("mistral", _LLAMA | dict(sliding_window=16), {"model.layers": 2 * 7}),
     "qwen3": Architecture("qwen3", _LLAMA | dict(head_dim=16), {"model.layers": 2 * 7}),
     "gemma3_text": Architecture("gemma3_text", dict(
         hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
