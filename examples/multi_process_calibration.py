@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 multi_process_calibration.py MODEL OUT --calibration corpus.txt
 
-`accelerate launch` starts it as well. On GPUs every process takes the device of its local rank.
+`accelerate launch` starts it as well; without GPUs with `--multi_gpu`, or it starts one process. On GPUs every process
+takes the device of its local rank.
 """
 
 from __future__ import annotations
