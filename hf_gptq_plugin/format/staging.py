@@ -19,13 +19,14 @@ def staged(folder: Path, name: str, *, is_folder: bool) -> Iterator[Path]:
     What processes that were killed have left of `name` is removed first. The others are known by their locks, which
     the system gives up with the process that holds them.
     """
-    for left in folder.glob(f".{glob.escape(name)}.*.part"):
+    prefix, suffix = f".{name}.hf-gptq-", ".part"
+    for left in folder.glob(f"{glob.escape(prefix)}{'[a-z0-9_]' * 8}{suffix}"):  # as tempfile names them
         _remove_if_left(left)
     if is_folder:
-        path = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".part", dir=folder))
+        path = Path(tempfile.mkdtemp(suffix, prefix, folder))
         handle = os.open(path, os.O_RDONLY)
     else:
-        handle, made = tempfile.mkstemp(prefix=f".{name}.", suffix=".part", dir=folder)
+        handle, made = tempfile.mkstemp(suffix, prefix, folder)
         path = Path(made)
     try:
         with suppress(OSError):  # a file system without locks: then nobody else gets one, and nothing is swept
@@ -38,7 +39,7 @@ def staged(folder: Path, name: str, *, is_folder: bool) -> Iterator[Path]:
 
 def _remove_if_left(path: Path) -> None:
     try:
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:  # gone, or somebody else's
         return
     try:
