@@ -3,9 +3,9 @@
     python -m benchmarks.cuda_end_to_end MODEL --calibration FILE --text FILE [--new-tokens 256] [--json FILE]
 
 Everything is measured twice in the same run, on the dense bf16 model and on the quantized one: perplexity, tokens per
-second of greedy generation at each batch size (CUDA graphs where Transformers can, by a static cache and
-torch.compile, with --compile), seconds of a LoRA step, peak memory. Exits with an error where the quantized model's
-loss is not finite, or its perplexity is more than 1.5 times the dense one's.
+second of greedy generation at each batch size, as Transformers generates and as a CUDA graph of one step replays it
+(behind 128 tokens), tokens per second of a prefill, seconds of a LoRA step, peak memory. Exits with an error where the
+quantized model's loss is not finite, or its perplexity is more than 1.5 times the dense one's.
 """
 
 from __future__ import annotations
@@ -22,21 +22,67 @@ from typing import Any
 import torch
 
 
-def generation(model: Any, tokenizer: Any, batch: int, new_tokens: int, compiled: bool) -> float:
+def generation(model: Any, tokenizer: Any, batch: int, new_tokens: int) -> float:
     """New tokens per second, all sequences together; the second of two runs."""
     prompt = tokenizer(["The history of the city begins with"] * batch, return_tensors="pt").to(model.device)
-    options: dict[str, Any] = {"cache_implementation": "static"} if compiled else {}
     seconds = 0.0
     for _ in range(2):
         torch.cuda.synchronize()
         start = time.perf_counter()
         out = model.generate(
             **prompt, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False,
-            pad_token_id=tokenizer.eos_token_id, **options,
+            pad_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
         torch.cuda.synchronize()
         seconds = time.perf_counter() - start
     return float(batch * (out.shape[1] - prompt["input_ids"].shape[1]) / seconds)
+
+
+@torch.no_grad()
+def replayed(model: Any, batch: int, replays: int = 50) -> float:
+    """New tokens per second, all sequences together, of one step of generation behind 128 tokens, in a CUDA graph."""
+    from transformers import StaticCache
+
+    behind, room = 128, 128 + replays + 8  # every step takes a place of the cache
+    cache = StaticCache(config=model.config, max_cache_len=room)
+    ids = torch.randint(10, 200, (batch, behind), device=model.device)
+    model(input_ids=ids, past_key_values=cache, use_cache=True)
+    token, position = ids[:, :1].clone(), torch.full((batch, 1), behind, device=model.device)
+    seen = (torch.arange(room, device=model.device) <= behind).expand(batch, 1, 1, room)
+
+    def step() -> None:
+        model(input_ids=token, position_ids=position, attention_mask=seen, past_key_values=cache, use_cache=True)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    times = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return batch / sorted(times)[len(times) // 2]
+
+
+@torch.no_grad()
+def prefill(model: Any, ids: torch.Tensor) -> float:
+    """Tokens per second of reading a prompt, the best of three."""
+    best = math.inf
+    for _ in range(3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        model(input_ids=ids, logits_to_keep=1)
+        torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return ids.numel() / best
 
 
 def lora_step(model: Any, ids: torch.Tensor) -> tuple[float, float]:
@@ -68,7 +114,9 @@ def measure(model: Any, tokenizer: Any, windows: list[Any], options: argparse.Na
     model.eval()
     figures: dict[str, Any] = {"perplexity": float(perplexity(model, windows))}
     for batch in options.batches:
-        figures[f"tokens_per_second_{batch}"] = generation(model, tokenizer, batch, options.new_tokens, options.compile)
+        figures[f"tokens_per_second_{batch}"] = generation(model, tokenizer, batch, options.new_tokens)
+        figures[f"graph_tokens_per_second_{batch}"] = replayed(model, batch)
+    figures["prefill_tokens_per_second"] = prefill(model, windows[0].reshape(1, -1).to(model.device))
     figures["generation_bytes"] = torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     text = " ".join(Path(options.text).read_text(encoding="utf-8").split()[: 4 * options.train_tokens])
@@ -89,11 +137,12 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--preset", default="balanced")
+    parser.add_argument("--method", default="gptq", help="gptq, or rtn and hqq, which read no text")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--train-tokens", type=int, default=1024)
     parser.add_argument("--batches", type=lambda text: [int(part) for part in text.split(",")], default=[1, 16])
-    parser.add_argument("--compile", action="store_true", help="static cache and torch.compile")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -122,8 +171,9 @@ def main() -> None:
         dtype=torch.bfloat16,
         device_map="cuda",
         quantization_config=GPTQConfig(
-            bits=options.bits, group_size=options.group_size, dataset=options.calibration, samples=options.samples,
-            tokenizer=tokenizer,
+            bits=options.bits, group_size=options.group_size, samples=options.samples, tokenizer=tokenizer,
+            preset=options.preset, method=options.method,
+            dataset=options.calibration if options.method == "gptq" else None,
         ),
     )  # fmt: skip
     report["quantize_seconds"] = time.perf_counter() - start

@@ -175,6 +175,7 @@ def quantize(
         )
     tokenizer = AutoTokenizer.from_pretrained(model)
     config.tokenizer = tokenizer
+    device_map = processes.own_device(device_map)
     where = {"": device_map} if low_memory else device_map
     loading = {"dtype": torch_dtype(dtype), "device_map": where}
     if low_memory:

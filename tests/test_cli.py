@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import torch
 import typer
-from children import free_port
+from byte_tokenizer import byte_tokenizer
+from children import TORCHRUN, launched
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -38,14 +39,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprec
 @pytest.fixture(scope="module")
 def model(tiny: Callable[..., Path]) -> Path:
     """A tiny llama with a tokenizer of single bytes beside it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     folder = tiny("llama", initializer_range=0.05)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -522,23 +517,15 @@ def test_same_bytes_for_any_number_of_threads_and_after_any_kill(model: Path, te
 def test_launchers_share_the_text(model: Path, text: Path, tmp_path: Path) -> None:
     arguments = ("--preset", "fast", "--group-size", 32, "--calibration", text, "--samples", 7, "--seqlen", 32)
     launchers = {
-        "torchrun": ("torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port"),
+        "torchrun": TORCHRUN,
         "accelerate": (
             "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
             "--dynamo_backend", "no", "--multi_gpu", "--main_process_ip", "127.0.0.1", "--main_process_port",
         ),
     }  # fmt: skip
     for name, launcher in launchers.items():
-        done = subprocess.run(
-            [
-                sys.executable, "-m", *launcher, str(free_port()), "-m", "hf_gptq_cli", "quantize", str(model),
-                str(tmp_path / name), *map(str, arguments),
-            ],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Quantized 14 layers") == 1  # the first process alone tells
+        told = launched(("quantize", model, tmp_path / name, *arguments), launcher)
+        assert told.count("Quantized 14 layers") == 1  # the first process alone tells
         lines = (tmp_path / name / "calibration.csv").read_text().splitlines()
         column = lines[0].split(",").index("tokens")
         assert {int(line.split(",")[column]) for line in lines[1:]} == {2 * 3 * 32}  # every Hessian, of both

@@ -10,14 +10,21 @@ from torch import Tensor
 
 
 def join() -> None:
-    """Join the other processes, where a launcher has started several; harmless to repeat. On GPUs each takes its own;
-    models on the CPU are shared there, too."""
+    """Join the other processes, where a launcher has started several; harmless to repeat. On GPUs each takes its own,
+    or shares one where there are fewer; models on the CPU are shared there, too."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available() and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-            dist.init_process_group("cpu:gloo,cuda:nccl")
-        else:
-            dist.init_process_group("gloo")
+        gpus = torch.cuda.device_count()
+        if gpus:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % gpus)
+        # NCCL takes one process per GPU.
+        crowded = gpus < int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        dist.init_process_group("gloo" if crowded else "cpu:gloo,cuda:nccl")
+
+
+def own_device(name: str) -> str:
+    """A device by its name, "cuda" being the GPU that `join` gave this process. Transformers takes that of its number,
+    which there may not be."""
+    return f"cuda:{torch.cuda.current_device()}" if name == "cuda" and torch.cuda.is_available() else name
 
 
 def count() -> int:

@@ -26,6 +26,7 @@ _STREAMS, _COUNTERS = 64, 1024
 _arenas: dict[torch.device, Tensor] = {}
 _rows: dict[tuple[torch.device, int], int] = {}
 _row_numbers = itertools.count()
+_HERE = nullcontext()
 
 
 def pack(
@@ -76,6 +77,73 @@ def unpack(packed: Tensor, bits: int, order: Tensor | None, in_features: int, ou
     return out
 
 
+class Product:
+    """`x @ W.T + bias` on a packed weight that is checked and described once, for any number of calls."""
+
+    def __init__(self, in_features: int, *weight: Any) -> None:
+        """`weight` are the arguments of the op.
+
+        Raises:
+            ValueError: shapes, dtypes or devices that do not belong together.
+        """
+        self._weight, self.tensors = _describe(in_features, *weight)
+        self._pointer = ctypes.byref(self._weight)
+        self.device = self.tensors[0].device
+        self._library = _library(self.device)
+
+    def multiply(self, x: Tensor, bias: Tensor | None, regime: int = BY_RULE) -> Tensor:
+        """See `linear`; x is on the weight's device."""
+        in_features, out_features = self._weight.K, self._weight.N
+        if x.dim() < 1 or x.shape[-1] != in_features:
+            raise ValueError(f"x has shape {tuple(x.shape)}; the weight has in_features={in_features}")
+        if bias is not None:
+            if bias.shape != (out_features,):
+                raise ValueError(f"bias has shape {tuple(bias.shape)}; the weight has out_features={out_features}")
+            if bias.device != x.device:
+                raise ValueError(f"bias is on {bias.device}, x on {x.device}; move one of them")
+            bias = bias.to(x.dtype).contiguous()
+        count = x.numel() // in_features
+        if count == 0:
+            return x.new_empty((*x.shape[:-1], out_features))
+        rows, stride = x, -(-in_features // 8) * 8 if count == 1 else in_features
+        if not x.is_contiguous():
+            rows = x.reshape(-1, in_features)
+            if rows.stride(-1) != 1:
+                rows = rows.contiguous()
+            stride = rows.stride(0) if count > 1 else stride
+        dtype = native_cuda.DTYPES[x.dtype]
+        plain = rows.data_ptr() % 16 == 0 and stride % 8 == 0
+        plan = native_cuda.Plan()
+        with _on(self.device):
+            native_cuda.check(
+                self._library.hf_gptq_cuda_plan(self._pointer, dtype, count, plain, regime, ctypes.byref(plan))
+            )
+            if plan.regime == native_cuda.DENSE:
+                return torch.nn.functional.linear(x, self.dequantize(x.dtype), bias)
+            out = x.new_empty((*x.shape[:-1], out_features))
+            scratch = x.new_empty(plan.scratch_bytes, dtype=torch.uint8) if plan.scratch_bytes else None
+            stream = _stream(self.device)
+            counters = _counters(self.device, stream, plan.counters)
+            native_cuda.check(
+                self._library.hf_gptq_cuda_linear(
+                    self._pointer, rows.data_ptr(), dtype, count, stride, native.pointer(bias), out.data_ptr(), regime,
+                    native.pointer(scratch), plan.scratch_bytes, native.pointer(counters), stream,
+                )
+            )  # fmt: skip
+        return out
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The dense weight `[N, K]`, computed in fp32 and rounded once to `dtype`."""
+        out = torch.empty(self._weight.N, self._weight.K, dtype=dtype, device=self.device)
+        with _on(self.device):
+            native_cuda.check(
+                self._library.hf_gptq_cuda_dequantize(
+                    self._pointer, out.data_ptr(), native_cuda.DTYPES[dtype], self._weight.K, _stream(self.device)
+                )
+            )
+        return out
+
+
 def linear(x: Tensor, bias: Tensor | None, *weight: Any, regime: int = BY_RULE) -> Tensor:
     """`x @ W.T + bias` on a packed weight, whose arguments are those of the op.
 
@@ -84,60 +152,12 @@ def linear(x: Tensor, bias: Tensor | None, *weight: Any, regime: int = BY_RULE) 
         bias: `[N]` or None.
         regime: an `hf_gptq_cuda_regime` in place of the rules, for tests and measurements.
     """
-    in_features = x.shape[-1]
-    library = _library(x.device)
-    described, keep = _describe(in_features, *weight)
-    out_features = described.N
-    if bias is not None:
-        if bias.shape != (out_features,):
-            raise ValueError(f"bias has shape {tuple(bias.shape)}; the weight has out_features={out_features}")
-        bias = bias.to(x.dtype).contiguous()
-    rows = x.reshape(-1, in_features)
-    count = rows.shape[0]
-    if count == 0:
-        return x.new_empty((*x.shape[:-1], out_features))
-    if rows.stride(-1) != 1:
-        rows = rows.contiguous()
-    plain = rows.data_ptr() % 16 == 0 and (rows.stride(0) % 8 == 0 or count == 1)
-    stride = rows.stride(0) if count > 1 else -(-in_features // 8) * 8
-    plan = native_cuda.Plan()
-    with _on(x.device):
-        native_cuda.check(
-            library.hf_gptq_cuda_plan(
-                ctypes.byref(described), native_cuda.DTYPES[x.dtype], count, plain, regime, ctypes.byref(plan)
-            )
-        )
-        if plan.regime == native_cuda.DENSE:
-            return torch.nn.functional.linear(x, dequantize(in_features, x.dtype, *weight), bias)
-        out = x.new_empty((*x.shape[:-1], out_features))
-        scratch = x.new_empty(plan.scratch_bytes, dtype=torch.uint8)
-        stream = _stream(x.device)
-        counters = _counters(x.device, stream, plan.counters)
-        native_cuda.check(
-            library.hf_gptq_cuda_linear(
-                ctypes.byref(described), rows.data_ptr(), native_cuda.DTYPES[x.dtype], count, stride,
-                native.pointer(bias), out.data_ptr(), regime,
-                scratch.data_ptr(), plan.scratch_bytes, native.pointer(counters), stream,
-            )
-        )  # fmt: skip
-    del keep
-    return out
+    return Product(x.shape[-1], *weight).multiply(x, bias, regime)
 
 
 def dequantize(in_features: int, dtype: torch.dtype, *weight: Any) -> Tensor:
     """The dense weight `[N, K]` of a packed one, computed in fp32 and rounded once to `dtype`."""
-    described, keep = _describe(in_features, *weight)
-    device = keep[0].device
-    library = _library(device)
-    out = torch.empty(described.N, in_features, dtype=dtype, device=device)
-    with _on(device):
-        native_cuda.check(
-            library.hf_gptq_cuda_dequantize(
-                ctypes.byref(described), out.data_ptr(), native_cuda.DTYPES[dtype], in_features, _stream(device)
-            )
-        )
-    del keep
-    return out
+    return Product(in_features, *weight).dequantize(dtype)
 
 
 def _describe(
@@ -206,11 +226,13 @@ def _aligned(tensor: Tensor) -> Tensor:
 
 
 def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    # What torch's own compiler calls for it: a Stream object costs more than a launch.
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
 def _on(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    here = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return _HERE if here else torch.cuda.device(device)
 
 
 def _arena(device: torch.device) -> Tensor:

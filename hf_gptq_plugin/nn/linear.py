@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import native
+from .. import native, native_cuda
 from ..format.checkpoint import check_values, zero_format
 from ..format.grid import QuantizedWeight, natural_groups
 from ..format.spec import QuantSpec
@@ -194,18 +194,20 @@ class QuantLinear(nn.Linear):
         return kept[1]
 
     def _can_be_kept(self, tensors: tuple[Tensor | None, ...]) -> bool:
-        """Whether tensors are the layer's own, and the CPU kernel's: not those that are here for one call, of an
-        offloaded layer or of a replica."""
+        """Whether tensors are the layer's own, and a kernel's: not those that are here for one call, of an offloaded
+        layer or of a replica."""
         qweight, scales = tensors[:2]
-        hook = self.__dict__.get("_hf_hook")
+        if qweight is None or scales is None or scales.dtype not in native.DTYPES:
+            return False
+        device, hook = qweight.device, self.__dict__.get("_hf_hook")
+        if qweight.dim() == 4:
+            known = native_cuda.library(device) is not None
+        else:
+            known = device.type == "cpu" and native.library() is not None
         return (
-            native.library() is not None
-            and qweight is not None
-            and scales is not None
-            and qweight.dim() != 4
-            and scales.dtype in native.DTYPES
+            known
             and not any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,)))
-            and all(t is None or (type(t) in (Tensor, nn.Parameter) and t.is_cpu) for t in tensors)
+            and all(t is None or (type(t) in (Tensor, nn.Parameter) and t.device == device) for t in tensors)
         )
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:

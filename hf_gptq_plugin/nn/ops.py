@@ -11,6 +11,7 @@ new enough; `hf_gptq::linear_checked` is the same in Python, for weights in othe
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -193,33 +194,42 @@ def _with_tangent(x: Tensor, weight: KernelWeight, bias: Tensor | None) -> Tenso
 
 
 class PreparedWeight:
-    """A weight ready for the CPU kernel, for a caller that multiplies by it again and again.
+    """A weight ready for its kernel, for a caller that multiplies by it again and again.
 
     Checking and describing a weight, and PyTorch's way to an op that is written in Python, take longer than the product
     of a small layer with one token.
     """
 
     def __init__(self, weight: KernelWeight) -> None:
-        """`weight` must be for the CPU and name its `in_features`.
+        """`weight` must be `packed` and name its `in_features`.
 
         Raises:
             ValueError: shapes or dtypes that do not belong together.
         """
-        self._described, self._tensors = _describe(weight.in_features, *weight.arguments)
-        present = [t for t in self._tensors if t is not None]
-        self._pointers = [(t, t.data_ptr, t.data_ptr(), t.dtype) for t in present]
+        tensors: tuple[Tensor | None, ...]
+        if weight.qweight.dim() == 4:
+            product = cuda.Product(weight.in_features, *weight.arguments)
+            self._multiply, tensors = product.multiply, product.tensors
+        else:
+            described, tensors = _describe(weight.in_features, *weight.arguments)
+            self._multiply = functools.partial(_multiply, described)
+        given = [t for t in weight.arguments[:5] if t is not None]
+        self._device = weight.qweight.device
+        self._pointers = [(t, t.data_ptr, t.data_ptr(), t.dtype) for t in given]
         # Copies, made of tensors that are not contiguous, would not follow their values.
-        self._follows = all(a is b for a, b in zip(self._tensors, weight.arguments[:5], strict=True))
+        memory = {t.untyped_storage().data_ptr() for t in given}
+        self._follows = all(t is None or t.untyped_storage().data_ptr() in memory for t in tensors)
 
     def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """What `linear` gives, or None where it must be asked: something watches ops (gradients, tracing, a profiler),
-        x is not a plain tensor on the CPU in a dtype of the kernels, or the weight's memory has been exchanged."""
+        x is not a plain tensor on the weight's device in a dtype of the kernels, or the weight's memory has been
+        exchanged."""
         if (
             torch.compiler.is_compiling()
             or torch.is_grad_enabled()
             or type(x) is not Tensor
             or x.dtype not in native.DTYPES
-            or not x.is_cpu
+            or x.device != self._device
             or x.is_neg()
             or torch._C._len_torch_dispatch_stack() > 0
             or torch._C._functorch.peek_interpreter_stack() is not None
@@ -232,7 +242,7 @@ class PreparedWeight:
         for tensor, address, known, dtype in self._pointers:
             if address() != known or tensor.dtype != dtype:
                 return None
-        return _multiply(x, bias, self._described)
+        return self._multiply(x, bias)
 
 
 def linear_transposed(x: Tensor, weight: KernelWeight, in_features: int) -> Tensor:
@@ -336,12 +346,12 @@ def _linear_cpu(x: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
     if library is None or x.dtype not in native.DTYPES:
         return _linear_reference(x, bias, *weight)
     described, keep = _describe(x.shape[-1], *weight)
-    out = _multiply(x, bias, described)
+    out = _multiply(described, x, bias)
     del keep
     return out
 
 
-def _multiply(x: Tensor, bias: Tensor | None, described: native.Weight) -> Tensor:
+def _multiply(described: native.Weight, x: Tensor, bias: Tensor | None) -> Tensor:
     library = native.library()
     if library is None:
         raise native.NativeError(f"the native library is gone: {native.status().detail}")

@@ -10,13 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from byte_tokenizer import byte_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from hf_gptq_plugin import GPTQConfig
 from hf_gptq_plugin.convert.gguf import write_gguf
@@ -115,17 +110,11 @@ def test_positions_of_llama_3() -> None:
     torch.testing.assert_close((plain / factors).float(), LlamaRotaryEmbedding(config).inv_freq, rtol=1e-5, atol=0)
 
 
-def byte_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    vocabulary |= {"he": 256, "ll": 257, "hell": 258, "Ġw": 259}
+def merging_tokenizer(folder: Path) -> None:
+    more = {"he": 256, "ll": 257, "hell": 258, "Ġw": 259}
     merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("Ġ", "w")]
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    made = byte_tokenizer(more, merges, special=["<s>", "</s>"], bos_token="<s>", eos_token="</s>")
+    made.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +133,7 @@ def quantized(tiny: Make, tmp_path_factory: pytest.TempPathFactory) -> Callable[
             source = tiny(kind, vocab_size=288, **(model or {}))
         made = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.float16)
         made.save_pretrained(folder)
-        byte_tokenizer(folder)
+        merging_tokenizer(folder)
         return folder
 
     return make

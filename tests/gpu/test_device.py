@@ -158,6 +158,7 @@ def test_tensors_on_several_devices_are_refused() -> None:
         ops.linear(x, made.kernel_weight, torch.zeros(made.out_features, dtype=x.dtype))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own compiler uses it
 def test_torch_compile_and_gradients() -> None:
     made = layer().cuda()
     x = torch.randn(8, 2048, device="cuda", dtype=torch.bfloat16, requires_grad=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import references
@@ -314,3 +315,31 @@ def test_streams_have_counters_of_their_own(emulated: Configure) -> None:
     assert len(found) == len(set(found.values())) == 8
     again = cuda._counters(torch.device("cpu"), 1003, 4)
     assert again is not None and again.data_ptr() == found[1003]
+
+
+@pytest.mark.parametrize("order", ["natural", "shuffled"])
+def test_a_layer_describes_its_weight_once(emulated: Configure, monkeypatch: pytest.MonkeyPatch, order: str) -> None:
+    """Outside of training: the bits of the op, and of another weight's once its values or tensors are exchanged."""
+    weight, dense = make(QuantSpec(4, 32, sym=False, desc_act=order != "natural"), 40, 96, order)
+    layer = QuantLinear.from_quantized(weight, torch.randn(40), dtype=torch.half)
+    x = torch.randn(3, 5, 96).half()
+    described, original = [], cuda._describe
+
+    def describe(*arguments: Any) -> Any:
+        described.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(cuda, "_describe", describe)
+    bias = layer.bias.detach().half()
+    with torch.no_grad():
+        for view in (x, x.transpose(0, 1), x[:, :1], x[0, 0], x[:0], x[..., :96].clone()):
+            y = layer(view)
+            assert torch.equal(y, cuda.linear(view, bias, *layer.kernel_weight.arguments))
+            check(y.reshape(-1, 40), view.reshape(-1, 96), dense, bias)
+        assert len(described) == 1 + 6  # the layer's one, and one of each that it is compared with
+        layer.scales.mul_(2)
+        check(layer(x).reshape(-1, 40), x.reshape(-1, 96), 2 * dense, bias)
+        layer.scales.data = layer.scales / 2
+        check(layer(x).reshape(-1, 40), x.reshape(-1, 96), dense, bias)
+        with pytest.raises(ValueError, match=r"x has shape \(2, 95\); the weight has in_features=96"):
+            layer(x.new_zeros(2, 95))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +15,25 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port")
+
+
+def launched(arguments: Sequence[object], launcher: Sequence[str] = TORCHRUN) -> str:
+    """What `hf-gptq` in two processes, started by a launcher whose last argument is the port, writes to its standard
+    output.
+
+    Raises:
+        AssertionError: it has failed: what it wrote to its standard error.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, str(free_port()), "-m", "hf_gptq_cli", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def outputs(children: Sequence[subprocess.Popen[str]], timeout: float = 600) -> list[str]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from children import free_port
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from byte_tokenizer import byte_tokenizer
+from children import launched
+from transformers import AutoTokenizer
 
 from hf_gptq_cli import main
 from hf_gptq_cli.plan import size
@@ -28,14 +29,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprec
 @pytest.fixture(scope="module")
 def model(tiny: Callable[..., Path]) -> Path:
     """A tiny llama with a tokenizer of single bytes and a chat template beside it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     folder = tiny("llama", initializer_range=0.06)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    made = byte_tokenizer()
     made.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     made.save_pretrained(folder)
     return folder
@@ -92,16 +87,7 @@ def test_processes_end_with_one_result(hf_gptq: Any, model: Path, chats: Path, t
     arguments = (
         "train", model, tmp_path / "two", "--data", chats, "--method", "affine", "--quantize-by", "rtn", *SETTINGS,
     )  # fmt: skip
-    found = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
-            "--master-port", str(free_port()), "-m", "hf_gptq_cli", *map(str, arguments),
-        ],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert found.returncode == 0, found.stderr
-    two = json.loads(found.stdout)  # one object: the first process alone tells
+    two = json.loads(launched(arguments))  # one object: the first process alone tells
     code, out, err = hf_gptq(*arguments[:2], tmp_path / "one", *arguments[3:])
     assert code == 0, err
     one = json.loads(out.splitlines()[-1])

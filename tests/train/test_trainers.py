@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from byte_tokenizer import byte_tokenizer
 from pages import DOCS, blocks
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from hf_gptq_plugin import GPTQConfig, QuantLinear
 
@@ -22,13 +23,7 @@ TEXT = "the quick brown fox jumps over the lazy dog " * 3
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="!", pad_token="#")
+    tokenizer = byte_tokenizer(eos_token="!", pad_token="#")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}!{% endfor %}"
     return tokenizer
 
