@@ -12,7 +12,7 @@ import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_int, c_int32, c_int64, c_void_p
+from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 ACTIVATIONS = {"exact": 0, "int8": 1}
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -91,6 +91,7 @@ _SIGNATURES = {
         c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64, c_int32, c_void_p, c_int64,
         c_int32,
     ),
+    "hf_gptq_attention": (*(c_void_p, c_int64, c_int64) * 4, *(c_int64,) * 5, c_float, c_int32),
     "hf_gptq_factorize": (c_void_p, c_int64, c_void_p),
     "hf_gptq_solve_symmetric": (c_void_p, c_void_p, c_int64, c_int64),
     "hf_gptq_descend": (*(c_void_p,) * 7, c_int64, c_int64, c_int64, c_int32, c_int64),

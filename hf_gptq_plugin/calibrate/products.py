@@ -2,6 +2,7 @@
 
 Tuning multiplies in bf16 where the hardware has instructions for it. Elsewhere torch's 16 bits are slow, above all
 backward: there our own product, exact in 16 bits, takes the place of torch's, and attention is computed in fp32.
+Forward, on any processor, attention is our own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..solve.linalg import dense_linear, multiplies_bf16
+from ..solve.linalg import attention, attends_faster, dense_linear, multiplies_bf16
 from .walk import Block, forward_replaced, linears, twin
 
 
@@ -47,6 +48,22 @@ def computing(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """While the context lasts, in its thread, multiply matrices in a dtype; in fp32, attention is, too."""
     with torch.autocast(device.type, dtype, cache_enabled=False) if dtype != torch.float32 else _WideAttention():
         yield
+
+
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """PyTorch's function of this name; natively where nothing is masked but what comes later."""
+    out = None
+    plain = attn_mask is None and not dropout_p and (enable_gqa or query.shape[1] == key.shape[1])
+    if plain and attends_faster(key.shape[-2]):
+        out = attention(query, key, value, scale, is_causal)
+    if out is None:
+        out = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    return out
 
 
 class _WideAttention(TorchFunctionMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .journal import Hiddens, read_tensor, write_tensor
+from .products import scaled_dot_product_attention
 from .threads import in_order
 from .walk import Block, forward_replaced, take_apart
+
+# What threads may make before it is used, as layers' inputs four times as wide as hidden states: where those stay in
+# memory, and where they do not.
+_MADE_BYTES, _MADE_BYTES_ON_DISK = 1 << 28, 1 << 26
 
 
 class _Stop(Exception):
@@ -37,7 +43,8 @@ class Resumable:
 
     A submodule that has run to its end with all of its linear layers final is not run again: what it returned for a
     window is kept and handed out, and what its parts returned is dropped. So however often the pass is stopped to look
-    at an input, every linear layer computes once, and so does attention (`scaled_dot_product_attention`). Where modules
+    at an input, every linear layer computes once, and so do attention (`scaled_dot_product_attention`) and, where what
+    is kept stays in memory, submodules without any of these layers (norms, activations). Where modules
     run more than once, only their first run is kept: what enters the others changes with layers that are not final yet.
 
     Args:
@@ -61,7 +68,7 @@ class Resumable:
         """The positional arguments of every run of a submodule, window by window; none where the pass does not come
         to it."""
         with self._watching(layer):
-            yield from in_order(self._call, enumerate(hiddens), self._parallel)
+            yield from self._each(self._call, hiddens)
 
     def inputs_of(self, layer: str, hiddens: Iterable[Tensor]) -> Iterator[Tensor | None]:
         """What enters a submodule at every run, window by window; None where the pass does not come to it."""
@@ -75,11 +82,15 @@ class Resumable:
     def outputs(self, hiddens: Iterable[Tensor]) -> Iterator[Tensor]:
         """The block's hidden states, window by window; forgets what was kept."""
         with self._watching(None):
-            yield from in_order(self._output, enumerate(hiddens), self._parallel)
+            yield from self._each(self._output, hiddens)
 
-    @property
-    def _parallel(self) -> bool:
-        return all(p.device.type == "cpu" for p in self.block.module.parameters())
+    def _each(self, work: Callable[[tuple[int, Tensor]], Any], hiddens: Iterable[Tensor]) -> Iterator[Any]:
+        remaining = iter(hiddens)
+        if (first := next(remaining, None)) is None:
+            return
+        parallel = all(p.device.type == "cpu" for p in self.block.module.parameters())
+        together = (_MADE_BYTES if self._folder is None else _MADE_BYTES_ON_DISK) // (4 * max(first.nbytes, 1))
+        yield from in_order(work, enumerate(itertools.chain((first,), remaining)), parallel, together=together)
 
     @torch.no_grad()
     def _call(self, item: tuple[int, Tensor]) -> list[tuple[Any, ...]]:
@@ -109,13 +120,22 @@ class Resumable:
     def _watching(self, until: str | None) -> Iterator[None]:
         """While the context lasts, submodules hand out what was kept, and a pass stops at `until`."""
         with ExitStack() as stack:
-            for name, module in self.block.module.named_modules():
+            for name, module in self._submodules(until):
                 covered = [t for t in self._targets if t == name or t.startswith(f"{name}.")]
-                if name and (covered or name == until):
-                    finished = bool(covered) and self.final.issuperset(covered)
-                    wrapper = self._wrapper(name, module.forward, finished, name == until)
+                kept = self.final.issuperset(covered) and (bool(covered) or self._folder is None)
+                if kept or covered or name == until:
+                    wrapper = self._wrapper(name, module.forward, kept, name == until)
                     stack.enter_context(forward_replaced(module, wrapper))
             yield
+
+    def _submodules(self, until: str | None) -> Iterator[tuple[str, nn.Module]]:
+        """All that are looked at or hold what is, and the outermost of the others."""
+        holders = {""}
+        for name in (*self._targets, until or ""):
+            holders |= {name[: dot.start()] for dot in re.finditer(r"\.", name)}
+        for name, module in self.block.module.named_modules():
+            if name and name.rpartition(".")[0] in holders:
+                yield name, module
 
     def _wrapper(self, name: str, own: Callable[..., Any], finished: bool, watched: bool) -> Callable[..., Any]:
         state = self._pass
@@ -165,7 +185,7 @@ class _KeptAttention(TorchFunctionMode):
         name = f"{holder}.attention {run}"  # gone with what its holder keeps of its parts
         if name in state.kept:
             return _fetched(state.kept[name])
-        out = func(*args, **(kwargs or {}))
+        out = scaled_dot_product_attention(*args, **(kwargs or {}))
         if not state.open and state.counts.get(holder, 1) == 1:
             state.kept[name] = _stored(out, self._folder)
         return out

@@ -17,8 +17,9 @@ _pool: ThreadPoolExecutor | None = None
 
 
 def in_order(
-    work: Callable[[Item], Result], items: Iterable[Item], parallel: bool = True, most: int | None = None
-) -> Iterator[Result]:
+    work: Callable[[Item], Result], items: Iterable[Item], parallel: bool = True, most: int | None = None,
+    together: int = 1,
+) -> Iterator[Result]:  # fmt: skip
     """`map(work, items)`, as many items at a time as torch has threads; each item is worked on by one thread.
 
     Torch splits single operations among threads at places that depend on their number, and so does rounding. Within
@@ -31,6 +32,9 @@ def in_order(
         parallel: False works on one item at a time in the calling thread, with all of torch's threads: for an
             accelerator.
         most: how many items are worked on at a time at most.
+        together: how many results several threads make before the caller gets the first; as many as there are threads
+            at least. Between batches threads wait for each other and for the caller, and torch's own, which look for
+            new work for a while, are in the way of these.
     """
     if not parallel:
         yield from map(work, items)
@@ -39,7 +43,7 @@ def in_order(
     if most is not None:
         threads = min(threads, most)
     remaining = iter(items)
-    while batch := list(islice(remaining, threads)):
+    while batch := list(islice(remaining, max(threads, together) if threads > 1 else 1)):
         with single_threaded():
             if threads == 1 or len(batch) == 1:
                 results = [work(item) for item in batch]

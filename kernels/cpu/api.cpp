@@ -408,7 +408,7 @@ int hf_gptq_scale_search(const float* W, const float* h, const int32_t* group_st
                                            scale_dtype, scales, zeros, zero_min});
 }
 
-int hf_gptq_matmul(const float* A, int64_t a_row_stride, int64_t a_column_stride, const float* B,
+int hf_gptq_matmul(const void* A, int64_t a_row_stride, int64_t a_column_stride, const void* B,
                    int64_t b_row_stride, int64_t b_column_stride, int64_t M, int64_t N, int64_t K,
                    int32_t dtype, float* C, int64_t c_row_stride, int32_t mode) {
   const bool symmetric = mode == HF_GPTQ_MATMUL_ADD_SYMMETRIC;
@@ -419,9 +419,28 @@ int hf_gptq_matmul(const float* A, int64_t a_row_stride, int64_t a_column_stride
   }
   if (M == 0 || N == 0) return HF_GPTQ_OK;
   if (!C || (K > 0 && (!A || !B))) return HF_GPTQ_ERROR_NULL_POINTER;
-  return dispatch().kernels->matmul(
-      {A, a_row_stride, a_column_stride, B, b_row_stride, b_column_stride, M, N, K, C, c_row_stride,
-       mode != HF_GPTQ_MATMUL_STORE, symmetric, symmetric, dtype == HF_GPTQ_BF16});
+  const bool bf16 = dtype == HF_GPTQ_BF16;
+  return dispatch().kernels->matmul({A, a_row_stride, a_column_stride, B, b_row_stride,
+                                     b_column_stride, M, N, bf16 ? (K + 1) / 2 : K, C, c_row_stride,
+                                     mode != HF_GPTQ_MATMUL_STORE, symmetric, symmetric,
+                                     bf16 ? K : 0});
+}
+
+int hf_gptq_attention(const uint16_t* q, int64_t q_head, int64_t q_row, const uint16_t* k,
+                      int64_t k_head, int64_t k_row, const uint16_t* v, int64_t v_head,
+                      int64_t v_row, uint16_t* out, int64_t out_head, int64_t out_row,
+                      int64_t heads, int64_t repeats, int64_t Tq, int64_t Tk, int64_t D,
+                      float scale, int32_t causal) {
+  const bool odd = (q_head | q_row | k_head | k_row | D) & 1;
+  if (heads < 0 || repeats < 1 || heads % repeats || Tq < 1 || Tk < 1 || D < 2 || odd ||
+      !(scale > 0.0f && scale <= 3.4e38f)) {
+    return HF_GPTQ_ERROR_SHAPE;
+  }
+  if (heads == 0) return HF_GPTQ_OK;
+  if (!q || !k || !v || !out) return HF_GPTQ_ERROR_NULL_POINTER;
+  return dispatch().kernels->attention({q, q_head, q_row, k, k_head, k_row, v, v_head, v_row, out,
+                                        out_head, out_row, heads, repeats, Tq, Tk, D, scale,
+                                        causal != 0});
 }
 
 int hf_gptq_factorize(const float* H, int64_t K, float* U) {

@@ -2,6 +2,7 @@
 // (the table) and which vectors to use, and includes this file once. The headers below hold code in
 // an anonymous namespace and use no library templates: compiled with other flags in the next
 // translation unit, none of it may be merged by the linker.
+#include "attention.h"
 #include "dequantize.h"
 #include "descend.h"
 #include "factorize.h"
@@ -17,8 +18,8 @@
 namespace hf_gptq {
 
 extern const Kernels HF_GPTQ_KERNELS;
-const Kernels HF_GPTQ_KERNELS = {HF_GPTQ_ISA,     linear,       dequantize, transposed,
-                                 solve,           scale_search, matmul,     factorize,
-                                 solve_symmetric, descend,      joint};
+const Kernels HF_GPTQ_KERNELS = {HF_GPTQ_ISA, linear,          dequantize, transposed,
+                                 solve,       scale_search,    matmul,     attention,
+                                 factorize,   solve_symmetric, descend,    joint};
 
 }  // namespace hf_gptq

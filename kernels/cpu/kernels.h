@@ -78,19 +78,35 @@ struct ScaleSearchArguments {
   int zero_min;
 };
 
-// C = A B, or C += A B.
+// C = A B, or C += A B. In fp32, or in bf16 that is multiplied in pairs of adjacent k.
 struct MatmulArguments {
-  const float* A;  // element (m, k) at m * A_row + k * A_column
+  const void* A;  // element (m, k) at m * A_row + k * A_column
   int64_t A_row, A_column;
-  const float* B;  // element (k, n) at k * B_row + n * B_column
+  const void* B;  // element (k, n) at k * B_row + n * B_column
   int64_t B_row, B_column;
-  int64_t M, N, K;  // M, N >= 1; K >= 0
-  float* C;         // [M, N], rows C_row apart
+  int64_t M, N;  // >= 1
+  int64_t K;     // >= 0; of bf16 the pairs
+  float* C;      // [M, N], rows C_row apart
   int64_t C_row;
-  bool accumulate;     // C += A B
-  bool lower;          // M = N, and C is read and written on and below the diagonal only
-  bool mirror;         // with lower: in the end, copy what is below the diagonal to above it
-  bool pairs = false;  // elements of A and B are pairs of bf16
+  bool accumulate;      // C += A B
+  bool lower;           // M = N, and C is read and written on and below the diagonal only
+  bool mirror;          // with lower: in the end, copy what is below the diagonal to above it
+  int64_t numbers = 0;  // of bf16, which A and B then are: how many make the K pairs
+};
+
+// As the parameters of hf_gptq_attention.
+struct AttentionArguments {
+  const void* q;
+  int64_t q_head, q_row;
+  const void* k;
+  int64_t k_head, k_row;
+  const void* v;
+  int64_t v_head, v_row;
+  void* out;
+  int64_t out_head, out_row;
+  int64_t heads, repeats, Tq, Tk, D;
+  float scale;
+  bool causal;
 };
 
 // As the parameters of hf_gptq_factorize.
@@ -150,6 +166,7 @@ struct Kernels {
   int (*solve)(const SolveArguments&);
   int (*scale_search)(const ScaleSearchArguments&);
   int (*matmul)(const MatmulArguments&);
+  int (*attention)(const AttentionArguments&);
   int (*factorize)(const FactorizeArguments&);
   int (*solve_symmetric)(const SystemsArguments&);
   int (*descend)(const DescendArguments&);

@@ -59,19 +59,31 @@ int64_t matmul_panels(int64_t columns, int64_t depth, int64_t t, int64_t j) {
   return t * ceil_div(columns, kPackColumns) * kPackColumns + j * min64(kMatmulChunk, depth - t);
 }
 
-// Packs kPackColumns columns of one chunk: of the chunks and columns, number `task`. `src` is the
-// block's first element; stride: from one k to the next, column_stride: from one column to the
-// next.
+// Packs kPackColumns columns of one chunk: of the chunks and columns, number `task`. `matrix` is A
+// or B, whose columns are packed from `first` on; stride: from one k to the next, column_stride:
+// from one column to the next.
 template <int kWidth>
-void matmul_pack_task(const float* src, int64_t stride, int64_t column_stride, int64_t depth,
-                      int64_t columns, int64_t task, float* panels) {
+void matmul_pack_task(const MatmulJob& job, const void* matrix, int64_t stride,
+                      int64_t column_stride, int64_t first, int64_t columns, int64_t task,
+                      float* panels) {
+  const int64_t depth = job.depth;
   const int64_t packs = ceil_div(columns, kPackColumns);
   const int64_t t = task / packs * kMatmulChunk;
   const int64_t j = task % packs * kPackColumns;
   const int64_t count = min64(kMatmulChunk, depth - t);
   const int64_t width = min64(kPackColumns, columns - j);
-  src += t * stride + j * column_stride;
   panels += matmul_panels(columns, depth, t, j);
+  if (job.a.numbers > 0) {
+    const int64_t number = 2 * (job.k + t);
+    const uint16_t* src =
+        static_cast<const uint16_t*>(matrix) + number * stride + (first + j) * column_stride;
+    pack_panels_of_pairs<kWidth>(src, stride, column_stride,
+                                 min64(2 * count, job.a.numbers - number), width, panels,
+                                 count * kWidth);
+    return;
+  }
+  const float* src =
+      static_cast<const float*>(matrix) + (job.k + t) * stride + (first + j) * column_stride;
   if (column_stride == 1) {
     pack_panels<kWidth>(src, stride, count, width, panels, count * kWidth);
   } else {
@@ -86,8 +98,7 @@ int64_t matmul_packs(int64_t columns, int64_t depth) {
 
 void matmul_pack_A(const MatmulJob& job, int64_t row, int64_t rows, int64_t task, float* panels) {
   const MatmulArguments& a = job.a;
-  matmul_pack_task<kOuterRows>(a.A + row * a.A_row + job.k * a.A_column, a.A_column, a.A_row,
-                               job.depth, rows, task, panels);
+  matmul_pack_task<kOuterRows>(job, a.A, a.A_column, a.A_row, row, rows, task, panels);
 }
 
 // Tasks are those of B, then those of A.
@@ -97,8 +108,8 @@ int matmul_pack(int64_t begin, int64_t end, const void* context) {
   const int64_t B_packs = matmul_packs(job.columns, job.depth);
   for (int64_t task = begin; task < end; ++task) {
     if (task < B_packs) {
-      matmul_pack_task<kOuterColumns>(a.B + job.k * a.B_row + job.column * a.B_column, a.B_row,
-                                      a.B_column, job.depth, job.columns, task, job.B);
+      matmul_pack_task<kOuterColumns>(job, a.B, a.B_row, a.B_column, job.column, job.columns, task,
+                                      job.B);
     } else {
       matmul_pack_A(job, 0, a.M, task - B_packs, job.A);
     }
@@ -143,7 +154,7 @@ void matmul_tile(const MatmulJob& job, int64_t row, int64_t column, const float*
         const float* A_panel = chunk_A + i * count;
         const float* B_panel = chunk_B + j * count;
         float* corner = scratch + i * stride + j;
-        if (a.pairs) {
+        if (a.numbers > 0) {
           outer_tile<true>(A_panel, B_panel, count, corner, stride);
         } else {
           outer_tile<false>(A_panel, B_panel, count, corner, stride);

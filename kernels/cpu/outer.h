@@ -90,6 +90,44 @@ void pack_panels(const float* src, int64_t src_stride, int64_t rows, int64_t col
   }
 }
 
+// Two rows of bf16 as pairs, the upper halves 0 where there is no upper row.
+inline void interleave_rows(const uint16_t* lower, const uint16_t* upper, int64_t column_stride,
+                            int64_t count, float* pairs) {
+  if (column_stride == 1 && upper) {
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t pair = lower[i] | uint32_t{upper[i]} << 16;
+      memcpy(pairs + i, &pair, sizeof pair);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const uint16_t high = upper ? upper[i * column_stride] : 0;
+    const uint32_t pair = lower[i * column_stride] | uint32_t{high} << 16;
+    memcpy(pairs + i, &pair, sizeof pair);
+  }
+}
+
+// Pairs of `numbers` rows of bf16 into panels [pairs, kWidth], as pack_panels().
+template <int kWidth>
+void pack_panels_of_pairs(const uint16_t* src, int64_t src_stride, int64_t column_stride,
+                          int64_t numbers, int64_t columns, float* panels, int64_t panel_stride) {
+  constexpr int64_t kRows = 8;
+  float pairs[kRows * kPackColumns];
+  for (int64_t row = 0; row < numbers; row += 2 * kRows) {
+    const int64_t count = min64(2 * kRows, numbers - row);
+    for (int64_t j = 0; j < columns; j += kPackColumns) {
+      const int64_t width = min64(kPackColumns, columns - j);
+      for (int64_t r = 0; r < count; r += 2) {
+        const uint16_t* lower = src + (row + r) * src_stride + j * column_stride;
+        interleave_rows(lower, r + 1 < count ? lower + src_stride : nullptr, column_stride, width,
+                        pairs + r / 2 * kPackColumns);
+      }
+      pack_panels<kWidth>(pairs, kPackColumns, ceil_div(count, 2), width,
+                          panels + row / 2 * kWidth + j / kWidth * panel_stride, panel_stride);
+    }
+  }
+}
+
 // panel[r, c] = column[c * column_stride + r] for r, c < 4.
 template <int kWidth>
 HF_GPTQ_INLINE void transpose_4x4(const float* column, int64_t column_stride, float* panel) {

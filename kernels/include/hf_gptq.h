@@ -23,7 +23,7 @@
 extern "C" {
 #endif
 
-#define HF_GPTQ_ABI_VERSION 8
+#define HF_GPTQ_ABI_VERSION 9
 
 enum hf_gptq_dtype {
   HF_GPTQ_FP32 = 0,
@@ -52,8 +52,8 @@ enum hf_gptq_error {
   HF_GPTQ_ERROR_NULL_POINTER = 1,   // a required pointer is NULL
   HF_GPTQ_ERROR_BITS = 2,           // bits is not 2, 3, 4 or 8
   HF_GPTQ_ERROR_DTYPE = 3,          // a dtype is not an hf_gptq_dtype
-  HF_GPTQ_ERROR_SHAPE = 4,          // a dimension, stride, group_size, blocksize, rounds or
-                                    // zero_min is out of range
+  HF_GPTQ_ERROR_SHAPE = 4,          // a dimension, stride, group_size, blocksize, rounds, scale
+                                    // or zero_min is out of range
   HF_GPTQ_ERROR_LAYOUT = 5,         // the strides are neither canonical nor blocked
   HF_GPTQ_ERROR_ZERO_OFFSET = 6,    // zero_offset is not 0 or 1
   HF_GPTQ_ERROR_GROUP = 7,          // a group index is outside [0, G), or group_start is not a
@@ -235,20 +235,38 @@ HF_GPTQ_API int hf_gptq_repack(const int32_t* src,        // words, see layout.h
 // "portable" rounds product and sum of each fma separately. An element of C has the same bits
 // whatever M, N, the strides and the number of threads are.
 //
-// With dtype HF_GPTQ_BF16 every element of A and of B is a pair of bf16 in its 32 bits, and a
-// product of two the sum of two: that of the upper halves is added first, then that of the lower.
-// Products of bf16 are exact in fp32. "avx512bf16" treats subnormal numbers as zero.
-HF_GPTQ_API int hf_gptq_matmul(const float* A,           // [M, K]
+// In bf16 numbers are taken in pairs, k = 2 i and 2 i + 1, each for one k above, so that a sum is
+// of 512 products: that of the odd k is added first, then that of the even; a number that is
+// missing is 0. Products of bf16 are exact in fp32. "avx512bf16" treats subnormal numbers as zero.
+HF_GPTQ_API int hf_gptq_matmul(const void* A,            // [M, K]
                                int64_t a_row_stride,     // elements from A[m, k] to A[m + 1, k]
                                int64_t a_column_stride,  // elements from A[m, k] to A[m, k + 1]
-                               const float* B,           // [K, N]
+                               const void* B,            // [K, N]
                                int64_t b_row_stride,     // elements
                                int64_t b_column_stride,  // elements
                                int64_t M, int64_t N, int64_t K,  // >= 0
-                               int32_t dtype,  // of A and B: HF_GPTQ_FP32, or HF_GPTQ_BF16 in pairs
-                               float* C,       // [M, N], see hf_gptq_matmul_mode
+                               int32_t dtype,         // of A and B: HF_GPTQ_FP32 or HF_GPTQ_BF16
+                               float* C,              // [M, N], see hf_gptq_matmul_mode
                                int64_t c_row_stride,  // elements, >= N
                                int32_t mode);         // hf_gptq_matmul_mode
+
+// Softmax attention in bf16, out = softmax(scale * q k^T) v head by head. q and k are read in pairs
+// of numbers, whose addresses 4 must divide. Scores are fp32 sums of exact products, powers in
+// fp32; what they weigh values with is rounded to bf16, their sum is not, and the weighted sums are
+// fp32, rounded once. A query has the same bits whatever the other queries are, and the keys and
+// values that it does not see, as long as those are finite.
+HF_GPTQ_API int hf_gptq_attention(const uint16_t* q,                            // [heads, Tq, D]
+                                  int64_t q_head_stride, int64_t q_row_stride,  // elements, even
+                                  const uint16_t* k,  // [heads / repeats, Tk, D]
+                                  int64_t k_head_stride, int64_t k_row_stride,  // elements, even
+                                  const uint16_t* v,                            // as k
+                                  int64_t v_head_stride, int64_t v_row_stride,  // elements
+                                  uint16_t* out,                                // as q
+                                  int64_t out_head_stride, int64_t out_row_stride,  // elements
+                                  int64_t heads, int64_t repeats,     // heads of q per head of k
+                                  int64_t Tq, int64_t Tk, int64_t D,  // >= 1; D even
+                                  float scale,                        // positive and finite
+                                  int32_t causal);  // query i sees keys 0 .. i only
 
 // The upper triangular U with H^-1 = U^T U, in fp32: H = R R^T with R upper triangular, U = R^-1.
 //

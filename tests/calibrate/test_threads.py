@@ -31,6 +31,14 @@ def test_results_come_in_order_and_side_by_side(two_threads: None) -> None:
     assert torch.get_num_threads() == 2
 
 
+def test_results_of_a_batch_are_made_before_the_caller_gets_one(two_threads: None) -> None:
+    done: list[int] = []
+    results = in_order(done.append, range(7), together=5)
+    next(results)
+    assert sorted(done) == [0, 1, 2, 3, 4]
+    assert len(list(results)) == 6 and sorted(done) == list(range(7))
+
+
 def test_the_caller_has_all_threads_between_items(two_threads: None) -> None:
     assert [torch.get_num_threads() for _ in in_order(lambda item: item, range(3))] == [2, 2, 2]
 

@@ -143,6 +143,33 @@ def test_a_resumed_pass_computes_attention_once(
         assert torch.equal(again, block.run(hiddens[0], 0)) and not torch.equal(again, expected)
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_resumed_pass_computes_norms_once(
+    in_memory: bool, tiny: Callable[..., Path], windows: list[list[int]], tmp_path: Path
+) -> None:
+    """But where what is kept goes to disk, which takes longer than a norm."""
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
+    chain, hiddens = record(model, [torch.tensor(windows[0])])
+    block, layers = chain[0], walk.linears(chain[0].module)
+    with torch.no_grad():
+        expected = block.run(hiddens[0], 0)
+    computed: list[str] = []
+    own = {name: block.module.get_submodule(name).forward for name in ("input_layernorm", "mlp.act_fn")}
+
+    def counting(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: (computed.append(name), own[name](x))[1]
+
+    for name in own:
+        block.module.get_submodule(name).forward = counting(name)
+    resumable = Resumable(block, layers, folder=None if in_memory else tmp_path)
+    for stage in STAGES["llama"]:
+        next(resumable.inputs_of(stage[0], hiddens[:1]))
+        resumable.final.update(stage)
+    (left,) = resumable.outputs(hiddens[:1])
+    assert torch.equal(left, expected)
+    assert (computed.count("input_layernorm"), computed.count("mlp.act_fn")) == ((1, 1) if in_memory else (5, 2))
+
+
 def test_a_twin_keeps_the_layers_that_are_replaced(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
     chain, hiddens = record(model, [torch.tensor(windows[0])])

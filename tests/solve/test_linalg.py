@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -334,3 +335,86 @@ def test_all_finite(value: float) -> None:
     assert linalg.all_finite(values)
     values[17, 3] = value
     assert not linalg.all_finite(values)
+
+
+def heads_of(count: int, tokens: int, width: int) -> Tensor:
+    """bf16 `[1, count, tokens, width]`, heads side by side in a token, as models lay them out."""
+    return torch.randn(1, tokens, count, width).to(torch.bfloat16).transpose(1, 2)
+
+
+def exact_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """In float64; and the same of the values' magnitudes."""
+    repeats = query.shape[1] // key.shape[1]
+    query, key, value = query.double(), key.double().repeat_interleave(repeats, 1), value.double()
+    value = value.repeat_interleave(repeats, 1)
+    scores = query @ key.mT * scale
+    if causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(later, -torch.inf)
+    weights = scores.softmax(-1)
+    return weights @ value, weights @ value.abs()
+
+
+# Queries, keys, width of a head, heads, heads of keys: alone; ragged in rows (12, 6, 3) and panels (32, 16); one more
+# than the queries taken at a time (48, 24, 12); far beyond.
+ATTENTION = [
+    (1, 1, 2, 1, 1), (3, 5, 6, 2, 1), (12, 32, 64, 1, 1), (49, 49, 64, 9, 3), (25, 70, 40, 4, 2), (300, 131, 128, 2, 2),
+    (13, 400, 80, 3, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", ATTENTION)
+def test_attention_rounds_as_it_must(
+    load: Callable, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], causal: bool
+) -> None:
+    """Weights and results are rounded to bf16, by 2⁻⁸ of them at most; that of scores is the rest."""
+    queries, keys, width, heads, shared = shape
+    query, key, value = heads_of(heads, queries, width), heads_of(shared, keys, width), heads_of(shared, keys, width)
+    for scale in (width**-0.5, 3.0):
+        truth, size = exact_attention(query, key, value, scale, causal)
+        for isa in ISAS:
+            with monkeypatch.context() as patch:
+                if native.library() is None or load(isa)[1].isa != isa:
+                    continue
+                use(isa, load, patch)
+                found = linalg.attention(query, key, value, None if scale == width**-0.5 else scale, causal)
+            assert found is not None and found.dtype == torch.bfloat16 and found.shape == query.shape
+            error = (found.double() - truth).abs()
+            assert (error <= 2**-8 * truth.abs() + (2**-8 + scale * width * 2**-18) * size).all(), isa
+
+
+@needs_library
+def test_attention_takes_any_strides_and_leaves_the_rest_to_pytorch() -> None:
+    query, key, value = (heads_of(2, 37, 16) for _ in range(3))
+    expected = linalg.attention(query, key, value)
+    assert expected is not None
+    wide = torch.full((1, 2, 37, 33), torch.nan, dtype=torch.bfloat16)
+    wide[..., 1:17] = query
+    odd = wide[..., 1:17]  # rows of an odd length that begin between two pairs
+    assert torch.equal(linalg.attention(odd, key.contiguous(), value.mT.contiguous().mT), expected)
+    for refused in (
+        (query.float(), key.float(), value.float()), (query[..., :15], key[..., :15], value[..., :15]),
+        (query[0], key[0], value[0]), (query, key, value[..., :8]), (query[:, :1], key, value),
+        (query.clone().requires_grad_(), key, value), (query, key, value, -1.0), (query, key, value, math.nan),
+    ):  # fmt: skip
+        assert linalg.attention(*refused) is None
+
+
+@needs_library
+def test_a_query_sees_nothing_of_others() -> None:
+    """Nor of later keys; what is not finite reaches those that see it, and none else of another head."""
+    query, key, value = heads_of(4, 130, 64), heads_of(2, 130, 64), heads_of(2, 130, 64)
+    whole = linalg.attention(query, key, value, causal=True)
+    assert torch.equal(with_threads(2, lambda: linalg.attention(query, key, value, causal=True)), whole)
+    for last in (1, 48, 49, 97):
+        part = linalg.attention(query[:, :, :last], key[:, :, :last], value[:, :, :last], causal=True)
+        assert torch.equal(part, whole[:, :, :last])
+    for bad in (torch.nan, torch.inf):
+        broken = query.clone()
+        broken[0, 1, 60, 5] = bad
+        found = linalg.attention(broken, key, value, causal=True)
+        assert found[0, 1, 60].isnan().all()
+        keep = torch.ones(4, 130, dtype=torch.bool)
+        keep[1, 60] = False
+        assert torch.equal(found[0, keep], whole[0, keep])
