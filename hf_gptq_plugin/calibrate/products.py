@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..solve.linalg import attention, attends_faster, dense_linear, multiplies_bf16
+from ..solve.linalg import attends_faster, attention, dense_linear, multiplies_bf16
 from .walk import Block, forward_replaced, linears, twin
 
 
