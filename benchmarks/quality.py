@@ -1,12 +1,15 @@
 """Perplexity, time and size of checkpoints of one model, over bits and presets, and of gptqmodel's where asked.
 
     python benchmarks/quality.py MODEL --calibration FILE --text FILE [--bits 4 3 2] [--presets fast balanced best]
-        [--group-size 64] [--samples 64] [--seqlen 512] [--windows 8] [--peer PYTHON] [--json FILE] [--work FOLDER]
+        [--methods rtn hqq] [--group-size 64] [--samples 64] [--seqlen 512] [--windows 8] [--bos] [--peer PYTHON]
+        [--json FILE] [--work FOLDER]
 
 Every row is made by the command line in a process of its own, one after the other, and evaluated by the same command.
 Beside FILE the perplexity on Python's help topics is measured: text of another domain than the calibration's, which no
-calibration should lose on. `--peer` names the Python of an environment that has gptqmodel; it quantizes the same token
-windows at its defaults, and its checkpoint is evaluated like ours.
+calibration should lose on. Methods read no text at all; `--bos` begins every window that is evaluated with the
+tokenizer's BOS, as some models need it. Seconds of ours are those of the whole command, megabytes those of all weights.
+`--peer` names the Python of an environment that has gptqmodel; it quantizes the same token
+windows at its defaults, timed without loading and saving, and its checkpoint is evaluated like ours.
 """
 
 from __future__ import annotations
@@ -68,11 +71,13 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--presets", nargs="+", default=["fast", "balanced", "best"])
+    parser.add_argument("--presets", nargs="*", default=["fast", "balanced", "best"])
+    parser.add_argument("--methods", nargs="*", default=["rtn", "hqq"])
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--bos", action="store_true")
     parser.add_argument("--peer", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--work", type=Path, help="where checkpoints are kept; a temporary folder by default")
@@ -91,25 +96,31 @@ def run(options: argparse.Namespace, work: Path, topics: Path) -> None:
 
     def measure(name: str, folder: str | Path, **more: Any) -> None:
         row: dict[str, Any] = {"name": name, **more}
+        row["bytes"] = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
         for label, text, windows in (("text", options.text, options.windows), ("topics", topics, TOPICS_WINDOWS)):
-            printed = ours("eval", folder, "--text", text, "--windows", windows, "--seqlen", 2048, "--json")
+            printed = ours("eval", folder, "--text", text, "--windows", windows, "--seqlen", 2048, "--json", *bos)
             row[label] = json.loads(printed)["perplexity"]
         rows.append(row)
         seconds = f"{row['seconds']:8.0f}" if "seconds" in row else " " * 8
-        print(f"{name:24} {row['text']:10.3f} {row['topics']:10.3f} {seconds}", flush=True)
+        print(
+            f"{name:24} {row['text']:10.3f} {row['topics']:10.3f} {row['bytes'] / 1e6:8.1f} {seconds}".rstrip(),
+            flush=True,
+        )
 
-    print(f"{'':24} {options.text.name[:10]:>10} {'topics':>10} {'seconds':>8}")
+    bos = ["--bos"] if options.bos else []
+    text = (
+        "--calibration", options.calibration, "--samples", options.samples, "--seqlen", options.seqlen, "--seed", 0,
+    )  # fmt: skip
+    print(f"{'':24} {options.text.name[:10]:>10} {'topics':>10} {'MB':>8} {'seconds':>8}")
     measure("dense", options.model)
     for bits in options.bits:
-        for preset in options.presets:
-            out = work / f"{bits}-{preset}"
+        ways = [(method, ("--method", method)) for method in options.methods]
+        ways += [(preset, ("--preset", preset, *text)) for preset in options.presets]
+        for name, way in ways:
+            out = work / f"{bits}-{name}"
             start = time.perf_counter()
-            ours(
-                "quantize", options.model, out, "--bits", bits, "--group-size", options.group_size, "--preset", preset,
-                "--calibration", options.calibration, "--samples", options.samples, "--seqlen", options.seqlen,
-                "--seed", 0,
-            )  # fmt: skip
-            measure(f"{bits} bit, {preset}", out, seconds=time.perf_counter() - start)
+            ours("quantize", options.model, out, "--bits", bits, "--group-size", options.group_size, *way)
+            measure(f"{bits} bit, {name}", out, seconds=time.perf_counter() - start)
         if options.peer is not None:
             data, out = work / "windows.json", work / f"{bits}-peer"
             tokenizer = AutoTokenizer.from_pretrained(options.model)

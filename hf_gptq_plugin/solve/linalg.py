@@ -95,8 +95,8 @@ def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
 def attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, causal: bool = False
 ) -> Tensor | None:
-    """Softmax attention in bf16 without gradient, natively: two to three times as fast as torch's, and as exact. Scores
-    and powers are fp32; what weighs the values is rounded to bf16, the result once more.
+    """Softmax attention in bf16 without gradient, natively: two to three times as fast as torch's, and closer to the
+    exact one. Scores, powers and weighted sums are fp32, and rounded once in the end.
 
     Args:
         query: bf16 `[1, heads, Tq, D]`, any strides.

@@ -17,25 +17,24 @@ namespace {
 // Taken at a time: a panel of keys, which stays in L1, serves four panels of queries.
 constexpr int64_t kAttentionQueries = 4 * kOuterRows;
 
-// Of one head. Elements are pairs of bf16 unless said otherwise; what is beyond D, Tq and Tk is 0.
+// Of one head; what is beyond D, Tq and Tk is 0.
 struct AttentionScratch {
-  int64_t pairs;   // in a query or a key
-  int64_t keys;    // Tk in whole panels
-  int64_t width;   // D in whole panels
-  float* K;        // panels [pairs, kOuterColumns], a column for each key
-  float* V;        // panels [keys / 2, kOuterColumns], a column for each number of a value
-  float* Q;        // panels [pairs, kOuterRows], a row for each query
-  float* scores;   // fp32 [kAttentionQueries, keys]
-  float* weights;  // [kAttentionQueries, keys / 2]
-  float* panels;   // weights in panels [keys / 2, kOuterRows]
-  float* sums;     // fp32 [kAttentionQueries, width]
+  int64_t pairs;  // in a query or a key
+  int64_t keys;   // Tk in whole panels
+  int64_t width;  // D in whole panels
+  float* K;       // pairs of bf16, panels [pairs, kOuterColumns], a column for each key
+  float* Q;       // the same, panels [pairs, kOuterRows], a row for each query
+  float* V;       // panels [keys, kOuterColumns], a column for each number of a value
+  float* scores;  // [kAttentionQueries, keys]
+  float* panels;  // the same, panels [keys, kOuterRows]
+  float* sums;    // [kAttentionQueries, width]
 };
 
 int64_t whole_panels(int64_t columns) { return ceil_div(columns, kOuterColumns) * kOuterColumns; }
 
 int64_t attention_floats(const AttentionArguments& a) {
   const int64_t pairs = a.D / 2, keys = whole_panels(a.Tk), width = whole_panels(a.D);
-  return keys * (pairs + width / 2) + kAttentionQueries * (pairs + 2 * keys + width);
+  return keys * (pairs + width) + kAttentionQueries * (pairs + 2 * keys + width);
 }
 
 // e^x for x <= 0 to 2 units in its last place; 0 where that is less than 2^-126, NaN for NaN.
@@ -60,12 +59,27 @@ void pack_keys_and_values(const AttentionArguments& a, const uint16_t* K, const 
                           const AttentionScratch& s) {
   pack_panels_transposed<kOuterColumns>(reinterpret_cast<const float*>(K), 1, a.k_row / 2, s.pairs,
                                         a.Tk, s.K, s.pairs * kOuterColumns);
-  memset(s.V, 0, s.keys / 2 * s.width * sizeof(float));
-  pack_panels_of_pairs<kOuterColumns>(V, a.v_row, 1, a.Tk, a.D, s.V, s.keys / 2 * kOuterColumns);
+  constexpr int64_t kRows = 8;
+  float values[kRows * kPackColumns] = {};
+  for (int64_t t = 0; t < s.keys; t += kRows) {
+    for (int64_t d = 0; d < a.D; d += kPackColumns) {
+      const int64_t width = min64(kPackColumns, a.D - d);
+      for (int64_t r = 0; r < kRows; ++r) {
+        float* row = values + r * kPackColumns;
+        if (t + r < a.Tk) {
+          to_float(V, HF_GPTQ_BF16, (t + r) * a.v_row + d, width, row);
+        } else {
+          memset(row, 0, width * sizeof(float));
+        }
+      }
+      pack_panels<kOuterColumns>(values, kPackColumns, kRows, width,
+                                 s.V + d * s.keys + t * kOuterColumns, s.keys * kOuterColumns);
+    }
+  }
 }
 
-// Turns `count` scores, of `room` in whole panels, into weights in bf16; returns 1 over their sum.
-float weigh(float* scores, int64_t count, int64_t room, float scale, uint16_t* weights) {
+// Turns `count` scores, of `room` in whole panels, into weights; returns 1 over their sum.
+float weigh(float* scores, int64_t count, int64_t room, float scale) {
   const float lowest = -__builtin_inff();
   for (int64_t j = count; j < room; ++j) scores[j] = lowest;
   VecF most = splat(lowest);
@@ -77,7 +91,7 @@ float weigh(float* scores, int64_t count, int64_t room, float scale, uint16_t* w
   for (int64_t j = 0; j < room; j += kLanes) {
     const VecF power = exp_negative(fmadd(load(scores + j), factor, offset));
     sum += power;
-    floats_to_bf16(power, weights + j);
+    store(scores + j, power);
   }
   float total = 0.0f;
   for (int i = 0; i < kLanes; ++i) total += sum[i];
@@ -102,16 +116,14 @@ void attend(const AttentionArguments& a, const uint16_t* Q, int64_t first, int64
   }
   float factors[kAttentionQueries];
   for (int64_t r = 0; r < count; ++r) {
-    factors[r] = weigh(s.scores + r * s.keys, a.causal ? min64(seen, first + r + 1) : seen, keys,
-                       a.scale, reinterpret_cast<uint16_t*>(s.weights + r * (s.keys / 2)));
+    factors[r] =
+        weigh(s.scores + r * s.keys, a.causal ? min64(seen, first + r + 1) : seen, keys, a.scale);
   }
-  pack_panels_transposed<kOuterRows>(s.weights, 1, s.keys / 2, keys / 2, count, s.panels,
-                                     keys / 2 * kOuterRows);
+  pack_panels_transposed<kOuterRows>(s.scores, 1, s.keys, keys, count, s.panels, keys * kOuterRows);
   memset(s.sums, 0, rows * s.width * sizeof(float));
   for (int64_t d = 0; d < s.width; d += kOuterColumns) {
     for (int64_t r = 0; r < rows; r += kOuterRows) {
-      outer_tile<true>(s.panels + r * (keys / 2), s.V + d * (s.keys / 2), keys / 2,
-                       s.sums + r * s.width + d, s.width);
+      outer_tile(s.panels + r * keys, s.V + d * s.keys, keys, s.sums + r * s.width + d, s.width);
     }
   }
   for (int64_t r = 0; r < count; ++r) {
@@ -132,12 +144,11 @@ int attention_tasks(int64_t begin, int64_t end, const void* context) {
   s.keys = whole_panels(a.Tk);
   s.width = whole_panels(a.D);
   s.K = memory;
-  s.V = s.K + s.keys * s.pairs;
-  s.Q = s.V + s.keys / 2 * s.width;
-  s.scores = s.Q + kAttentionQueries * s.pairs;
-  s.weights = s.scores + kAttentionQueries * s.keys;
-  s.panels = s.weights + kAttentionQueries * (s.keys / 2);
-  s.sums = s.panels + kAttentionQueries * (s.keys / 2);
+  s.Q = s.K + s.keys * s.pairs;
+  s.V = s.Q + kAttentionQueries * s.pairs;
+  s.scores = s.V + s.keys * s.width;
+  s.panels = s.scores + kAttentionQueries * s.keys;
+  s.sums = s.panels + kAttentionQueries * s.keys;
   for (int64_t head = begin; head < end; ++head) {
     const int64_t shared = head / a.repeats;
     pack_keys_and_values(a, static_cast<const uint16_t*>(a.k) + shared * a.k_head,

@@ -251,10 +251,9 @@ HF_GPTQ_API int hf_gptq_matmul(const void* A,            // [M, K]
                                int32_t mode);         // hf_gptq_matmul_mode
 
 // Softmax attention in bf16, out = softmax(scale * q k^T) v head by head. q and k are read in pairs
-// of numbers, whose addresses 4 must divide. Scores are fp32 sums of exact products, powers in
-// fp32; what they weigh values with is rounded to bf16, their sum is not, and the weighted sums are
-// fp32, rounded once. A query has the same bits whatever the other queries are, and the keys and
-// values that it does not see, as long as those are finite.
+// of numbers, whose addresses 4 must divide. Scores are fp32 sums of exact products; powers and
+// what they weigh are fp32, rounded once in the end. A query has the same bits whatever the other
+// queries are, and the keys and values that it does not see, as long as those are finite.
 HF_GPTQ_API int hf_gptq_attention(const uint16_t* q,                            // [heads, Tq, D]
                                   int64_t q_head_stride, int64_t q_row_stride,  // elements, even
                                   const uint16_t* k,  // [heads / repeats, Tk, D]
