@@ -36,6 +36,7 @@ class _Pass(threading.local):
     calls: list[tuple[Any, ...]]  # arguments of the module that is looked at
     inside: list[str]  # the submodules being run, from the outermost on
     open: bool  # whether a layer has run that is not final
+    most: int  # bytes that what holds no layer may return and have kept
 
 
 class Resumable:
@@ -44,8 +45,9 @@ class Resumable:
     A submodule that has run to its end with all of its linear layers final is not run again: what it returned for a
     window is kept and handed out, and what its parts returned is dropped. So however often the pass is stopped to look
     at an input, every linear layer computes once, and so do attention (`scaled_dot_product_attention`) and, where what
-    is kept stays in memory, submodules without any of these layers (norms, activations). Where modules
-    run more than once, only their first run is kept: what enters the others changes with layers that are not final yet.
+    is kept stays in memory, submodules without any of these layers that return no more than the block (norms). Where
+    modules run more than once, only their first run is kept: what enters the others changes with layers that are not
+    final yet.
 
     Args:
         block: the block; its forward must not depend on anything but its arguments.
@@ -95,7 +97,7 @@ class Resumable:
     @torch.no_grad()
     def _call(self, item: tuple[int, Tensor]) -> list[tuple[Any, ...]]:
         window, hidden = item
-        self._begin(window)
+        self._begin(window, hidden)
         try:
             with _KeptAttention(self._pass, self._folder):
                 self.block.run(hidden, window)
@@ -106,25 +108,24 @@ class Resumable:
     @torch.no_grad()
     def _output(self, item: tuple[int, Tensor]) -> Tensor:
         window, hidden = item
-        self._begin(window)
+        self._begin(window, hidden)
         with _KeptAttention(self._pass, self._folder):
             out = self.block.run(hidden, window)
         self._kept[window].clear()
         return out
 
-    def _begin(self, window: int) -> None:
+    def _begin(self, window: int, hidden: Tensor) -> None:
         self._pass.kept, self._pass.counts, self._pass.calls = self._kept[window], {}, []
-        self._pass.inside, self._pass.open = [], False
+        self._pass.inside, self._pass.open, self._pass.most = [], False, hidden.nbytes
 
     @contextmanager
     def _watching(self, until: str | None) -> Iterator[None]:
         """While the context lasts, submodules hand out what was kept, and a pass stops at `until`."""
         with ExitStack() as stack:
             for name, module in self._submodules(until):
-                covered = [t for t in self._targets if t == name or t.startswith(f"{name}.")]
-                kept = self.final.issuperset(covered) and (bool(covered) or self._folder is None)
-                if kept or covered or name == until:
-                    wrapper = self._wrapper(name, module.forward, kept, name == until)
+                covered = {t for t in self._targets if t == name or t.startswith(f"{name}.")}
+                if covered or name == until or self._folder is None:
+                    wrapper = self._wrapper(name, module.forward, covered, name == until)
                     stack.enter_context(forward_replaced(module, wrapper))
             yield
 
@@ -137,8 +138,8 @@ class Resumable:
             if name and name.rpartition(".")[0] in holders:
                 yield name, module
 
-    def _wrapper(self, name: str, own: Callable[..., Any], finished: bool, watched: bool) -> Callable[..., Any]:
-        state = self._pass
+    def _wrapper(self, name: str, own: Callable[..., Any], covered: set[str], watched: bool) -> Callable[..., Any]:
+        state, finished = self._pass, self.final.issuperset(covered)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             kept = state.kept
@@ -157,7 +158,8 @@ class Resumable:
             state.inside.pop()
             # What holds the layer that is looked at must be entered again for the next one, and what stands behind a
             # layer that will change computes something else then.
-            if finished and first and not opened and not state.calls:
+            few = bool(covered) or (isinstance(out, Tensor) and out.nbytes <= state.most)
+            if finished and few and first and not opened and not state.calls:
                 for part in [k for k in kept if k.startswith(f"{name}.")]:
                     del kept[part]
                 kept[name] = _stored(out, self._folder)
