@@ -54,15 +54,18 @@ class Resumable:
         targets: names of the linear layers that will be looked at.
         final: names of those that will not change any more. Add to it as layers become final.
         folder: where what is kept goes; None to keep it in memory.
+        own_attention: whether attention is computed natively where it can be.
     """
 
     def __init__(
-        self, block: Block, targets: Iterable[str], final: Iterable[str] = (), folder: Path | None = None
-    ) -> None:
+        self, block: Block, targets: Iterable[str], final: Iterable[str] = (), folder: Path | None = None,
+        own_attention: bool = False,
+    ) -> None:  # fmt: skip
         self.block = block
         self.final = set(final)
         self._targets = tuple(targets)
         self._folder = folder
+        self._attention = scaled_dot_product_attention if own_attention else nn.functional.scaled_dot_product_attention
         self._kept: list[dict[str, Any]] = [{} for _ in block.calls]
         self._pass = _Pass()
 
@@ -99,7 +102,7 @@ class Resumable:
         window, hidden = item
         self._begin(window, hidden)
         try:
-            with _KeptAttention(self._pass, self._folder):
+            with self._kept_attention():
                 self.block.run(hidden, window)
         except _Stop:
             pass
@@ -109,10 +112,13 @@ class Resumable:
     def _output(self, item: tuple[int, Tensor]) -> Tensor:
         window, hidden = item
         self._begin(window, hidden)
-        with _KeptAttention(self._pass, self._folder):
+        with self._kept_attention():
             out = self.block.run(hidden, window)
         self._kept[window].clear()
         return out
+
+    def _kept_attention(self) -> _KeptAttention:
+        return _KeptAttention(self._pass, self._attention, self._folder)
 
     def _begin(self, window: int, hidden: Tensor) -> None:
         self._pass.kept, self._pass.counts, self._pass.calls = self._kept[window], {}, []
@@ -172,9 +178,10 @@ class _KeptAttention(TorchFunctionMode):
     """Keeps what attention returned, where nothing but final layers stands before it: a pass that was stopped at the
     output projection comes by again on its way to what follows."""
 
-    def __init__(self, state: _Pass, folder: Path | None) -> None:
+    def __init__(self, state: _Pass, attention: Callable[..., Tensor], folder: Path | None) -> None:
         super().__init__()
         self._state = state
+        self._attention = attention
         self._folder = folder
         self._runs: dict[str, int] = {}  # of attention, by the submodule that holds it
 
@@ -187,7 +194,7 @@ class _KeptAttention(TorchFunctionMode):
         name = f"{holder}.attention {run}"  # gone with what its holder keeps of its parts
         if name in state.kept:
             return _fetched(state.kept[name])
-        out = scaled_dot_product_attention(*args, **(kwargs or {}))
+        out = self._attention(*args, **(kwargs or {}))
         if not state.open and state.counts.get(holder, 1) == 1:
             state.kept[name] = _stored(out, self._folder)
         return out
@@ -243,22 +250,25 @@ class Stream:
         folder: where hidden states are written after every block; None for nowhere.
         in_memory: whether they (and what blocks keep) stay in memory, too.
         position: blocks that were left before.
+        own_attention: see `Resumable`.
     """
 
     def __init__(
         self, hiddens: Iterable[Tensor], name: str = "", folder: Path | None = None, in_memory: bool = True,
-        position: int = 0,
+        position: int = 0, own_attention: bool = False,
     ) -> None:  # fmt: skip
         self._name = name
         self._folder = folder
         self._in_memory = in_memory or folder is None
         self._position = position
+        self._own_attention = own_attention
         self._block: Resumable | None = None
         self.hiddens: Hiddens = hiddens if isinstance(hiddens, Hiddens) else self._new(list(hiddens))
 
     def enter(self, block: Block, targets: Iterable[str], final: Iterable[str]) -> None:
         """Begin a block."""
-        self._block = Resumable(block, targets, final, None if self._in_memory else self._folder)
+        folder = None if self._in_memory else self._folder
+        self._block = Resumable(block, targets, final, folder, self._own_attention)
 
     def settle(self, names: Iterable[str]) -> None:
         """Say that these layers of the block will not change any more."""

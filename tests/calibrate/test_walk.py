@@ -15,11 +15,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from hf_gptq_plugin import GPTQConfig
+from hf_gptq_plugin import GPTQConfig, native
 from hf_gptq_plugin.calibrate import stream, walk
 from hf_gptq_plugin.calibrate.chains import find_chains
 from hf_gptq_plugin.calibrate.sources import CalibrationError
 from hf_gptq_plugin.calibrate.stream import Resumable
+from hf_gptq_plugin.solve import linalg
 
 # What stands in one block, in the order in which it runs; layers in one list read the same tensor.
 STAGES = {
@@ -141,6 +142,23 @@ def test_a_resumed_pass_computes_attention_once(
         layers["self_attn.v_proj"].weight.mul_(2)
         (again,) = resumable.outputs(hiddens[:1])
         assert torch.equal(again, block.run(hiddens[0], 0)) and not torch.equal(again, expected)
+
+
+@pytest.mark.skipif(
+    native.library() is None or not linalg.attends_faster(32), reason="PyTorch's attention is the faster one here"
+)
+def test_attention_of_our_own(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
+    """In bf16; to as much as that holds, what PyTorch computes in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
+    chain, hiddens = record(model, [torch.tensor(windows[0])])
+    with torch.no_grad():
+        expected = chain[0].run(hiddens[0], 0)
+    model = model.bfloat16()
+    chain, hiddens = record(model, [torch.tensor(windows[0])])
+    with CountAttention() as counter:
+        (left,) = Resumable(chain[0], walk.linears(chain[0].module), own_attention=True).outputs(hiddens[:1])
+    assert counter.count == 0
+    assert (left.float() - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
