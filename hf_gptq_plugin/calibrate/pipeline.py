@@ -243,8 +243,8 @@ def _quantize_chains(
 
 def _stream(name: str, entries: list[Tensor], blocks: list[Block], plan: Plan, journal: Journal | None) -> Stream:
     """A stream at the chain's first block, or where an earlier process has left it."""
-    # Beside the dense model's stream attention stays PyTorch's: with it `balanced` gave SmolLM2 at 4 bits perplexities of
-    # 20.27 to 20.31 in three runs, with ours, though closer to the exact one, 20.34 to 20.41. Why is not known.
+    # Beside the dense model's stream attention stays PyTorch's: with it `balanced` gave SmolLM2 at 4 bits perplexities
+    # of 20.27 to 20.31 in three runs, with ours, though closer to the exact one, 20.34 to 20.41. Why is not known.
     own = not plan.needs_exact
     if journal is None:
         return Stream(entries, own_attention=own)
