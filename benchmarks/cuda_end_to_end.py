@@ -54,6 +54,7 @@ def replayed(model: Any, batch: int, replays: int = 50) -> float:
         model(input_ids=token, position_ids=position, attention_mask=seen, past_key_values=cache, use_cache=True)
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             step()

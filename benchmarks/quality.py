@@ -49,10 +49,10 @@ print("PEER " + json.dumps({"seconds": seconds, "version": gptqmodel.__version__
 """
 
 
-def call(*command: Any, **environment: str) -> str:
-    """Run a command, return what it printed."""
+def call(*command: Any, folder: Path | None = None, **environment: str) -> str:
+    """Run a command, in a folder where it may leave logs, return what it printed."""
     done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, env={**os.environ, **environment}
+        [str(part) for part in command], capture_output=True, text=True, env={**os.environ, **environment}, cwd=folder
     )
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -128,9 +128,10 @@ def run(options: argparse.Namespace, work: Path, topics: Path) -> None:
             windows = calibration_windows(found, tokenizer, options.samples, options.seqlen, 0, len(tokenizer), "auto")
             data.write_text(json.dumps([window.tolist() for window in windows]))
             workers = str(os.cpu_count())
+            model = Path(options.model).resolve() if Path(options.model).exists() else options.model
             printed = call(
-                options.peer, "-c", PEER, options.model, out, bits, options.group_size, data,
-                GPTQMODEL_CPU_WORKERS=workers,
+                options.peer.absolute(), "-c", PEER, model, out.resolve(), bits, options.group_size, data.resolve(),
+                folder=work, GPTQMODEL_CPU_WORKERS=workers,
             )  # fmt: skip
             peer = json.loads(next(line for line in printed.splitlines() if line.startswith("PEER "))[5:])
             measure(f"{bits} bit, gptqmodel {peer['version']}", out, seconds=peer["seconds"])

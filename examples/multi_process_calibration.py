@@ -9,7 +9,6 @@ takes the device of its local rank.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -32,11 +31,8 @@ def main() -> None:
     parser.add_argument("--preset", default="balanced", choices=["fast", "balanced", "best"])
     arguments = parser.parse_args()
 
-    device = "cpu"
-    if torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.cuda.set_device(device)
     processes.join()  # before loading: Hessians are summed over all processes
+    device = processes.own_device("cuda" if torch.cuda.is_available() else "cpu")
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     config = GPTQConfig(

@@ -11,7 +11,8 @@ from torch import Tensor
 
 def join() -> None:
     """Join the other processes, where a launcher has started several; harmless to repeat. On GPUs each takes its own,
-    or shares one where there are fewer; models on the CPU are shared there, too."""
+    or shares one where fewer are in sight, which all machines must have as many of; models on the CPU are shared there,
+    too."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and dist.is_available() and not dist.is_initialized():
         gpus = torch.cuda.device_count()
         if gpus:

@@ -2,7 +2,7 @@
 
 Tuning multiplies in bf16 where the hardware has instructions for it. Elsewhere torch's 16 bits are slow, above all
 backward: there our own product, exact in 16 bits, takes the place of torch's, and attention is computed in fp32.
-Forward, on any processor, attention can be our own.
+Forward, attention can be our own where that is faster.
 """
 
 from __future__ import annotations

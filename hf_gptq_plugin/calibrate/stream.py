@@ -94,7 +94,8 @@ class Resumable:
         if (first := next(remaining, None)) is None:
             return
         parallel = all(p.device.type == "cpu" for p in self.block.module.parameters())
-        together = (_MADE_BYTES if self._folder is None else _MADE_BYTES_ON_DISK) // (4 * max(first.nbytes, 1))
+        room = _MADE_BYTES if self._folder is None else _MADE_BYTES_ON_DISK
+        together = room // (4 * first.nbytes) if first.nbytes else 1  # of a whole model nothing is known
         yield from in_order(work, enumerate(itertools.chain((first,), remaining)), parallel, together=together)
 
     @torch.no_grad()

@@ -57,7 +57,9 @@ def in_order(
 
 def _workers(threads: int) -> ThreadPoolExecutor:
     global _pool
-    if _pool is None or _pool._max_workers < threads:
+    if _pool is None or _pool._max_workers != threads:
+        if _pool is not None:
+            _pool.shutdown(wait=False)  # what it works on goes on
         _pool = ThreadPoolExecutor(threads, "calibrate", initializer=torch.set_num_threads, initargs=(1,))
     return _pool
 

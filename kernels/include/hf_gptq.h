@@ -54,7 +54,8 @@ enum hf_gptq_error {
   HF_GPTQ_ERROR_DTYPE = 3,          // a dtype is not an hf_gptq_dtype
   HF_GPTQ_ERROR_SHAPE = 4,          // a dimension, stride, group_size, blocksize, rounds, scale
                                     // or zero_min is out of range
-  HF_GPTQ_ERROR_LAYOUT = 5,         // the strides are neither canonical nor blocked
+  HF_GPTQ_ERROR_LAYOUT = 5,         // the strides are neither canonical nor blocked; attention: 4
+                                    // does not divide an address
   HF_GPTQ_ERROR_ZERO_OFFSET = 6,    // zero_offset is not 0 or 1
   HF_GPTQ_ERROR_GROUP = 7,          // a group index is outside [0, G), or group_start is not a
                                     // non-decreasing sequence from 0 to K

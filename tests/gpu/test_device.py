@@ -199,6 +199,8 @@ PRODUCTS = {  # a part of the kernels' names, and (regime, rows) that run them
     "dequantize_kernel": ((native_cuda.DENSE, 300),),
 }  # fmt: skip
 HOPPER_ONLY = "linear_kernel"
+for _kernel in PRODUCTS:  # a name that is none would filter everything out, and pass
+    assert any(f" {_kernel}(" in path.read_text() for path in (ROOT / "kernels" / "cuda").glob("*.h")), _kernel
 
 
 @pytest.mark.timeout(2000)
