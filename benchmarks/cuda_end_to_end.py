@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.cuda_kernels import graph_us
+
 
 def generation(model: Any, tokenizer: Any, batch: int, new_tokens: int) -> float:
     """New tokens per second, all sequences together; the second of two runs."""
@@ -53,24 +55,8 @@ def replayed(model: Any, batch: int, replays: int = 50) -> float:
     def step() -> None:
         model(input_ids=token, position_ids=position, attention_mask=seen, past_key_values=cache, use_cache=True)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    times = []
-    for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return batch / sorted(times)[len(times) // 2]
+    torch.cuda.synchronize()  # the graph is warmed up on another stream
+    return batch / graph_us([step], replays) * 1e6
 
 
 @torch.no_grad()

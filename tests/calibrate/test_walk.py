@@ -118,16 +118,23 @@ class CountAttention(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def first_block(
+    tiny: Callable[..., Path], windows: list[list[int]]
+) -> tuple[walk.Block, dict[str, Any], list[torch.Tensor], torch.Tensor]:
+    """A llama's, its layers, what enters it for one window, and what leaves it."""
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
+    chain, hiddens = record(model, [torch.tensor(windows[0])])
+    with torch.no_grad():
+        expected = chain[0].run(hiddens[0], 0)
+    return chain[0], walk.linears(chain[0].module), hiddens, expected
+
+
 @pytest.mark.parametrize("final", [True, False])
 def test_a_resumed_pass_computes_attention_once(
     final: bool, tiny: Callable[..., Path], windows: list[list[int]]
 ) -> None:
     """Where nothing but final layers stands before it; else what entered it may be another when it is run again."""
-    model = AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
-    chain, hiddens = record(model, [torch.tensor(windows[0])])
-    block, layers = chain[0], walk.linears(chain[0].module)
-    with torch.no_grad():
-        expected = block.run(hiddens[0], 0)
+    block, layers, hiddens, expected = first_block(tiny, windows)
     resumable = Resumable(block, layers)
     with CountAttention() as counter:
         for stage in STAGES["llama"]:
@@ -166,11 +173,7 @@ def test_a_resumed_pass_computes_norms_once(
     in_memory: bool, tiny: Callable[..., Path], windows: list[list[int]], tmp_path: Path
 ) -> None:
     """But where what is kept goes to disk, which takes longer than a norm. Activations, which are wider, run again."""
-    model = AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
-    chain, hiddens = record(model, [torch.tensor(windows[0])])
-    block, layers = chain[0], walk.linears(chain[0].module)
-    with torch.no_grad():
-        expected = block.run(hiddens[0], 0)
+    block, layers, hiddens, expected = first_block(tiny, windows)
     computed: list[str] = []
     own = {name: block.module.get_submodule(name).forward for name in ("input_layernorm", "mlp.act_fn")}
 
