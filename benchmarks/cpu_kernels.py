@@ -185,7 +185,7 @@ def forward(
 ) -> list[dict[str, Any]]:
     """The product: prints one line per combination and returns the figures."""
     native.set_activations("exact")
-    heads = ("N×K", "weight", "x", "M", "µs", "GB/s", "GFLOP/s", "× read")
+    heads = ("ISA", "N×K", "weight", "x", "M", "µs", "GB/s", "GFLOP/s", "× read")
     heads += ("× dense", "× fp32", "× torch", "× vLLM", "× int8")
     print(" ".join(f"{h:>10}" for h in heads), f"{'error':>8} {'dense':>8} {'int8':>8}")
     figures, notes = [], {}
@@ -242,8 +242,8 @@ def forward(
                         for k in ("dense", "fp32", "torch", "vllm")
                     ]
                     print(
-                        f"{f'{out_features}×{in_features}':>10} {case!s:>10} {name:>10} {m:10d} {us:10.0f} "
-                        f"{line['GB/s']:10.1f} {line['GFLOP/s']:10.0f} {line['x_read']:10.2f}",
+                        f"{line['isa']:>10} {f'{out_features}×{in_features}':>10} {case!s:>10} {name:>10} {m:10d} "
+                        f"{us:10.0f} {line['GB/s']:10.1f} {line['GFLOP/s']:10.0f} {line['x_read']:10.2f}",
                         *ratios, f"{us / int8[0]:10.2f}" if int8 else f"{'-':>10}",
                         f"{error:8.1e} {dense_error:8.1e}", f"{int8[1]:8.1e}" if int8 else f"{'-':>8}", flush=True,
                     )  # fmt: skip

@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "balanced": {
         "generated": 0.25, "token_weights": "uniform", "output_hessian": "loss", "propagation": 0.5, "refit": True,
-        "alternations": 3, "descent": 3, "block_epochs": 0, "model_epochs": 0,
+        "alternations": 0, "descent": 1, "block_epochs": 0, "model_epochs": 0,
     },
 }  # fmt: skip
 PRESETS["best"] = {
@@ -43,9 +43,9 @@ PRESETS["best"] = {
     "block_epochs": 2, "model_epochs": 2,
 }  # fmt: skip
 # What "balanced" does besides up to so many bits: the more is lost, the more it matters where. At 4 bits it gains
-# nothing, for a third more time.
+# nothing, for as much time again.
 _FEW_BITS = 3
-_AT_FEW_BITS: dict[str, Any] = {"token_weights": "loss"}
+_AT_FEW_BITS: dict[str, Any] = {"token_weights": "loss", "alternations": 3, "descent": 3}
 
 _MOST_GENERATED = 100
 # Fields that only a checkpoint that is finished has.
@@ -93,9 +93,9 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         packing: "concat" joins samples and cuts them into windows (also True), "each" makes one window of every
             sample, cut off after seqlen tokens (also False); "auto" is "each" for token ids, "concat" for the rest.
         preset: "balanced" is the default; "fast" leaves out what comes before and after the column loop: text that
-            the model writes, the dense model's passes, descent and refit; "best" weighs tokens too, as "balanced" does
-            up to 3 bits, and then learns by gradient descent, for some times as long. The fields below override it one
-            by one.
+            the model writes, the dense model's passes, descent and refit; "best" weighs tokens too and goes on for
+            longer with descent and refit, as "balanced" does up to 3 bits, and then learns by gradient descent, for
+            some times as long. The fields below override it one by one.
         generated: windows that the dense model writes itself and that are used beside the samples, as a multiple of
             their number; needs the model in memory. A text shows what its own domain asks of the weights, this what
             all others do. Models that do not write text are calibrated without. See `calibrate.generate`.

@@ -153,7 +153,7 @@ def _hessians(
     for name in group:  # as they run: what lies before a layer that is stopped at is not entered again
         if name in plain:
             if name == plain[0]:
-                yield plain, layer_hessian(stream, exact, name, _mean_weights(weights, plain)), ""
+                yield plain, layer_hessian(stream, exact, name, _mean_weights(weights, plain), len(plain) == 1), ""
             continue
         experts, calls = stream.calls_of(name)
         wanted = {local.removeprefix(f"{name}.") for local in targets if local.startswith(f"{name}.")}
@@ -173,26 +173,32 @@ def _mean_weights(weights: dict[str, list[Tensor]], names: list[str]) -> list[Te
     return [torch.stack(parts).mean(0) for parts in windows]
 
 
-def layer_hessian(stream: Stream, exact: Stream | None, layer: str, weights: Sequence[Tensor] | None = None) -> Hessian:
+def layer_hessian(
+    stream: Stream, exact: Stream | None, layer: str, weights: Sequence[Tensor] | None = None, alone: bool = False
+) -> Hessian:
     """The Hessian of what enters a layer of the block that the streams are in, over all processes.
 
     Args:
         stream, exact: see `quantize_block`.
         layer: its name in the block.
         weights: what the tokens of every window count, `[tokens]`; None for alike.
+        alone: whether no other layer reads the same tensor. Then errors of what its output is added to count, too.
     """
+    carried = stream.carried(layer) if alone and exact is not None else None
     hessian: Hessian | None = None
-    twins = exact.inputs_of(layer) if exact is not None else itertools.repeat(None)
+    twins = exact.inputs_of(layer, carried) if exact is not None else itertools.repeat((None, None))
     counted = weights if weights is not None else itertools.repeat(None)
-    for x, dense, counts in zip(stream.inputs_of(layer), twins, counted, strict=False):
+    ours = stream.inputs_of(layer, carried)
+    for (x, beside), (dense, dense_beside), counts in zip(ours, twins, counted, strict=False):
         if x is not None:
             if dense is not None and dense.shape[:-1] != x.shape[:-1]:
                 raise WalkError(
                     f"the dense model sends other tokens to {stream.full(layer)} than the quantized one, as where a "
                     "router chooses among modules; exclude such layers with dynamic, or set propagation=0"
                 )
+            lost = None if beside is None or dense_beside is None else dense_beside - beside
             hessian = hessian or Hessian(x.shape[-1], x.device)
-            hessian.add(x, dense, counts)
+            hessian.add(x, dense, counts, lost)
     hessian = hessian or Hessian(1)
     hessian.combine(processes.sum_in_place, processes.sum_of)
     return hessian

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .offload import is_offloaded
-from .products import own_products
+from .products import OwnAttention, own_products
 from .sources import CalibrationError
 from .threads import in_order
 from .walk import input_device
@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 # Tokens written in one go. A window holds several such pieces, as windows of joined texts do: writing takes time that
 # grows faster than the length, and every piece begins somewhere else.
-PIECE = 128
+PIECE = 64
 # Pieces written side by side, by one thread whatever the number of threads: products of other sizes round otherwise,
 # and a text goes another way from there.
-_BATCH = 32
+_BATCH = 64
 
 
 @torch.no_grad()
@@ -77,6 +77,13 @@ def generated_windows(model: Any, windows: list[Tensor], count: int, seed: int) 
     return [window.flatten()[:length].clone() for window in written.view(count, -1)]
 
 
+def drawn(probable: Tensor, draw: torch.Generator) -> Tensor:
+    """A sample of every distribution `[..., n]` of finitely many things, int64 `[..., 1]`."""
+    uniform = torch.rand(*probable.shape[:-1], 1, generator=draw).to(probable.device)
+    sums = probable.cumsum(-1)
+    return torch.searchsorted(sums, uniform * sums[..., -1:]).clamp_(max=probable.shape[-1] - 1)
+
+
 def _cannot_write(model: Any) -> str:
     """Why not, or ""."""
     can_generate = getattr(model, "can_generate", None)
@@ -111,16 +118,17 @@ def _continued(model: Any, batch: tuple[int, Tensor], size: int, seed: int, devi
     noise = torch.Generator().manual_seed(seed + 1 + number)
 
     def sampled(ids: Tensor, logits: Tensor) -> Tensor:
-        """The largest of logits with Gumbel noise is a sample of their softmax. Unlike torch.multinomial behind
-        `do_sample`, it draws from a generator that no other thread uses."""
-        uniform = torch.rand(logits.shape, generator=noise).clamp_(min=torch.finfo(torch.float32).tiny)
-        return logits.float() - uniform.log_().neg_().log_().to(logits.device)
+        """Nothing but a sample of their softmax. Unlike torch.multinomial behind `do_sample`, it draws from a generator
+        that no other thread uses."""
+        chosen = drawn(torch.softmax(logits.float(), -1), noise)
+        return torch.full_like(logits, -torch.inf).scatter_(-1, chosen, 0.0)
 
     # A config of its own: the model's may ask for beams or penalties.
     config = GenerationConfig(max_new_tokens=size - begun.shape[1], do_sample=False, pad_token_id=0, use_cache=True)
     begun = begun.to(device)
-    out = model.generate(
-        begun, attention_mask=torch.ones_like(begun), generation_config=config,
-        logits_processor=LogitsProcessorList([sampled]),
-    )  # fmt: skip
+    with OwnAttention():
+        out = model.generate(
+            begun, attention_mask=torch.ones_like(begun), generation_config=config,
+            logits_processor=LogitsProcessorList([sampled]),
+        )  # fmt: skip
     return out.cpu()

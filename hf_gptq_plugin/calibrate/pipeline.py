@@ -243,17 +243,14 @@ def _quantize_chains(
 
 def _stream(name: str, entries: list[Tensor], blocks: list[Block], plan: Plan, journal: Journal | None) -> Stream:
     """A stream at the chain's first block, or where an earlier process has left it."""
-    # Beside the dense model's stream attention stays PyTorch's: with it `balanced` gave SmolLM2 at 4 bits perplexities
-    # of 20.27 to 20.31 in three runs, with ours, though closer to the exact one, 20.34 to 20.41. Why is not known.
-    own = not plan.needs_exact
     if journal is None:
-        return Stream(entries, own_attention=own)
+        return Stream(entries)
     in_memory = not plan.low_memory
     position = sum(block.name in journal.blocks for block in blocks)
     if not position or any(map(_shares, blocks)):
-        return Stream(entries, name, journal.folder, in_memory, own_attention=own)
+        return Stream(entries, name, journal.folder, in_memory)
     left = Hiddens.written(journal.folder, journal.streams()[name], in_memory, entries[0].device, len(entries))
-    return Stream(left, name, journal.folder, in_memory, position, own)
+    return Stream(left, name, journal.folder, in_memory, position)
 
 
 def _shares(block: Block) -> bool:

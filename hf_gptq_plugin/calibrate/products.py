@@ -56,14 +56,27 @@ def scaled_dot_product_attention(
 ) -> Tensor:  # fmt: skip
     """PyTorch's function of this name; natively where nothing is masked but what comes later."""
     out = None
-    plain = attn_mask is None and not dropout_p and (enable_gqa or query.shape[1] == key.shape[1])
+    plain = attn_mask is None and not dropout_p and query.dim() == key.dim() == 4
+    plain = plain and (enable_gqa or query.shape[1] == key.shape[1])
     if plain and attends_faster(key.shape[-2]):
-        out = attention(query, key, value, scale, is_causal)
+        heads = key.shape[0] * key.shape[1]
+        alone = query.shape[2] == 1 and not is_causal  # then heads that share keys are queries of one head
+        rows = query.reshape(1, heads, -1, query.shape[3]) if alone else query.flatten(0, 1)[None]
+        out = attention(rows, key.flatten(0, 1)[None], value.flatten(0, 1)[None], scale, is_causal)
+        out = None if out is None else out.reshape(query.shape)
     if out is None:
         out = nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     return out
+
+
+class OwnAttention(TorchFunctionMode):
+    """While the context lasts, in its thread, `scaled_dot_product_attention` takes the place of PyTorch's."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own = func is nn.functional.scaled_dot_product_attention
+        return (scaled_dot_product_attention if own else func)(*args, **(kwargs or {}))
 
 
 class _WideAttention(TorchFunctionMode):

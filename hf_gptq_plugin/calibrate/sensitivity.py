@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from ..solve.joint import part_rows
 from ..solve.linalg import add_gram, total
 from . import processes
+from .generate import drawn
 from .memory import give_back
 from .offload import is_offloaded
 from .products import computing, own_products
@@ -48,7 +49,8 @@ _KEPT_BYTES = 4 << 30
 _TRIM_EVERY = 4  # windows; of what a backward pass frees glibc keeps more each time, some 80 MB with SmolLM2-135M
 _COPIES = 3  # numbers that are kept per token and channel of a linear layer's wider side, about
 
-_OUTPUT_WINDOWS = 32  # what the outputs' Hessians are taken from
+# What the outputs' Hessians are taken from: where all windows are run for their tokens, and where for this alone.
+_OUTPUT_WINDOWS, _OUTPUT_WINDOWS_ALONE = 32, 8
 _OUTPUT_BYTES = 1 << 30  # what they may take over all layers; of larger models fewer outputs are felt together
 _FLIGHT_BYTES = 4 << 30  # the same for all windows that are worked on at a time
 _PRIOR = 1.0  # how much of the identity is added to their mean, see `_OutputSums.metric`
@@ -93,7 +95,7 @@ def sensitivity(
     tokens: dict[str, list[Tensor]] = {name: [] for name in sorted(names)}  # in one order in all processes
     most = _most_rows(model, outputs)
     sums = {name: _OutputSums(model.get_submodule(name), most) for name in sorted(outputs)}
-    share = -(-_OUTPUT_WINDOWS // processes.count())
+    share = -(-(_OUTPUT_WINDOWS if names else _OUTPUT_WINDOWS_ALONE) // processes.count())
     if not names:
         windows = windows[:share]
     wide = sum(max(layer.weight.shape) for layer in linears(model).values())
@@ -296,6 +298,5 @@ def _slope(end: Tensor, predicts: bool, draw: torch.Generator) -> Tensor:
         signs = torch.randint(2, end.shape, generator=draw) * 2 - 1
         return signs.to(end.device, end.dtype)
     probable = torch.softmax(end.float(), -1)
-    uniform = torch.rand(*end.shape[:-1], 1, generator=draw).to(end.device)
-    labels = torch.searchsorted(probable.cumsum(-1), uniform).clamp_(max=end.shape[-1] - 1)
-    return probable.scatter_add_(-1, labels, torch.full_like(uniform, -1.0)).to(end.dtype)
+    labels = drawn(probable, draw)
+    return probable.scatter_add_(-1, labels, torch.full_like(labels, -1.0, dtype=torch.float32)).to(end.dtype)

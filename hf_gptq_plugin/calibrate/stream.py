@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class _Pass(threading.local):
     kept: dict[str, Any]  # what finished submodules returned
     counts: dict[str, int]  # runs of every submodule in this pass
     calls: list[tuple[Any, ...]]  # arguments of the module that is looked at
+    carried: Tensor | None  # what entered another part of the block, where that is asked for
     inside: list[str]  # the submodules being run, from the outermost on
     open: bool  # whether a layer has run that is not final
     most: int  # bytes that what holds no layer may return and have kept
@@ -54,18 +56,15 @@ class Resumable:
         targets: names of the linear layers that will be looked at.
         final: names of those that will not change any more. Add to it as layers become final.
         folder: where what is kept goes; None to keep it in memory.
-        own_attention: whether attention is computed natively where it can be.
     """
 
     def __init__(
-        self, block: Block, targets: Iterable[str], final: Iterable[str] = (), folder: Path | None = None,
-        own_attention: bool = False,
-    ) -> None:  # fmt: skip
+        self, block: Block, targets: Iterable[str], final: Iterable[str] = (), folder: Path | None = None
+    ) -> None:
         self.block = block
         self.final = set(final)
         self._targets = tuple(targets)
         self._folder = folder
-        self._attention = scaled_dot_product_attention if own_attention else nn.functional.scaled_dot_product_attention
         self._kept: list[dict[str, Any]] = [{} for _ in block.calls]
         self._pass = _Pass()
 
@@ -73,7 +72,8 @@ class Resumable:
         """The positional arguments of every run of a submodule, window by window; none where the pass does not come
         to it."""
         with self._watching(layer):
-            yield from self._each(self._call, hiddens)
+            for calls, _carried in self._each(self._call, hiddens):
+                yield calls
 
     def inputs_of(self, layer: str, hiddens: Iterable[Tensor]) -> Iterator[Tensor | None]:
         """What enters a submodule at every run, window by window; None where the pass does not come to it."""
@@ -83,6 +83,15 @@ class Resumable:
                 yield inputs[0] if inputs else None
             else:
                 yield torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
+
+    def inputs_with(
+        self, layer: str, carried: str, hiddens: Iterable[Tensor]
+    ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        """What enters a layer that runs once, and what enters an earlier part of the block ("" for the block itself),
+        window by window; None where the pass does not come to them."""
+        with self._watching(layer, carried):
+            for calls, value in self._each(partial(self._call, carried=carried), hiddens):
+                yield calls[0][0] if calls else None, value
 
     def outputs(self, hiddens: Iterable[Tensor]) -> Iterator[Tensor]:
         """The block's hidden states, window by window; forgets what was kept."""
@@ -99,15 +108,18 @@ class Resumable:
         yield from in_order(work, enumerate(itertools.chain((first,), remaining)), parallel, together=together)
 
     @torch.no_grad()
-    def _call(self, item: tuple[int, Tensor]) -> list[tuple[Any, ...]]:
+    def _call(
+        self, item: tuple[int, Tensor], carried: str | None = None
+    ) -> tuple[list[tuple[Any, ...]], Tensor | None]:
         window, hidden = item
         self._begin(window, hidden)
+        self._pass.carried = hidden if carried == "" else None
         try:
             with self._kept_attention():
                 self.block.run(hidden, window)
         except _Stop:
             pass
-        return self._pass.calls
+        return self._pass.calls, self._pass.carried
 
     @torch.no_grad()
     def _output(self, item: tuple[int, Tensor]) -> Tensor:
@@ -119,20 +131,21 @@ class Resumable:
         return out
 
     def _kept_attention(self) -> _KeptAttention:
-        return _KeptAttention(self._pass, self._attention, self._folder)
+        return _KeptAttention(self._pass, self._folder)
 
     def _begin(self, window: int, hidden: Tensor) -> None:
         self._pass.kept, self._pass.counts, self._pass.calls = self._kept[window], {}, []
         self._pass.inside, self._pass.open, self._pass.most = [], False, hidden.nbytes
 
     @contextmanager
-    def _watching(self, until: str | None) -> Iterator[None]:
-        """While the context lasts, submodules hand out what was kept, and a pass stops at `until`."""
+    def _watching(self, until: str | None, carried: str | None = None) -> Iterator[None]:
+        """While the context lasts, submodules hand out what was kept, a pass stops at `until`, and what enters
+        `carried` is noted."""
         with ExitStack() as stack:
             for name, module in self._submodules(until):
                 covered = {t for t in self._targets if t == name or t.startswith(f"{name}.")}
-                if covered or name == until or self._folder is None:
-                    wrapper = self._wrapper(name, module.forward, covered, name == until)
+                if covered or name in (until, carried) or self._folder is None:
+                    wrapper = self._wrapper(name, module.forward, covered, name == until, name == carried)
                     stack.enter_context(forward_replaced(module, wrapper))
             yield
 
@@ -145,14 +158,18 @@ class Resumable:
             if name and name.rpartition(".")[0] in holders:
                 yield name, module
 
-    def _wrapper(self, name: str, own: Callable[..., Any], covered: set[str], watched: bool) -> Callable[..., Any]:
+    def _wrapper(
+        self, name: str, own: Callable[..., Any], covered: set[str], watched: bool, carried: bool
+    ) -> Callable[..., Any]:
         state, finished = self._pass, self.final.issuperset(covered)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             kept = state.kept
             first = not state.counts.get(name)
             state.counts[name] = state.counts.get(name, 0) + 1
-            if first and name in kept:
+            if carried and first:
+                state.carried = args[0] if args else None
+            if first and name in kept and _intact(kept[name]):
                 return _fetched(kept[name])
             if watched:
                 state.calls.append(args)
@@ -179,10 +196,9 @@ class _KeptAttention(TorchFunctionMode):
     """Keeps what attention returned, where nothing but final layers stands before it: a pass that was stopped at the
     output projection comes by again on its way to what follows."""
 
-    def __init__(self, state: _Pass, attention: Callable[..., Tensor], folder: Path | None) -> None:
+    def __init__(self, state: _Pass, folder: Path | None) -> None:
         super().__init__()
         self._state = state
-        self._attention = attention
         self._folder = folder
         self._runs: dict[str, int] = {}  # of attention, by the submodule that holds it
 
@@ -193,9 +209,9 @@ class _KeptAttention(TorchFunctionMode):
         holder = state.inside[-1] if state.inside else ""
         run = self._runs[holder] = self._runs.get(holder, 0) + 1
         name = f"{holder}.attention {run}"  # gone with what its holder keeps of its parts
-        if name in state.kept:
+        if name in state.kept and _intact(state.kept[name]):
             return _fetched(state.kept[name])
-        out = self._attention(*args, **(kwargs or {}))
+        out = scaled_dot_product_attention(*args, **(kwargs or {}))
         if not state.open and state.counts.get(holder, 1) == 1:
             state.kept[name] = _stored(out, self._folder)
         return out
@@ -218,19 +234,42 @@ class _OnDisk:
         self._path.unlink(missing_ok=True)
 
 
+class _InMemory:
+    """A tensor that others hold, too: of no use any more once one of them has written into it. In inference mode, where
+    PyTorch does not count what is written, a copy of it."""
+
+    def __init__(self, value: Tensor) -> None:
+        self._counted = not value.is_inference()
+        self._value = value if self._counted else value.clone()
+        self._version = value._version if self._counted else 0
+
+    @property
+    def intact(self) -> bool:
+        """Whether it is what it was."""
+        return not self._counted or self._value._version == self._version
+
+    def read(self) -> Tensor:
+        return self._value if self._counted else self._value.clone()
+
+
 def _stored(value: Any, folder: Path | None) -> Any:
-    """What a module returned, kept: a copy, since its caller may write into it."""
+    """What a module returned, kept."""
     if isinstance(value, Tensor):
-        return value.clone() if folder is None else _OnDisk(value, folder)
+        return _InMemory(value) if folder is None else _OnDisk(value, folder)
     if isinstance(value, (tuple, list)):
         return _like(value, [_stored(item, folder) for item in value])
     return value
 
 
+def _intact(value: Any) -> bool:
+    """Whether what was kept is still what the module returned: its caller may have written into it."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_intact, value))
+    return not isinstance(value, _InMemory) or value.intact
+
+
 def _fetched(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, _OnDisk):
+    if isinstance(value, (_InMemory, _OnDisk)):
         return value.read()
     if isinstance(value, (tuple, list)):
         return _like(value, [_fetched(item) for item in value])
@@ -251,33 +290,37 @@ class Stream:
         folder: where hidden states are written after every block; None for nowhere.
         in_memory: whether they (and what blocks keep) stay in memory, too.
         position: blocks that were left before.
-        own_attention: see `Resumable`.
     """
 
     def __init__(
         self, hiddens: Iterable[Tensor], name: str = "", folder: Path | None = None, in_memory: bool = True,
-        position: int = 0, own_attention: bool = False,
+        position: int = 0,
     ) -> None:  # fmt: skip
         self._name = name
         self._folder = folder
         self._in_memory = in_memory or folder is None
         self._position = position
-        self._own_attention = own_attention
         self._block: Resumable | None = None
         self.hiddens: Hiddens = hiddens if isinstance(hiddens, Hiddens) else self._new(list(hiddens))
 
     def enter(self, block: Block, targets: Iterable[str], final: Iterable[str]) -> None:
         """Begin a block."""
         folder = None if self._in_memory else self._folder
-        self._block = Resumable(block, targets, final, folder, self._own_attention)
+        self._block = Resumable(block, targets, final, folder)
 
     def settle(self, names: Iterable[str]) -> None:
         """Say that these layers of the block will not change any more."""
         self._entered.final.update(names)
 
-    def inputs_of(self, layer: str) -> Iterator[Tensor | None]:
-        """What enters a layer of the block, window by window."""
-        return self._entered.inputs_of(layer, self.hiddens)
+    def inputs_of(self, layer: str, carried: str | None = None) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        """What enters a layer of the block, and an earlier part of it ("" for itself; None for none), by window."""
+        if carried is None:
+            return ((entered, None) for entered in self._entered.inputs_of(layer, self.hiddens))
+        return self._entered.inputs_with(layer, carried, self.hiddens)
+
+    def carried(self, layer: str) -> str | None:
+        """What the output of a layer of the block is added to, see `Block.carried`."""
+        return self._entered.block.carried.get(layer)
 
     def calls_of(self, module: str) -> tuple[Any, list[tuple[Any, ...]]]:
         """A module of the block, and the arguments with which it is called, window by window."""

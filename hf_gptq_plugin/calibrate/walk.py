@@ -11,11 +11,13 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import Cache
 from transformers.pytorch_utils import Conv1D
 
@@ -42,6 +44,8 @@ class Block:
         calls: one per calibration window: the block's arguments, without the hidden states.
         output: index of the hidden states in what the block returns; None where it returns them bare.
         repeated: its linear layers that run more than once in a pass, by name; `find_stages` fills it.
+        carried: of its linear layers that add their output to something, by name, what it is: what enters this part of
+            the block, or the block itself (""); `find_stages` fills it.
         is_twin: whether it is another's twin, see `twin`.
     """
 
@@ -50,6 +54,7 @@ class Block:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     output: int | None = None
     repeated: frozenset[str] = frozenset()
+    carried: dict[str, str] = field(default_factory=dict)
     is_twin: bool = False
 
     def full(self, local: str) -> str:
@@ -330,22 +335,73 @@ def find_stages(block: Block, hidden: Tensor, targets: Iterable[str]) -> list[li
         Lists of names, in order of execution. Layers that were not called are missing; those that were called more
         than once stand where they ran first, and are noted in the block.
     """
-    inputs: dict[str, list[Tensor]] = {}  # kept alive, so that identity means sameness
-
-    def watch(name: str) -> Callable[..., None]:
-        return lambda module, args: inputs.setdefault(name, []).append(args[0])
-
-    handles = [block.module.get_submodule(name).register_forward_pre_hook(watch(name)) for name in targets]
-    try:
+    trace = _Trace(hidden)
+    with trace.watching(block.module, targets):
         block.run(hidden, 0)
-    finally:
-        for handle in handles:
-            handle.remove()
     stages: dict[tuple[int, ...], list[str]] = {}
-    for name, read in inputs.items():
+    for name, read in trace.inputs.items():
         stages.setdefault(tuple(map(id, read)), []).append(name)
-    block.repeated = frozenset(name for name, read in inputs.items() if len(read) > 1)
+    block.repeated = frozenset(name for name, read in trace.inputs.items() if len(read) > 1)
+    once = [name for name in trace.inputs if name not in block.repeated]
+    block.carried = {name: part for name in once if (part := trace.carried(name)) is not None}
     return list(stages.values())
+
+
+class _Trace(TorchFunctionMode):
+    """One pass through a block: what its layers read and return, what its parts are called with, and what is added to
+    what. All is kept alive, so that identity means sameness.
+
+    Args:
+        hidden: what enters the block.
+    """
+
+    _SUMS = frozenset((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__))
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.inputs: dict[str, list[Tensor]] = {}  # of layers, at every run
+        self._outputs: dict[str, Any] = {}  # of their first runs
+        self._entered: dict[str, Any] = {"": hidden}  # the parts of the block that were called so far, first
+        self._before: dict[str, dict[str, Any]] = {}  # the same when a layer ran first
+        self._sums: list[tuple[Tensor, Tensor]] = []
+
+    @contextmanager
+    def watching(self, module: nn.Module, layers: Iterable[str]) -> Iterator[None]:
+        """While the context lasts, note what these layers of a block and its parts do."""
+        with ExitStack() as stack:
+            for name, part in module.named_children():
+                stack.callback(part.register_forward_pre_hook(partial(self._enter, name)).remove)
+            for name in layers:
+                layer = module.get_submodule(name)
+                stack.callback(layer.register_forward_pre_hook(partial(self._read, name)).remove)
+                stack.callback(layer.register_forward_hook(partial(self._return, name)).remove)
+            stack.enter_context(self)
+            yield
+
+    def carried(self, layer: str) -> str | None:
+        """What the layer's output is added to: what entered this part of the block before, or the block itself ("");
+        None for nothing of that kind, or for several."""
+        out = self._outputs[layer]
+        others = [pair[1 - side] for pair in self._sums for side in (0, 1) if pair[side] is out]
+        if len(others) != 1:
+            return None
+        return next((part for part, value in self._before[layer].items() if value is others[0]), None)
+
+    def _enter(self, name: str, module: nn.Module, args: Any) -> None:
+        self._entered.setdefault(name, args[0] if args else None)
+
+    def _read(self, name: str, module: nn.Module, args: Any) -> None:
+        self.inputs.setdefault(name, []).append(args[0])
+        self._before.setdefault(name, dict(self._entered))
+
+    def _return(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
+        self._outputs.setdefault(name, out)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._SUMS and not kwargs and all(isinstance(value, Tensor) for value in args):
+            if args[0].shape == args[1].shape:
+                self._sums.append(args)
+        return func(*args, **(kwargs or {}))
 
 
 def twin(block: Block) -> Block:

@@ -20,7 +20,8 @@ class SolveError(RuntimeError):
 
 class Hessian:
     """Running `H = (1/T) Σ w x xᵀ` over `T` tokens of weights `w`, and `C = (1/T) Σ w x (x* - x)ᵀ` where `x*` is what
-    `x` would be had no layer before been quantized.
+    `x` would be had no layer before been quantized. Where the output of the layer that reads `x` is added to some `r`,
+    also `R = (1/T) Σ w (r* - r) xᵀ`.
 
     Args:
         in_features: `K`.
@@ -30,12 +31,15 @@ class Hessian:
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self._cross: Tensor | None = None
+        self._beside: Tensor | None = None
         self.tokens = 0
         self._borrowed = 0
         self._divided = False
         self._factor: Factor | None = None
 
-    def add(self, x: Tensor, exact: Tensor | None = None, weights: Tensor | None = None) -> None:
+    def add(
+        self, x: Tensor, exact: Tensor | None = None, weights: Tensor | None = None, lost: Tensor | None = None
+    ) -> None:
         """Add inputs.
 
         Args:
@@ -44,19 +48,26 @@ class Hessian:
                 nothing where the two are alike.
             weights: `[T]`, what every token counts; 1 by default. Their mean over all calls should be 1, since `H` is
                 divided by the number of tokens.
+            lost: `r* - r`, `[..., N]`, as exact.
         """
         self._require_open()
         rows = self._rows(x)
         off = None if exact is None else self._rows(exact) - rows
+        lost = None if lost is None else self._rows(lost).to(rows.dtype)
         if weights is not None:
             roots = weights.to(rows.device).sqrt()[:, None]
             rows = (rows * roots).to(rows.dtype)
             off = None if off is None else (off * roots).to(rows.dtype)
+            lost = None if lost is None else (lost * roots).to(rows.dtype)
         add_gram(self._sum, rows)
         if off is not None:
             if self._cross is None:
                 self._cross = torch.zeros_like(self._sum)
             add_gram(self._cross, rows, off)
+        if lost is not None:
+            if self._beside is None:
+                self._beside = self._sum.new_zeros(lost.shape[1], rows.shape[1])
+            add_gram(self._beside, lost, rows)
         self.tokens += rows.shape[0]
 
     def lean_on(self, prior: Hessian, tokens: int) -> None:
@@ -78,10 +89,12 @@ class Hessian:
             sum_of: the sum over all of an integer.
         """
         self._require_open()
-        sum_in_place(self._sum)
-        if self._cross is not None:
-            sum_in_place(self._cross)
+        for made in self._made():
+            sum_in_place(made)
         self.tokens, self._borrowed = sum_of(self.tokens), sum_of(self._borrowed)
+
+    def _made(self) -> list[Tensor]:
+        return [made for made in (self._sum, self._cross, self._beside) if made is not None]
 
     def _rows(self, x: Tensor) -> Tensor:
         dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
@@ -97,14 +110,13 @@ class Hessian:
             weight = self.tokens + self._borrowed
             if weight == 0:
                 raise SolveError("no calibration token reached this layer; use more or other calibration text")
-            if not all_finite(self._sum) or (self._cross is not None and not all_finite(self._cross)):
+            if not all(map(all_finite, self._made())):
                 raise SolveError(
                     "the layer's inputs are not finite on the calibration text (NaN or infinity); load the model in "
                     "float32 or bfloat16, and check its weights"
                 )
-            self._sum /= weight
-            if self._cross is not None:
-                self._cross /= weight
+            for made in self._made():
+                made /= weight
             self._divided = True
         return self._sum
 
@@ -114,8 +126,8 @@ class Hessian:
         return self._cross
 
     def drift(self, weight: Tensor) -> Tensor | None:
-        """`W Cᵀ`, fp32 `[N, K]`: all that a layer needs of `C`, and smaller where a layer has few outputs. Inputs that
-        were never active count for nothing.
+        """`W Cᵀ + R`, fp32 `[N, K]`: all that a layer needs of `C`, and smaller where it has few outputs. Inputs that
+        were never active count for nothing. Where there is an `R`, the sum takes its place, and `C` is freed.
 
         Args:
             weight: `W`, `[N, K]`.
@@ -125,11 +137,16 @@ class Hessian:
         """
         cross = self.mean_cross()
         diagonal = self.mean().diagonal() if self._factor is None else self._factor.diagonal
-        return None if cross is None else output_drift(weight, cross, diagonal == 0)
+        if cross is None:
+            return self._beside
+        drift = output_drift(weight, cross, diagonal == 0, self._beside)
+        if self._beside is not None:
+            self._cross = None
+        return drift
 
     def forget_cross(self) -> None:
-        """Free `C`, which nothing needs any more."""
-        self._cross = None
+        """Free `C` and `R`, which nothing needs any more."""
+        self._cross = self._beside = None
 
     def factor(self, order: str, damp_percent: float) -> Factor:
         """The factor, made once for all layers that read these inputs. It takes the place of `mean`'s matrix.
@@ -152,18 +169,19 @@ class Hessian:
             raise RuntimeError("the Hessian's means were taken; nothing can be added any more")
 
 
-def output_drift(weight: Tensor, cross: Tensor, dead: Tensor) -> Tensor:
+def output_drift(weight: Tensor, cross: Tensor, dead: Tensor, onto: Tensor | None = None) -> Tensor:
     """`W Cᵀ`, see `Hessian.drift`.
 
     Args:
         weight: `W`, `[N, K]`, any float dtype.
         cross: `C`, fp32 `[K, K]`.
         dead: bool `[K]`, inputs that were never active.
+        onto: fp32 `[N, K]`, what it is added to, in place.
     """
-    out = torch.empty(weight.shape, dtype=torch.float32, device=cross.device)
+    out = torch.zeros(weight.shape, dtype=torch.float32, device=cross.device) if onto is None else onto
     for part, to in zip(weight.split(_ROWS), out.split(_ROWS), strict=True):
         live = part.to(cross.device, torch.float32).masked_fill(dead.to(cross.device), 0.0)
-        to.copy_(matmul(live, cross.T))
+        to += matmul(live, cross.T)
     return out
 
 

@@ -118,7 +118,7 @@ def test_what_is_felt_is_the_gradients_size_and_direction(
     monkeypatch.setattr(sensitivity, "_KEPT_BYTES", 0)
     assert same(found, sensitivity.sensitivity(model, blocks, ids_of(texts), names, names, 0))
     # Where only outputs are asked for, few windows say enough.
-    monkeypatch.setattr(sensitivity, "_OUTPUT_WINDOWS", 2)
+    monkeypatch.setattr(sensitivity, "_OUTPUT_WINDOWS_ALONE", 2)
     few = sensitivity.sensitivity(model, blocks, ids_of(texts), set(), names, 0)
     assert not few.tokens
     for name, parts in expected.items():

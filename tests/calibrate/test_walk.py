@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, load
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -64,6 +64,41 @@ def test_stages_follow_execution(kind: str, tiny: Callable[..., Path], windows: 
     chain, hiddens = record(model, [torch.tensor(windows[0])])
     stages = walk.find_stages(chain[0], hiddens[0], walk.linears(chain[0].module))
     assert [sorted(s) for s in stages] == [sorted(s) for s in STAGES[kind]]
+
+
+CARRIED = {
+    "llama": {"self_attn.o_proj": "", "mlp.down_proj": "post_attention_layernorm"},
+    "gpt2": {"attn.c_proj": "", "mlp.c_proj": "ln_2"},
+    "opt": {"self_attn.out_proj": "", "fc2": "final_layer_norm"},
+    "bloom": {"self_attention.dense": "", "mlp.dense_4h_to_h": "post_attention_layernorm"},
+    "bert": {"attention.output.dense": "", "output.dense": "intermediate"},
+    "gemma3_text": {},  # a norm stands between a layer and the sum
+}
+
+
+@pytest.mark.parametrize("kind", list(CARRIED))
+def test_what_layers_outputs_are_added_to(kind: str, tiny: Callable[..., Path], windows: list[list[int]]) -> None:
+    model = load(kind, tiny(kind)).eval()
+    (block, *_), hiddens = record(model, [torch.tensor(w) for w in windows[:2]])
+    layers = walk.linears(block.module)
+    stages = walk.find_stages(block, hiddens[0], layers)
+    assert block.carried == CARRIED[kind]
+    resumable = Resumable(block, layers)
+    for (layer,) in (stage for stage in stages if stage[0] in block.carried):
+        carried, inputs = block.carried[layer], []
+        target = block.module.get_submodule(carried) if carried else block.module
+        handle = target.register_forward_pre_hook(lambda m, args, inputs=inputs: inputs.append(args[0]))
+        with torch.no_grad():
+            expected = [block.run(hidden, window) for window, hidden in enumerate(hiddens)]
+        handle.remove()
+        for window, (entered, value) in enumerate(list(resumable.inputs_with(layer, carried, hiddens))):
+            assert entered is not None and value is not None
+            assert torch.equal(value, inputs[window])
+            if layer == stages[-1][0]:
+                out = value + block.module.get_submodule(layer)(entered)
+                norm = block.module.get_submodule("output.LayerNorm") if kind == "bert" else torch.nn.Identity()
+                torch.testing.assert_close(norm(out).view_as(expected[window]), expected[window])
+        resumable.final.update(name for stage in stages[: stages.index([layer]) + 1] for name in stage)
 
 
 def test_stubs_are_taken_out_again(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
@@ -163,7 +198,7 @@ def test_attention_of_our_own(tiny: Callable[..., Path], windows: list[list[int]
     model = model.bfloat16()
     chain, hiddens = record(model, [torch.tensor(windows[0])])
     with CountAttention() as counter:
-        (left,) = Resumable(chain[0], walk.linears(chain[0].module), own_attention=True).outputs(hiddens[:1])
+        (left,) = Resumable(chain[0], walk.linears(chain[0].module)).outputs(hiddens[:1])
     assert counter.count == 0
     assert (left.float() - expected).norm() < 0.02 * expected.norm()
 
@@ -229,6 +264,37 @@ def test_windows_longer_than_the_models_positions(kind: str, generated: float, t
     config = GPTQConfig(dataset=[list(range(3, 203))] * 2, group_size=32, samples=2, seqlen=200, generated=generated)
     with pytest.raises(CalibrationError, match=r"has 128 positions, .* 200 tokens; set seqlen to 128 at most"):
         auto.from_pretrained(tiny(kind), quantization_config=config)
+
+
+class Writes(torch.nn.Module):
+    """Writes into what its parts return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(8)
+        self.first, self.second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        out = self.first(self.norm(hidden)).mul_(2)
+        out += hidden
+        return self.second(out)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_is_kept_may_be_written_into(mode: Callable[[], Any]) -> None:
+    """It is computed again then; where nothing tells, it was a copy."""
+    module = Writes()
+    hidden = torch.randn(1, 5, 8)
+    with mode():
+        expected, entered = module(hidden), module.first(module.norm(hidden)) * 2 + hidden
+        block = walk.Block("", module, [((), {})])
+        resumable = Resumable(block, ["first", "second"])
+        assert torch.equal(next(resumable.inputs_of("first", [hidden])), module.norm(hidden))
+        resumable.final.add("first")
+        for _ in range(2):  # the first time it is kept, and written into
+            assert torch.equal(next(resumable.inputs_of("second", [hidden])), entered)
+        resumable.final.add("second")
+        assert torch.equal(next(resumable.outputs([hidden])), expected)
 
 
 def test_what_is_kept_may_have_names(tmp_path: Path) -> None:

@@ -48,6 +48,20 @@ def test_what_a_layer_needs_of_its_inputs_errors() -> None:
     assert hessian.drift(weight) is None
 
 
+def test_what_an_output_is_added_to_has_lost_something_too() -> None:
+    x, exact, lost, weights = torch.randn(50, 6), torch.randn(50, 6), torch.randn(50, 4), torch.rand(50) * 2
+    hessian, weight = Hessian(6), torch.randn(4, 6)
+    for rows in (slice(0, 20), slice(20, 50)):
+        hessian.add(x[rows], exact[rows], weights[rows], lost[rows])
+    missing = (exact - x).double() @ weight.double().T + lost.double()
+    wanted = (missing * weights[:, None]).T @ x.double() / 50
+    torch.testing.assert_close(hessian.drift(weight).double(), wanted, rtol=1e-5, atol=1e-5)
+    hessian.factor("natural", 0.01)
+    torch.testing.assert_close(hessian.drift(weight).double(), wanted, rtol=1e-5, atol=1e-5)
+    hessian.forget_cross()
+    assert hessian.drift(weight) is None
+
+
 def test_bf16_inputs_are_summed_in_fp32() -> None:
     x = torch.randn(4096, 4).bfloat16()
     hessian = Hessian(4)

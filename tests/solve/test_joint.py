@@ -175,6 +175,21 @@ def test_refitted_scales_lower_the_error(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(fitted.double().flatten(), best[:, 0], rtol=1e-2, atol=1e-3)
 
 
+def test_refit_keeps_rows_whose_scales_cannot_be_stored() -> None:
+    """Nothing that float16 has would do for the first row; the others move on."""
+    metric, hessian, group = [symmetric(6)], symmetric(24), natural_groups(24, 8)
+    scales, zeros = grid(4, 6, 3)
+    scales[0] = 2**-14
+    scales = scales.half().float()
+    codes, weight = torch.randint(0, 16, (6, 24), dtype=torch.uint8), torch.randn(6, 24)
+    weight[0] = 1e-9 * torch.randn(24)
+    metric[0][0, 1:] = metric[0][1:, 0] = 0
+    before = error(weight, hessian, metric, codes, scales, zeros, group)
+    fitted = joint.refit_scales(weight, hessian, Metric(metric), codes, scales, zeros, 8, torch.float16)
+    assert torch.equal(fitted[0], scales[0]) and not torch.equal(fitted[1:], scales[1:])
+    assert error(weight, hessian, metric, codes, fitted, zeros, group) < before
+
+
 def test_refit_keeps_scales_that_codes_say_nothing_about() -> None:
     scales, zeros = grid(4, 6, 3)
     group = natural_groups(24, 8)

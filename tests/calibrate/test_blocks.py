@@ -1,0 +1,63 @@
+"""What a layer is solved for, against hooks on whole passes and float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import load
+from torch import Tensor
+
+from hf_gptq_plugin.calibrate import walk
+from hf_gptq_plugin.calibrate.blocks import layer_hessian
+from hf_gptq_plugin.calibrate.chains import find_chains
+from hf_gptq_plugin.calibrate.products import dense_twin
+from hf_gptq_plugin.calibrate.stream import Stream
+
+
+@pytest.mark.parametrize(
+    ("layer", "entered"), [("self_attn.o_proj", ""), ("mlp.down_proj", "post_attention_layernorm")]
+)
+def test_a_sum_is_to_be_what_the_dense_model_has_there(
+    layer: str, entered: str, tiny: Callable[..., Path], windows: list[list[int]]
+) -> None:
+    model = load("llama", tiny("llama")).eval()
+    ids = [torch.tensor(window) for window in windows[:3]]
+    (chain,) = find_chains(model, ids[0])
+    (block, *_), dense = walk.record_calls(model, chain, ids)
+    ours = [hidden + 0.1 * torch.randn_like(hidden) for hidden in dense]
+
+    def captured(hiddens: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """What enters the layer, and the sum that its output is part of: with the layer's own output."""
+        inputs, added = [], []
+        module = block.module.get_submodule(layer)
+        before = block.module.get_submodule(entered) if entered else block.module
+        handles = [
+            module.register_forward_pre_hook(lambda m, args: inputs.append(args[0])),
+            before.register_forward_pre_hook(lambda m, args: added.append(args[0])),
+        ]
+        with torch.no_grad():
+            for window, hidden in enumerate(hiddens):
+                block.run(hidden, window)
+        for handle in handles:
+            handle.remove()
+        return torch.cat(inputs, 1)[0].double(), torch.cat(added, 1)[0].double()
+
+    (x, r), (exact_x, exact_r) = captured(ours), captured(dense)
+    weight = block.module.get_submodule(layer).weight.detach()
+    lost = (exact_x - x) @ weight.double().T + exact_r - r
+
+    layers = walk.linears(block.module)
+    walk.find_stages(block, ours[0], layers)
+    stream, exact = Stream(ours), Stream(dense)
+    stream.enter(block, layers, ())
+    exact.enter(dense_twin(block), layers, layers)
+    hessian = layer_hessian(stream, exact, layer, alone=True)
+    drift = hessian.drift(weight)
+    torch.testing.assert_close(drift.double(), lost.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(hessian.mean().double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    # Beside others that read the same tensor, only what enters counts.
+    drift = layer_hessian(stream, exact, layer).drift(weight)
+    torch.testing.assert_close(drift.double(), weight.double() @ (exact_x - x).T @ x / len(x), rtol=1e-4, atol=1e-5)
