@@ -55,15 +55,17 @@ def calibration_inputs() -> Iterator[tuple[Rows, Rows]]:
     add, solve = Hessian.add, blocks.solve_layer
 
     def spied_add(
-        self: Hessian, x: torch.Tensor, exact: torch.Tensor | None = None, weights: torch.Tensor | None = None
-    ) -> None:
+        self: Hessian, x: torch.Tensor, exact: torch.Tensor | None = None, weights: torch.Tensor | None = None,
+        lost: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
         assert exact is not None
         pair = seen.setdefault(id(self), ([], []))
         pair[0].append(x.flatten(0, -2).clone())
         pair[1].append(exact.flatten(0, -2).clone())
         kept.append(self)  # so that no id is given twice
         assert weights is None or len(weights) == len(pair[0][-1])
-        add(self, x, exact, weights)
+        assert lost is None or lost.flatten(0, -2).shape[0] == len(pair[0][-1])
+        add(self, x, exact, weights, lost)
 
     def spied_solve(name: str, layer: nn.Module, hessian: Hessian, *args: Any) -> Any:
         quantized[name], dense[name] = seen[id(hessian)]
