@@ -43,7 +43,7 @@ PRESETS["best"] = {
     "block_epochs": 2, "model_epochs": 2,
 }  # fmt: skip
 # What "balanced" does besides up to so many bits: the more is lost, the more it matters where. At 4 bits it gains
-# nothing, for as much time again.
+# nothing, for half as much time again or more.
 _FEW_BITS = 3
 _AT_FEW_BITS: dict[str, Any] = {"token_weights": "loss", "alternations": 3, "descent": 3}
 

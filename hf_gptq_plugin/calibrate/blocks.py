@@ -153,7 +153,9 @@ def _hessians(
     for name in group:  # as they run: what lies before a layer that is stopped at is not entered again
         if name in plain:
             if name == plain[0]:
-                yield plain, layer_hessian(stream, exact, name, _mean_weights(weights, plain), len(plain) == 1), ""
+                # While the whole block is dense, several layers would make good what one can.
+                alone = len(plain) == 1 and plan.true_sequential
+                yield plain, layer_hessian(stream, exact, name, _mean_weights(weights, plain), alone), ""
             continue
         experts, calls = stream.calls_of(name)
         wanted = {local.removeprefix(f"{name}.") for local in targets if local.startswith(f"{name}.")}
@@ -182,13 +184,13 @@ def layer_hessian(
         stream, exact: see `quantize_block`.
         layer: its name in the block.
         weights: what the tokens of every window count, `[tokens]`; None for alike.
-        alone: whether no other layer reads the same tensor. Then errors of what its output is added to count, too.
+        alone: whether errors of what its output is added to count, too; where no other layer reads the same tensor.
     """
-    carried = stream.carried(layer) if alone and exact is not None else None
+    part = stream.added_to(layer) if alone and exact is not None else None
     hessian: Hessian | None = None
-    twins = exact.inputs_of(layer, carried) if exact is not None else itertools.repeat((None, None))
+    twins = exact.inputs_of(layer, part) if exact is not None else itertools.repeat((None, None))
     counted = weights if weights is not None else itertools.repeat(None)
-    ours = stream.inputs_of(layer, carried)
+    ours = stream.inputs_of(layer, part)
     for (x, beside), (dense, dense_beside), counts in zip(ours, twins, counted, strict=False):
         if x is not None:
             if dense is not None and dense.shape[:-1] != x.shape[:-1]:

@@ -81,7 +81,7 @@ def drawn(probable: Tensor, draw: torch.Generator) -> Tensor:
     """A sample of every distribution `[..., n]` of finitely many things, int64 `[..., 1]`."""
     uniform = torch.rand(*probable.shape[:-1], 1, generator=draw).to(probable.device)
     sums = probable.cumsum(-1)
-    return torch.searchsorted(sums, uniform * sums[..., -1:]).clamp_(max=probable.shape[-1] - 1)
+    return torch.searchsorted(sums, uniform * sums[..., -1:], right=True).clamp_(max=probable.shape[-1] - 1)
 
 
 def _cannot_write(model: Any) -> str:

@@ -56,7 +56,8 @@ def scaled_dot_product_attention(
 ) -> Tensor:  # fmt: skip
     """PyTorch's function of this name; natively where nothing is masked but what comes later."""
     out = None
-    plain = attn_mask is None and not dropout_p and query.dim() == key.dim() == 4
+    plain = attn_mask is None and not dropout_p and query.dtype == torch.bfloat16 and query.device.type == "cpu"
+    plain = plain and query.dim() == key.dim() == value.dim() == 4 and len(query) == len(key) == len(value)
     plain = plain and (enable_gqa or query.shape[1] == key.shape[1])
     if plain and attends_faster(key.shape[-2]):
         heads = key.shape[0] * key.shape[1]

@@ -35,7 +35,7 @@ class _Pass(threading.local):
     kept: dict[str, Any]  # what finished submodules returned
     counts: dict[str, int]  # runs of every submodule in this pass
     calls: list[tuple[Any, ...]]  # arguments of the module that is looked at
-    carried: Tensor | None  # what entered another part of the block, where that is asked for
+    beside: Tensor | None  # what entered another part of the block, where that is asked for
     inside: list[str]  # the submodules being run, from the outermost on
     open: bool  # whether a layer has run that is not final
     most: int  # bytes that what holds no layer may return and have kept
@@ -49,7 +49,7 @@ class Resumable:
     at an input, every linear layer computes once, and so do attention (`scaled_dot_product_attention`) and, where what
     is kept stays in memory, submodules without any of these layers that return no more than the block (norms). Where
     modules run more than once, only their first run is kept: what enters the others changes with layers that are not
-    final yet.
+    final yet. What a module's caller writes into is not kept, either: it runs again.
 
     Args:
         block: the block; its forward must not depend on anything but its arguments.
@@ -72,7 +72,7 @@ class Resumable:
         """The positional arguments of every run of a submodule, window by window; none where the pass does not come
         to it."""
         with self._watching(layer):
-            for calls, _carried in self._each(self._call, hiddens):
+            for calls, _beside in self._each(self._call, hiddens):
                 yield calls
 
     def inputs_of(self, layer: str, hiddens: Iterable[Tensor]) -> Iterator[Tensor | None]:
@@ -85,41 +85,41 @@ class Resumable:
                 yield torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
 
     def inputs_with(
-        self, layer: str, carried: str, hiddens: Iterable[Tensor]
+        self, layer: str, part: str, hiddens: Iterable[Tensor]
     ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
         """What enters a layer that runs once, and what enters an earlier part of the block ("" for the block itself),
         window by window; None where the pass does not come to them."""
-        with self._watching(layer, carried):
-            for calls, value in self._each(partial(self._call, carried=carried), hiddens):
-                yield calls[0][0] if calls else None, value
+        with self._watching(layer, part):
+            for calls, beside in self._each(partial(self._call, part=part), hiddens, wide=5):
+                yield calls[0][0] if calls else None, beside
 
     def outputs(self, hiddens: Iterable[Tensor]) -> Iterator[Tensor]:
         """The block's hidden states, window by window; forgets what was kept."""
         with self._watching(None):
             yield from self._each(self._output, hiddens)
 
-    def _each(self, work: Callable[[tuple[int, Tensor]], Any], hiddens: Iterable[Tensor]) -> Iterator[Any]:
+    def _each(
+        self, work: Callable[[tuple[int, Tensor]], Any], hiddens: Iterable[Tensor], wide: int = 4
+    ) -> Iterator[Any]:
         remaining = iter(hiddens)
         if (first := next(remaining, None)) is None:
             return
         parallel = all(p.device.type == "cpu" for p in self.block.module.parameters())
         room = _MADE_BYTES if self._folder is None else _MADE_BYTES_ON_DISK
-        together = room // (4 * first.nbytes) if first.nbytes else 1  # of a whole model nothing is known
+        together = room // (wide * first.nbytes) if first.nbytes else 1  # of a whole model nothing is known
         yield from in_order(work, enumerate(itertools.chain((first,), remaining)), parallel, together=together)
 
     @torch.no_grad()
-    def _call(
-        self, item: tuple[int, Tensor], carried: str | None = None
-    ) -> tuple[list[tuple[Any, ...]], Tensor | None]:
+    def _call(self, item: tuple[int, Tensor], part: str | None = None) -> tuple[list[tuple[Any, ...]], Tensor | None]:
         window, hidden = item
         self._begin(window, hidden)
-        self._pass.carried = hidden if carried == "" else None
+        self._pass.beside = hidden if part == "" else None
         try:
             with self._kept_attention():
                 self.block.run(hidden, window)
         except _Stop:
             pass
-        return self._pass.calls, self._pass.carried
+        return self._pass.calls, self._pass.beside
 
     @torch.no_grad()
     def _output(self, item: tuple[int, Tensor]) -> Tensor:
@@ -138,14 +138,14 @@ class Resumable:
         self._pass.inside, self._pass.open, self._pass.most = [], False, hidden.nbytes
 
     @contextmanager
-    def _watching(self, until: str | None, carried: str | None = None) -> Iterator[None]:
-        """While the context lasts, submodules hand out what was kept, a pass stops at `until`, and what enters
-        `carried` is noted."""
+    def _watching(self, until: str | None, part: str | None = None) -> Iterator[None]:
+        """While the context lasts, submodules hand out what was kept, a pass stops at `until`, and what enters `part`
+        is noted."""
         with ExitStack() as stack:
             for name, module in self._submodules(until):
                 covered = {t for t in self._targets if t == name or t.startswith(f"{name}.")}
-                if covered or name in (until, carried) or self._folder is None:
-                    wrapper = self._wrapper(name, module.forward, covered, name == until, name == carried)
+                if covered or name in (until, part) or self._folder is None:
+                    wrapper = self._wrapper(name, module.forward, covered, name == until, name == part)
                     stack.enter_context(forward_replaced(module, wrapper))
             yield
 
@@ -159,7 +159,7 @@ class Resumable:
                 yield name, module
 
     def _wrapper(
-        self, name: str, own: Callable[..., Any], covered: set[str], watched: bool, carried: bool
+        self, name: str, own: Callable[..., Any], covered: set[str], watched: bool, noted: bool
     ) -> Callable[..., Any]:
         state, finished = self._pass, self.final.issuperset(covered)
 
@@ -167,8 +167,8 @@ class Resumable:
             kept = state.kept
             first = not state.counts.get(name)
             state.counts[name] = state.counts.get(name, 0) + 1
-            if carried and first:
-                state.carried = args[0] if args else None
+            if noted and first:
+                state.beside = args[0] if args else None
             if first and name in kept and _intact(kept[name]):
                 return _fetched(kept[name])
             if watched:
@@ -182,7 +182,8 @@ class Resumable:
             state.inside.pop()
             # What holds the layer that is looked at must be entered again for the next one, and what stands behind a
             # layer that will change computes something else then.
-            few = bool(covered) or (isinstance(out, Tensor) and out.nbytes <= state.most)
+            small = self._folder is None and isinstance(out, Tensor) and out.nbytes <= state.most
+            few = bool(covered) or small
             if finished and few and first and not opened and not state.calls:
                 for part in [k for k in kept if k.startswith(f"{name}.")]:
                     del kept[part]
@@ -312,15 +313,15 @@ class Stream:
         """Say that these layers of the block will not change any more."""
         self._entered.final.update(names)
 
-    def inputs_of(self, layer: str, carried: str | None = None) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+    def inputs_of(self, layer: str, part: str | None = None) -> Iterator[tuple[Tensor | None, Tensor | None]]:
         """What enters a layer of the block, and an earlier part of it ("" for itself; None for none), by window."""
-        if carried is None:
+        if part is None:
             return ((entered, None) for entered in self._entered.inputs_of(layer, self.hiddens))
-        return self._entered.inputs_with(layer, carried, self.hiddens)
+        return self._entered.inputs_with(layer, part, self.hiddens)
 
-    def carried(self, layer: str) -> str | None:
-        """What the output of a layer of the block is added to, see `Block.carried`."""
-        return self._entered.block.carried.get(layer)
+    def added_to(self, layer: str) -> str | None:
+        """What the output of a layer of the block is added to, see `Block.added_to`."""
+        return self._entered.block.added_to.get(layer)
 
     def calls_of(self, module: str) -> tuple[Any, list[tuple[Any, ...]]]:
         """A module of the block, and the arguments with which it is called, window by window."""

@@ -44,8 +44,8 @@ class Block:
         calls: one per calibration window: the block's arguments, without the hidden states.
         output: index of the hidden states in what the block returns; None where it returns them bare.
         repeated: its linear layers that run more than once in a pass, by name; `find_stages` fills it.
-        carried: of its linear layers that add their output to something, by name, what it is: what enters this part of
-            the block, or the block itself (""); `find_stages` fills it.
+        added_to: of its linear layers whose output is added to something, by name, what that is: what enters this part
+            of the block, or the block itself (""); `find_stages` fills it.
         is_twin: whether it is another's twin, see `twin`.
     """
 
@@ -54,7 +54,7 @@ class Block:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     output: int | None = None
     repeated: frozenset[str] = frozenset()
-    carried: dict[str, str] = field(default_factory=dict)
+    added_to: dict[str, str] = field(default_factory=dict)
     is_twin: bool = False
 
     def full(self, local: str) -> str:
@@ -343,7 +343,7 @@ def find_stages(block: Block, hidden: Tensor, targets: Iterable[str]) -> list[li
         stages.setdefault(tuple(map(id, read)), []).append(name)
     block.repeated = frozenset(name for name, read in trace.inputs.items() if len(read) > 1)
     once = [name for name in trace.inputs if name not in block.repeated]
-    block.carried = {name: part for name in once if (part := trace.carried(name)) is not None}
+    block.added_to = {name: part for name in once if (part := trace.added_to(name)) is not None}
     return list(stages.values())
 
 
@@ -360,10 +360,11 @@ class _Trace(TorchFunctionMode):
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
         self.inputs: dict[str, list[Tensor]] = {}  # of layers, at every run
-        self._outputs: dict[str, Any] = {}  # of their first runs
-        self._entered: dict[str, Any] = {"": hidden}  # the parts of the block that were called so far, first
-        self._before: dict[str, dict[str, Any]] = {}  # the same when a layer ran first
-        self._sums: list[tuple[Tensor, Tensor]] = []
+        # Values with what had been written into them by then.
+        self._outputs: dict[str, tuple[Any, int]] = {}  # of their first runs
+        self._entered = {"": _stamped(hidden)}  # the parts of the block that were called so far, first
+        self._before: dict[str, dict[str, tuple[Any, int]]] = {}  # the same when a layer ran first
+        self._sums: list[list[tuple[Any, int]]] = []
 
     @contextmanager
     def watching(self, module: nn.Module, layers: Iterable[str]) -> Iterator[None]:
@@ -378,30 +379,40 @@ class _Trace(TorchFunctionMode):
             stack.enter_context(self)
             yield
 
-    def carried(self, layer: str) -> str | None:
+    def added_to(self, layer: str) -> str | None:
         """What the layer's output is added to: what entered this part of the block before, or the block itself ("");
-        None for nothing of that kind, or for several."""
+        None for nothing of that kind, for several, and for another layer's output, to which more is added."""
         out = self._outputs[layer]
-        others = [pair[1 - side] for pair in self._sums for side in (0, 1) if pair[side] is out]
-        if len(others) != 1:
+        others = [pair[1 - side] for pair in self._sums for side in (0, 1) if _same(pair[side], out)]
+        if len(others) != 1 or any(_same(others[0], other) for other in self._outputs.values()):
             return None
-        return next((part for part, value in self._before[layer].items() if value is others[0]), None)
+        return next((part for part, value in self._before[layer].items() if _same(value, others[0])), None)
 
     def _enter(self, name: str, module: nn.Module, args: Any) -> None:
-        self._entered.setdefault(name, args[0] if args else None)
+        self._entered.setdefault(name, _stamped(args[0] if args else None))
 
     def _read(self, name: str, module: nn.Module, args: Any) -> None:
         self.inputs.setdefault(name, []).append(args[0])
         self._before.setdefault(name, dict(self._entered))
 
     def _return(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
-        self._outputs.setdefault(name, out)
+        self._outputs.setdefault(name, _stamped(out))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self._SUMS and not kwargs and all(isinstance(value, Tensor) for value in args):
             if args[0].shape == args[1].shape:
-                self._sums.append(args)
+                self._sums.append([_stamped(value) for value in args])
         return func(*args, **(kwargs or {}))
+
+
+def _stamped(value: Any) -> tuple[Any, int]:
+    """A value, and how often it was written into; -1 in inference mode, where nobody counts."""
+    return value, value._version if isinstance(value, Tensor) and not value.is_inference() else -1
+
+
+def _same(left: tuple[Any, int], right: tuple[Any, int]) -> bool:
+    """Whether two are one, with nothing written into it between."""
+    return left[0] is right[0] and left[1] == right[1] >= 0
 
 
 def twin(block: Block) -> Block:

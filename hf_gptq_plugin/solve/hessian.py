@@ -71,7 +71,8 @@ class Hessian:
         self.tokens += rows.shape[0]
 
     def lean_on(self, prior: Hessian, tokens: int) -> None:
-        """Take in another's means with the weight of this many tokens; `tokens` still counts what was added."""
+        """Take in another's means of `H` and `C` with the weight of this many tokens; `tokens` still counts what was
+        added."""
         self._require_open()
         self._sum.add_(prior.mean(), alpha=tokens)
         cross = prior.mean_cross()

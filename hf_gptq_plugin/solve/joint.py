@@ -206,7 +206,8 @@ def refit_scales(
     delta = weight - q * spread(scales, width, columns)
     felt = metric.times(matmul(delta, hessian))
     slope = group_sums(felt * q, width)
-    steps = solve_symmetric(group_systems(q, hessian, width).double(), (slope / metric.diagonal[:, None]).double())
+    systems, felt_rows = group_systems(q, hessian, width), metric.diagonal[:, None]
+    steps = solve_symmetric(systems.double(), (slope / felt_rows).double())
     steps = torch.nan_to_num(steps, 0.0, 0.0, 0.0).float()
     moved = q * spread(steps, width, columns)
     resisted = metric.times(matmul(moved, hessian))
@@ -215,10 +216,11 @@ def refit_scales(
     fitted = (scales + length * steps).to(dtype).float()
     usable = (torch.isfinite(fitted) & (fitted.abs() >= torch.finfo(dtype).tiny)).all(1, keepdim=True)
     if bool(usable.all()):
-        # Of what the scales' rounding by `r` changes, the part of second order is left out: 2^-22 of the weight's size.
+        # Of what rounding the scales changes, all that is linear in it, and of the squares those of each by itself.
         rounding = fitted - scales - length * steps
-        first = 2 * rounding * (slope - length * group_sums(resisted * q, width))
-        lowered = length**2 * curvature + total(first.sum(1, dtype=torch.float64))
+        changed = 2 * rounding * (slope - length * group_sums(resisted * q, width))
+        changed -= felt_rows * systems.diagonal(dim1=1, dim2=2) * rounding.square()
+        lowered = length**2 * curvature + total(changed.sum(1, dtype=torch.float64))
     else:
         fitted = torch.where(usable, fitted, scales)
         before = total((felt * delta).sum(1, dtype=torch.float64))

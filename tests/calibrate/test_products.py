@@ -50,7 +50,12 @@ def test_the_rest_is_pytorchs() -> None:
     mask = torch.rand(2, 1, 3, 5) < 0.7
     mask[..., 0] = True
     with products.OwnAttention():
-        for args, options in (((query, key, key), dict(attn_mask=mask)), ((query[0], key[0], key[0]), {})):
+        asked = (
+            ((query, key, key), dict(attn_mask=mask)),
+            ((query[0], key[0], key[0]), {}),
+            ((query, key[:1], key[:1]), {}),
+        )
+        for args, options in asked:
             found = nn.functional.scaled_dot_product_attention(*args, **options)
             wanted = nn.functional.scaled_dot_product_attention(*(t.float() for t in args), **options)
             torch.testing.assert_close(found.float(), wanted, atol=0.02, rtol=0.02)

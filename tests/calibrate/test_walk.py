@@ -66,32 +66,34 @@ def test_stages_follow_execution(kind: str, tiny: Callable[..., Path], windows: 
     assert [sorted(s) for s in stages] == [sorted(s) for s in STAGES[kind]]
 
 
-CARRIED = {
+ADDED_TO: dict[str, dict[str, str]] = {
     "llama": {"self_attn.o_proj": "", "mlp.down_proj": "post_attention_layernorm"},
     "gpt2": {"attn.c_proj": "", "mlp.c_proj": "ln_2"},
     "opt": {"self_attn.out_proj": "", "fc2": "final_layer_norm"},
     "bloom": {"self_attention.dense": "", "mlp.dense_4h_to_h": "post_attention_layernorm"},
     "bert": {"attention.output.dense": "", "output.dense": "intermediate"},
     "gemma3_text": {},  # a norm stands between a layer and the sum
+    "gpt_neox": {},  # three are added up
+    "cohere": {"self_attn.o_proj": ""},  # likewise, this one first
 }
 
 
-@pytest.mark.parametrize("kind", list(CARRIED))
+@pytest.mark.parametrize("kind", list(ADDED_TO))
 def test_what_layers_outputs_are_added_to(kind: str, tiny: Callable[..., Path], windows: list[list[int]]) -> None:
     model = load(kind, tiny(kind)).eval()
     (block, *_), hiddens = record(model, [torch.tensor(w) for w in windows[:2]])
     layers = walk.linears(block.module)
     stages = walk.find_stages(block, hiddens[0], layers)
-    assert block.carried == CARRIED[kind]
+    assert block.added_to == ADDED_TO[kind]
     resumable = Resumable(block, layers)
-    for (layer,) in (stage for stage in stages if stage[0] in block.carried):
-        carried, inputs = block.carried[layer], []
-        target = block.module.get_submodule(carried) if carried else block.module
+    for (layer,) in (stage for stage in stages if stage[0] in block.added_to):
+        part, inputs = block.added_to[layer], []
+        target = block.module.get_submodule(part) if part else block.module
         handle = target.register_forward_pre_hook(lambda m, args, inputs=inputs: inputs.append(args[0]))
         with torch.no_grad():
             expected = [block.run(hidden, window) for window, hidden in enumerate(hiddens)]
         handle.remove()
-        for window, (entered, value) in enumerate(list(resumable.inputs_with(layer, carried, hiddens))):
+        for window, (entered, value) in enumerate(list(resumable.inputs_with(layer, part, hiddens))):
             assert entered is not None and value is not None
             assert torch.equal(value, inputs[window])
             if layer == stages[-1][0]:
@@ -286,6 +288,9 @@ def test_what_is_kept_may_be_written_into(mode: Callable[[], Any]) -> None:
     module = Writes()
     hidden = torch.randn(1, 5, 8)
     with mode():
+        outer = walk.Block("", torch.nn.Sequential(module), [((), {})])
+        walk.find_stages(outer, hidden, ["0.first", "0.second"])
+        assert not outer.added_to  # what is added is not what the layer returned
         expected, entered = module(hidden), module.first(module.norm(hidden)) * 2 + hidden
         block = walk.Block("", module, [((), {})])
         resumable = Resumable(block, ["first", "second"])
@@ -295,6 +300,16 @@ def test_what_is_kept_may_be_written_into(mode: Callable[[], Any]) -> None:
             assert torch.equal(next(resumable.inputs_of("second", [hidden])), entered)
         resumable.final.add("second")
         assert torch.equal(next(resumable.outputs([hidden])), expected)
+
+
+def test_what_is_noted_is_not_kept_on_disk(tiny: Callable[..., Path], windows: list[list[int]], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
+    (block, *_), hiddens = record(model, [torch.tensor(windows[0])])
+    layers = walk.linears(block.module)
+    resumable = Resumable(block, layers, layers, tmp_path)
+    plain, files = list(resumable.inputs_of("mlp.down_proj", hiddens)), len(list(tmp_path.iterdir()))
+    ((entered, beside),) = resumable.inputs_with("mlp.down_proj", "post_attention_layernorm", hiddens)
+    assert torch.equal(entered, plain[0]) and beside is not None and len(list(tmp_path.iterdir())) == files > 0
 
 
 def test_what_is_kept_may_have_names(tmp_path: Path) -> None:

@@ -162,6 +162,9 @@ def test_refitted_scales_lower_the_error(monkeypatch: pytest.MonkeyPatch) -> Non
         assert error(weight, hessian, metric, codes, fitted, zeros, group) < before
     for _ in range(100):
         fitted = joint.refit_scales(weight, hessian, Metric(metric), codes, fitted, zeros, 8, torch.float32)
+    # What is best stays where a coarser one would have to take its place.
+    kept = joint.refit_scales(weight, hessian, Metric(metric), codes, fitted, zeros, 8, torch.bfloat16)
+    assert torch.equal(kept, fitted)
     # In the end, the least squares solution over all scales at once.
     q = codes.double() - zeros[:, group.long()].double()
     columns = []
@@ -204,7 +207,7 @@ def test_refit_keeps_scales_that_codes_say_nothing_about() -> None:
 def test_a_whole_solve_beats_gptq_by_the_common_error(desc_act: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     metric = parts(48, 32, monkeypatch)
     weight, hessian = torch.randn(48, 96), symmetric(96)
-    spec, settings = QuantSpec(3, 32, True, desc_act), SolveSettings()
+    spec, settings = QuantSpec(3, 32, True, desc_act), SolveSettings(alternations=2, descent=2)
     factor = factorize(hessian.clone(), settings.order_for(spec), 0.01)
 
     def common(quantized: object) -> float:

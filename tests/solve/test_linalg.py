@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_gptq_plugin import native
 from hf_gptq_plugin.format.spec import QuantSpec
 from hf_gptq_plugin.solve import linalg
-from hf_gptq_plugin.solve.gptq import solve
+from hf_gptq_plugin.solve.gptq import SolveSettings, solve
 from hf_gptq_plugin.solve.hessian import Hessian
 
 UNIT = 2.0**-24  # half the distance from 1 to the next number
@@ -321,7 +321,8 @@ def test_threads_change_no_bit_of_a_solve(spec: QuantSpec) -> None:
     def run() -> tuple[object, ...]:
         moments = Hessian(320)
         moments.add(x, exact)
-        solved, report = solve(weight, moments.mean(), spec, cross=moments.mean_cross())
+        settings = SolveSettings(alternations=2, descent=2)
+        solved, report = solve(weight, moments.mean(), spec, settings, moments.mean_cross())
         return solved.codes, solved.scales, solved.zeros, report.relative_error
 
     one, two = with_threads(1, run), with_threads(2, run)

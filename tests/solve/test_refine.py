@@ -122,7 +122,11 @@ def test_refining_lowers_the_error(spec: QuantSpec) -> None:
     weight, hessian = problem(24, 90)
     _, first = solve(weight, hessian, spec, SolveSettings(descent=0, refit=False))
     errors = [first.relative_error]
-    for settings in (SolveSettings(descent=1, refit=False), SolveSettings(descent=0), SolveSettings(descent=2)):
+    for settings in (
+        SolveSettings(descent=1, refit=False),
+        SolveSettings(descent=0),
+        SolveSettings(alternations=2, descent=2),
+    ):
         solved, report = solve(weight, hessian, spec, settings)
         errors.append(report.relative_error)
         delta = weight.double() - solved.dequantize().double()
