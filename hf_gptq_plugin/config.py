@@ -34,8 +34,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "alternations": 0, "descent": 0, "block_epochs": 0, "model_epochs": 0,
     },
     "balanced": {
-        "generated": 0.25, "token_weights": "uniform", "output_hessian": "loss", "propagation": 0.5, "refit": True,
-        "alternations": 1, "descent": 1, "block_epochs": 0, "model_epochs": 0,
+        "generated": 0.125, "token_weights": "uniform", "output_hessian": "loss", "propagation": 0.5, "refit": True,
+        "alternations": 0, "descent": 1, "block_epochs": 0, "model_epochs": 0,
     },
 }  # fmt: skip
 PRESETS["best"] = {
@@ -45,7 +45,7 @@ PRESETS["best"] = {
 # What "balanced" does besides up to so many bits: the more is lost, the more it matters where. At 4 bits it gains
 # nothing, for half as much time again or more.
 _FEW_BITS = 3
-_AT_FEW_BITS: dict[str, Any] = {"token_weights": "loss", "alternations": 3, "descent": 3}
+_AT_FEW_BITS: dict[str, Any] = {"generated": 0.25, "token_weights": "loss", "alternations": 3, "descent": 3}
 
 _MOST_GENERATED = 100
 # Fields that only a checkpoint that is finished has.

@@ -27,9 +27,9 @@ from .plan import Plan
 from .products import dense_twin
 from .report import LayerReport
 from .sensitivity import Sensitivity
-from .stream import Stream
+from .stream import Stream, entered
 from .tune import TunedLayer, output_loss, tune
-from .walk import Block, WalkError, WholeModel, find_stages, linears
+from .walk import LINEAR, Block, WalkError, WholeModel, find_stages, linear_shape, linears
 
 logger = logging.getLogger(__name__)
 
@@ -97,12 +97,12 @@ def quantize_block(
         _replace_all(block.module, solved)
         stream.settle(done)
     own_memory(block.module)
-    entered = stream.hiddens
+    before_block = stream.hiddens
     if exact is not None and exact.inside:
         exact.leave()
     if learning:
         assert exact is not None
-        _learn(block, entered, exact, before, plan)
+        _learn(block, before_block, exact, before, plan)
         stream.enter(block, everything, everything)  # nothing that was kept holds any more
     stream.leave()
 
@@ -110,7 +110,7 @@ def quantize_block(
 def _drifts(block: Block, names: list[str], hessian: Hessian) -> dict[str, Tensor | None]:
     """What layers need of `C`, which is freed; nothing where that would take more memory than `C`."""
     weights = {local: dense_weight(block.module.get_submodule(local)) for local in names}
-    if sum(map(len, weights.values())) > next(iter(weights.values())).shape[1]:
+    if sum(map(len, weights.values())) > next(iter(weights.values())).shape[1] and not hessian.holds_wanted:
         return {}
     try:
         drifts = {local: hessian.drift(weight) for local, weight in weights.items()}
@@ -184,23 +184,38 @@ def layer_hessian(
         stream, exact: see `quantize_block`.
         layer: its name in the block.
         weights: what the tokens of every window count, `[tokens]`; None for alike.
-        alone: whether errors of what its output is added to count, too; where no other layer reads the same tensor.
+        alone: whether no other layer reads the same tensor, and errors of what its output is added to count, too.
     """
+    module = stream.submodule(layer)
     part = stream.added_to(layer) if alone and exact is not None else None
+    wanted = part is not None  # what the layer is to return, in place of what would enter it
+    if alone and exact is not None and isinstance(module, LINEAR):
+        in_features, out_features = linear_shape(module)
+        wanted |= out_features < in_features and stream.runs_once(layer)
+    bias = dense_bias(module) if wanted else None
     hessian: Hessian | None = None
-    twins = exact.inputs_of(layer, part) if exact is not None else itertools.repeat((None, None))
+    twins = exact.seen(layer, part, returned=wanted) if exact is not None else itertools.repeat(None)
     counted = weights if weights is not None else itertools.repeat(None)
-    ours = stream.inputs_of(layer, part)
-    for (x, beside), (dense, dense_beside), counts in zip(ours, twins, counted, strict=False):
-        if x is not None:
-            if dense is not None and dense.shape[:-1] != x.shape[:-1]:
-                raise WalkError(
-                    f"the dense model sends other tokens to {stream.full(layer)} than the quantized one, as where a "
-                    "router chooses among modules; exclude such layers with dynamic, or set propagation=0"
-                )
-            lost = None if beside is None or dense_beside is None else dense_beside - beside
-            hessian = hessian or Hessian(x.shape[-1], x.device)
-            hessian.add(x, dense, counts, lost)
+    for ours, dense, counts in zip(stream.seen(layer, part), twins, counted, strict=False):
+        if (x := entered(ours)) is None:
+            continue
+        hessian = hessian or Hessian(x.shape[-1], x.device)
+        if dense is None:
+            hessian.add(x, None, counts)
+            continue
+        other = dense.returned if wanted else entered(dense)
+        if other is None or other.shape[:-1] != x.shape[:-1]:
+            raise WalkError(
+                f"the dense model sends other tokens to {stream.full(layer)} than the quantized one, as where a "
+                "router chooses among modules; exclude such layers with dynamic, or set propagation=0"
+            )
+        if wanted:
+            target = other.float() if bias is None else other.float() - bias
+            if ours.beside is not None and dense.beside is not None:
+                target = target + (dense.beside - ours.beside)
+            hessian.add(x, None, counts, target)
+        else:
+            hessian.add(x, other, counts)
     hessian = hessian or Hessian(1)
     hessian.combine(processes.sum_in_place, processes.sum_of)
     return hessian
@@ -237,6 +252,15 @@ def dense_weight(layer: Any) -> Tensor:
     with align_module_device(layer):
         weight = layer.weight.detach()
         return weight.T if isinstance(layer, Conv1D) else weight
+
+
+def dense_bias(layer: Any) -> Tensor | None:
+    """A layer's bias in fp32, `[N]`; read where accelerate offloaded it."""
+    from accelerate.utils import align_module_device
+
+    with align_module_device(layer):
+        bias = layer.bias
+        return bias.detach().float() if isinstance(bias, Tensor) else None
 
 
 def replace_layer(root: nn.Module, name: str, quantized: QuantizedWeight) -> None:

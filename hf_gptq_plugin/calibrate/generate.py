@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 PIECE = 64
 # Pieces written side by side, by one thread whatever the number of threads: products of other sizes round otherwise,
 # and a text goes another way from there.
-_BATCH = 64
+_BATCH = 32
 
 
 @torch.no_grad()

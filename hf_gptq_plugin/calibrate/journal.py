@@ -180,10 +180,18 @@ class Hiddens(Sequence[Tensor]):
 
     def append(self, value: Tensor) -> None:
         """Add the next window's, `[1, tokens, width]`."""
-        self._device = value.device
+        self.take(self.put(len(self), value))
+
+    def put(self, window: int, value: Tensor) -> tuple[torch.device, Tensor | None]:
+        """Write a window's where they are written, in any thread; `take` what this returns, in order."""
         if self._folder is not None:
-            write_tensor(self._path(len(self._values)), value)
-        self._values.append(value if self._in_memory else None)
+            write_tensor(self._path(window), value)
+        return value.device, value if self._in_memory else None
+
+    def take(self, put: tuple[torch.device, Tensor | None]) -> None:
+        """Add the next window's, which was `put`."""
+        self._device, value = put
+        self._values.append(value)
 
     def __len__(self) -> int:
         return len(self._values)

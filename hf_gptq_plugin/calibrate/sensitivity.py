@@ -50,7 +50,7 @@ _TRIM_EVERY = 4  # windows; of what a backward pass frees glibc keeps more each 
 _COPIES = 3  # numbers that are kept per token and channel of a linear layer's wider side, about
 
 # What the outputs' Hessians are taken from: where all windows are run for their tokens, and where for this alone.
-_OUTPUT_WINDOWS, _OUTPUT_WINDOWS_ALONE = 32, 8
+_OUTPUT_WINDOWS, _OUTPUT_WINDOWS_ALONE = 32, 4
 _OUTPUT_BYTES = 1 << 30  # what they may take over all layers; of larger models fewer outputs are felt together
 _FLIGHT_BYTES = 4 << 30  # the same for all windows that are worked on at a time
 _PRIOR = 1.0  # how much of the identity is added to their mean, see `_OutputSums.metric`

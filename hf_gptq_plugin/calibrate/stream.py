@@ -7,6 +7,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,28 @@ class _Stop(Exception):
     """Ends a forward pass once it has shown what it was run for."""
 
 
+@dataclass
+class Seen:
+    """What a pass was run for.
+
+    Args:
+        calls: positional arguments of the module that is looked at, at every run; none where the pass does not come to
+            it.
+        returned: what it returned, where that is asked for.
+        beside: what entered an earlier part of the block, likewise.
+    """
+
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
+    returned: Tensor | None = None
+    beside: Tensor | None = None
+
+
 class _Pass(threading.local):
     """One window's pass through a block, in the thread that runs it."""
 
     kept: dict[str, Any]  # what finished submodules returned
     counts: dict[str, int]  # runs of every submodule in this pass
-    calls: list[tuple[Any, ...]]  # arguments of the module that is looked at
-    beside: Tensor | None  # what entered another part of the block, where that is asked for
+    seen: Seen
     inside: list[str]  # the submodules being run, from the outermost on
     open: bool  # whether a layer has run that is not final
     most: int  # bytes that what holds no layer may return and have kept
@@ -68,39 +84,32 @@ class Resumable:
         self._kept: list[dict[str, Any]] = [{} for _ in block.calls]
         self._pass = _Pass()
 
-    def calls_of(self, layer: str, hiddens: Iterable[Tensor]) -> Iterator[list[tuple[Any, ...]]]:
-        """The positional arguments of every run of a submodule, window by window; none where the pass does not come
-        to it."""
-        with self._watching(layer):
-            for calls, _beside in self._each(self._call, hiddens):
-                yield calls
+    def seen(
+        self, layer: str, hiddens: Iterable[Tensor], part: str | None = None, returned: bool = False
+    ) -> Iterator[Seen]:
+        """What a submodule is called with, window by window.
+
+        Args:
+            layer: the submodule.
+            hiddens: what enters the block.
+            part: an earlier part of the block ("" for itself), of which is noted what entered it.
+            returned: whether the submodule, which runs once, is run to its end.
+        """
+        with self._watching(layer, part, returned):
+            wide = 2 if returned else 4 + (part is not None)
+            yield from self._each(partial(self._call, part=part), hiddens, wide)
 
     def inputs_of(self, layer: str, hiddens: Iterable[Tensor]) -> Iterator[Tensor | None]:
         """What enters a submodule at every run, window by window; None where the pass does not come to it."""
-        for calls in self.calls_of(layer, hiddens):
-            inputs = [args[0] for args in calls]
-            if len(inputs) < 2:
-                yield inputs[0] if inputs else None
-            else:
-                yield torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
+        return (entered(seen) for seen in self.seen(layer, hiddens))
 
-    def inputs_with(
-        self, layer: str, part: str, hiddens: Iterable[Tensor]
-    ) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        """What enters a layer that runs once, and what enters an earlier part of the block ("" for the block itself),
-        window by window; None where the pass does not come to them."""
-        with self._watching(layer, part):
-            for calls, beside in self._each(partial(self._call, part=part), hiddens, wide=5):
-                yield calls[0][0] if calls else None, beside
-
-    def outputs(self, hiddens: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The block's hidden states, window by window; forgets what was kept."""
+    def outputs(self, hiddens: Iterable[Tensor], put: Callable[[int, Tensor], Any] | None = None) -> Iterator[Any]:
+        """The block's hidden states, window by window, or what `put`, called with a window's number and them, makes of
+        them in the thread that made them; forgets what was kept."""
         with self._watching(None):
-            yield from self._each(self._output, hiddens)
+            yield from self._each(partial(self._output, put=put), hiddens, 4)
 
-    def _each(
-        self, work: Callable[[tuple[int, Tensor]], Any], hiddens: Iterable[Tensor], wide: int = 4
-    ) -> Iterator[Any]:
+    def _each(self, work: Callable[[tuple[int, Tensor]], Any], hiddens: Iterable[Tensor], wide: int) -> Iterator[Any]:
         remaining = iter(hiddens)
         if (first := next(remaining, None)) is None:
             return
@@ -110,42 +119,43 @@ class Resumable:
         yield from in_order(work, enumerate(itertools.chain((first,), remaining)), parallel, together=together)
 
     @torch.no_grad()
-    def _call(self, item: tuple[int, Tensor], part: str | None = None) -> tuple[list[tuple[Any, ...]], Tensor | None]:
+    def _call(self, item: tuple[int, Tensor], part: str | None) -> Seen:
         window, hidden = item
         self._begin(window, hidden)
-        self._pass.beside = hidden if part == "" else None
+        self._pass.seen.beside = hidden if part == "" else None
         try:
             with self._kept_attention():
                 self.block.run(hidden, window)
         except _Stop:
             pass
-        return self._pass.calls, self._pass.beside
+        return self._pass.seen
 
     @torch.no_grad()
-    def _output(self, item: tuple[int, Tensor]) -> Tensor:
+    def _output(self, item: tuple[int, Tensor], put: Callable[[int, Tensor], Any] | None) -> Any:
         window, hidden = item
         self._begin(window, hidden)
         with self._kept_attention():
             out = self.block.run(hidden, window)
         self._kept[window].clear()
-        return out
+        return out if put is None else put(window, out)
 
     def _kept_attention(self) -> _KeptAttention:
         return _KeptAttention(self._pass, self._folder)
 
     def _begin(self, window: int, hidden: Tensor) -> None:
-        self._pass.kept, self._pass.counts, self._pass.calls = self._kept[window], {}, []
+        self._pass.kept, self._pass.counts, self._pass.seen = self._kept[window], {}, Seen()
         self._pass.inside, self._pass.open, self._pass.most = [], False, hidden.nbytes
 
     @contextmanager
-    def _watching(self, until: str | None, part: str | None = None) -> Iterator[None]:
-        """While the context lasts, submodules hand out what was kept, a pass stops at `until`, and what enters `part`
-        is noted."""
+    def _watching(self, until: str | None, part: str | None = None, behind: bool = False) -> Iterator[None]:
+        """While the context lasts, submodules hand out what was kept, a pass stops before `until` or behind it, and
+        what enters `part` is noted."""
         with ExitStack() as stack:
             for name, module in self._submodules(until):
                 covered = {t for t in self._targets if t == name or t.startswith(f"{name}.")}
                 if covered or name in (until, part) or self._folder is None:
-                    wrapper = self._wrapper(name, module.forward, covered, name == until, name == part)
+                    watched = None if name != until else behind
+                    wrapper = self._wrapper(name, module.forward, covered, watched, name == part)
                     stack.enter_context(forward_replaced(module, wrapper))
             yield
 
@@ -159,8 +169,9 @@ class Resumable:
                 yield name, module
 
     def _wrapper(
-        self, name: str, own: Callable[..., Any], covered: set[str], watched: bool, noted: bool
+        self, name: str, own: Callable[..., Any], covered: set[str], behind: bool | None, noted: bool
     ) -> Callable[..., Any]:
+        """What runs in a submodule's place; behind: None where the pass does not stop there."""
         state, finished = self._pass, self.final.issuperset(covered)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -168,11 +179,11 @@ class Resumable:
             first = not state.counts.get(name)
             state.counts[name] = state.counts.get(name, 0) + 1
             if noted and first:
-                state.beside = args[0] if args else None
+                state.seen.beside = args[0] if args else None
             if first and name in kept and _intact(kept[name]):
-                return _fetched(kept[name])
-            if watched:
-                state.calls.append(args)
+                return stop(_fetched(kept[name]))
+            if behind is False:
+                state.seen.calls.append(args)
                 if name not in self.block.repeated:
                     raise _Stop
             opened = state.open
@@ -184,13 +195,27 @@ class Resumable:
             # layer that will change computes something else then.
             small = self._folder is None and isinstance(out, Tensor) and out.nbytes <= state.most
             few = bool(covered) or small
-            if finished and few and first and not opened and not state.calls:
+            if finished and few and first and not opened and not state.seen.calls:
                 for part in [k for k in kept if k.startswith(f"{name}.")]:
                     del kept[part]
                 kept[name] = _stored(out, self._folder)
+            return stop(out)
+
+        def stop(out: Any) -> Any:
+            if behind:
+                state.seen.returned = out
+                raise _Stop
             return out
 
         return forward
+
+
+def entered(seen: Seen) -> Tensor | None:
+    """What entered a module at every run in one pass; None where that did not come to it."""
+    inputs = [args[0] for args in seen.calls]
+    if len(inputs) < 2:
+        return inputs[0] if inputs else None
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
 
 
 class _KeptAttention(TorchFunctionMode):
@@ -313,20 +338,21 @@ class Stream:
         """Say that these layers of the block will not change any more."""
         self._entered.final.update(names)
 
-    def inputs_of(self, layer: str, part: str | None = None) -> Iterator[tuple[Tensor | None, Tensor | None]]:
-        """What enters a layer of the block, and an earlier part of it ("" for itself; None for none), by window."""
-        if part is None:
-            return ((entered, None) for entered in self._entered.inputs_of(layer, self.hiddens))
-        return self._entered.inputs_with(layer, part, self.hiddens)
+    def seen(self, layer: str, part: str | None = None, returned: bool = False) -> Iterator[Seen]:
+        """What a layer of the block is called with, window by window; see `Resumable.seen`."""
+        return self._entered.seen(layer, self.hiddens, part, returned)
 
     def added_to(self, layer: str) -> str | None:
         """What the output of a layer of the block is added to, see `Block.added_to`."""
         return self._entered.block.added_to.get(layer)
 
+    def runs_once(self, layer: str) -> bool:
+        """Whether a layer of the block runs no more than once in a pass."""
+        return layer not in self._entered.block.repeated
+
     def calls_of(self, module: str) -> tuple[Any, list[tuple[Any, ...]]]:
         """A module of the block, and the arguments with which it is called, window by window."""
-        calls = [call for calls in self._entered.calls_of(module, self.hiddens) for call in calls]
-        return self.submodule(module), calls
+        return self.submodule(module), [call for seen in self.seen(module) for call in seen.calls]
 
     def full(self, local: str) -> str:
         """The name in the model of a module of the block."""
@@ -340,8 +366,8 @@ class Stream:
         """Finish the block, and let go of it if it is a twin. What entered it stays on disk, for a journal to drop."""
         self._position += 1
         left = self._new([])
-        for value in self._entered.outputs(self.hiddens):
-            left.append(value)
+        for put in self._entered.outputs(self.hiddens, left.put):
+            left.take(put)
         self.hiddens = left
         if self._entered.block.is_twin:
             take_apart(self._entered.block)

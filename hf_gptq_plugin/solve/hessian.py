@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from .linalg import add_gram, all_finite, inverse_factor, matmul, total
 
 _ROWS = 256  # taken at once where a matrix is reordered or multiplied
+# Of what is added, as much is multiplied at once: the fewer times the sums are read and written, the better.
+_TOKENS, _BYTES = 2048, 32 << 20
 DAMP_LIMIT = 10.0  # times the mean of the diagonal; beyond it the damping would drown the data
 
 
@@ -20,8 +23,9 @@ class SolveError(RuntimeError):
 
 class Hessian:
     """Running `H = (1/T) Σ w x xᵀ` over `T` tokens of weights `w`, and `C = (1/T) Σ w x (x* - x)ᵀ` where `x*` is what
-    `x` would be had no layer before been quantized. Where the output of the layer that reads `x` is added to some `r`,
-    also `R = (1/T) Σ w (r* - r) xᵀ`.
+    `x` would be had no layer before been quantized; or, in its place, `Z = (1/T) Σ w z xᵀ` where `z` is what the one
+    layer that reads `x` is to return: it holds all that the layer needs, is smaller where there are few outputs, and
+    takes no `x*`.
 
     Args:
         in_features: `K`.
@@ -31,14 +35,15 @@ class Hessian:
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self._cross: Tensor | None = None
-        self._beside: Tensor | None = None
+        self._wanted: Tensor | None = None
+        self._added: list[tuple[Tensor, Tensor | None, Tensor | None]] = []  # not multiplied yet
         self.tokens = 0
         self._borrowed = 0
         self._divided = False
         self._factor: Factor | None = None
 
     def add(
-        self, x: Tensor, exact: Tensor | None = None, weights: Tensor | None = None, lost: Tensor | None = None
+        self, x: Tensor, exact: Tensor | None = None, weights: Tensor | None = None, wanted: Tensor | None = None
     ) -> None:
         """Add inputs.
 
@@ -48,32 +53,45 @@ class Hessian:
                 nothing where the two are alike.
             weights: `[T]`, what every token counts; 1 by default. Their mean over all calls should be 1, since `H` is
                 divided by the number of tokens.
-            lost: `r* - r`, `[..., N]`, as exact.
+            wanted: `z`, `[..., N]`, in place of exact. Beside `x` in bf16 it is rounded to bf16, which is little beside
+                the errors that it is there for, and evens out over tokens.
         """
         self._require_open()
         rows = self._rows(x)
         off = None if exact is None else self._rows(exact) - rows
-        lost = None if lost is None else self._rows(lost).to(rows.dtype)
+        wanted = None if wanted is None else self._rows(wanted).to(rows.dtype)
         if weights is not None:
             roots = weights.to(rows.device).sqrt()[:, None]
             rows = (rows * roots).to(rows.dtype)
             off = None if off is None else (off * roots).to(rows.dtype)
-            lost = None if lost is None else (lost * roots).to(rows.dtype)
+            wanted = None if wanted is None else (wanted * roots).to(rows.dtype)
+        self._added.append((rows, off, wanted))
+        self.tokens += len(rows)
+        held = [part for parts in self._added for part in parts if part is not None]
+        if sum(len(parts[0]) for parts in self._added) >= _TOKENS or sum(part.nbytes for part in held) >= _BYTES:
+            self._multiply()
+
+    def _multiply(self) -> None:
+        """Take into the sums what was added."""
+        if not self._added:
+            return
+        rows, off, wanted = (None if parts[0] is None else _joined(parts) for parts in zip(*self._added, strict=True))
+        self._added = []
         add_gram(self._sum, rows)
         if off is not None:
             if self._cross is None:
                 self._cross = torch.zeros_like(self._sum)
             add_gram(self._cross, rows, off)
-        if lost is not None:
-            if self._beside is None:
-                self._beside = self._sum.new_zeros(lost.shape[1], rows.shape[1])
-            add_gram(self._beside, lost, rows)
-        self.tokens += rows.shape[0]
+        if wanted is not None:
+            if self._wanted is None:
+                self._wanted = self._sum.new_zeros(wanted.shape[1], rows.shape[1])
+            add_gram(self._wanted, wanted, rows)
 
     def lean_on(self, prior: Hessian, tokens: int) -> None:
         """Take in another's means of `H` and `C` with the weight of this many tokens; `tokens` still counts what was
         added."""
         self._require_open()
+        self._multiply()
         self._sum.add_(prior.mean(), alpha=tokens)
         cross = prior.mean_cross()
         if cross is not None:
@@ -95,7 +113,8 @@ class Hessian:
         self.tokens, self._borrowed = sum_of(self.tokens), sum_of(self._borrowed)
 
     def _made(self) -> list[Tensor]:
-        return [made for made in (self._sum, self._cross, self._beside) if made is not None]
+        self._multiply()
+        return [made for made in (self._sum, self._cross, self._wanted) if made is not None]
 
     def _rows(self, x: Tensor) -> Tensor:
         dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
@@ -126,28 +145,36 @@ class Hessian:
         self.mean()
         return self._cross
 
+    @property
+    def holds_wanted(self) -> bool:
+        """Whether it was given what the layer is to return."""
+        self._multiply()
+        return self._wanted is not None
+
     def drift(self, weight: Tensor) -> Tensor | None:
-        """`W Cᵀ + R`, fp32 `[N, K]`: all that a layer needs of `C`, and smaller where it has few outputs. Inputs that
-        were never active count for nothing. Where there is an `R`, the sum takes its place, and `C` is freed.
+        """`W Cᵀ` or `Z - W H`, fp32 `[N, K]`: all that a layer needs of `C` or `Z`, the mean of `(z - W x) xᵀ`, where
+        `z = W x*` if nothing else is said. Inputs that were never active count for nothing. `Z` is gone afterwards.
 
         Args:
             weight: `W`, `[N, K]`.
 
         Returns:
-            None where no exact inputs were given.
+            None where neither exact inputs nor outputs were given.
         """
-        cross = self.mean_cross()
-        diagonal = self.mean().diagonal() if self._factor is None else self._factor.diagonal
-        if cross is None:
-            return self._beside
-        drift = output_drift(weight, cross, diagonal == 0, self._beside)
-        if self._beside is not None:
-            self._cross = None
-        return drift
+        hessian, made = self.mean(), self._factor
+        diagonal = hessian.diagonal() if made is None else made.diagonal
+        if (out := self._wanted) is not None:
+            added = hessian.diagonal() - diagonal  # damping
+            for part, to in zip(weight.split(_ROWS), out.split(_ROWS), strict=True):
+                live = part.to(out.device, torch.float32)
+                to -= matmul(live, hessian) - live * added
+            self._wanted = None
+            return out
+        return None if self._cross is None else output_drift(weight, self._cross, diagonal == 0)
 
     def forget_cross(self) -> None:
-        """Free `C` and `R`, which nothing needs any more."""
-        self._cross = self._beside = None
+        """Free `C`, which nothing needs any more."""
+        self._cross = None
 
     def factor(self, order: str, damp_percent: float) -> Factor:
         """The factor, made once for all layers that read these inputs. It takes the place of `mean`'s matrix.
@@ -170,19 +197,22 @@ class Hessian:
             raise RuntimeError("the Hessian's means were taken; nothing can be added any more")
 
 
-def output_drift(weight: Tensor, cross: Tensor, dead: Tensor, onto: Tensor | None = None) -> Tensor:
+def _joined(parts: Sequence[Any]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def output_drift(weight: Tensor, cross: Tensor, dead: Tensor) -> Tensor:
     """`W Cᵀ`, see `Hessian.drift`.
 
     Args:
         weight: `W`, `[N, K]`, any float dtype.
         cross: `C`, fp32 `[K, K]`.
         dead: bool `[K]`, inputs that were never active.
-        onto: fp32 `[N, K]`, what it is added to, in place.
     """
-    out = torch.zeros(weight.shape, dtype=torch.float32, device=cross.device) if onto is None else onto
+    out = torch.empty(weight.shape, dtype=torch.float32, device=cross.device)
     for part, to in zip(weight.split(_ROWS), out.split(_ROWS), strict=True):
         live = part.to(cross.device, torch.float32).masked_fill(dead.to(cross.device), 0.0)
-        to += matmul(live, cross.T)
+        to.copy_(matmul(live, cross.T))
     return out
 
 

@@ -18,13 +18,13 @@ def propagate(weight: Tensor, drift: Tensor, inverse_factor: Tensor, order: Tens
     """The weight to aim at, given that the inputs are those of a model already quantized up to here.
 
     The dense model computes `W x*`, this one sees `x`. `Σ (W x* - V x)²` is least for `V = W + W Cᵀ H⁻¹` with
-    `C = Σ x (x* - x)ᵀ`; where the output is added to an `r` that was `r*`, `Σ (W x* + r* - V x - r)²` for
-    `V = W + (W Cᵀ + R) H⁻¹` with `R = Σ (r* - r) xᵀ`. Going the whole way fits the calibration text too closely, so
-    part of it is taken.
+    `C = Σ x (x* - x)ᵀ`; where another `z` is wanted of `V x`, for `V = W + D H⁻¹` with `D = Σ (z - W x) xᵀ`: where the
+    output is added to an `r` that was `r*`, `z = W x* + r* - r`. Going the whole way fits the calibration text too
+    closely, so part of it is taken.
 
     Args:
         weight: `W`, fp32 `[N, K]`.
-        drift: `W Cᵀ + R`, fp32 `[N, K]`, see `Hessian.drift`.
+        drift: `D`, fp32 `[N, K]`, see `Hessian.drift`.
         inverse_factor: upper factor of the inverse of the damped `H`, fp32 `[K, K]`, in solve order.
         order: the solve order, `[K]`.
         strength: which part of the way to go, 0 to 1.

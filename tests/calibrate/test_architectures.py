@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ import transformers
 from architectures import ARCHITECTURES, inputs, load
 from safetensors.torch import load_file
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from hf_gptq_plugin import GPTQConfig, QuantLinear
 from hf_gptq_plugin.calibrate import blocks, pipeline
 from hf_gptq_plugin.calibrate.plan import Plan
 from hf_gptq_plugin.calibrate.sources import CalibrationError
+from hf_gptq_plugin.calibrate.stream import Stream
 from hf_gptq_plugin.calibrate.walk import WalkError
 from hf_gptq_plugin.format.spec import CheckpointConfig, QuantSpec
 from hf_gptq_plugin.solve.gptq import SolveSettings
@@ -30,13 +31,18 @@ from hf_gptq_plugin.solve.hessian import Hessian
 Rows = dict[str, list[torch.Tensor]]
 
 
-def linear_inputs(model: nn.Module, windows: list[list[int]]) -> Rows:
-    """What enters every linear layer in a plain forward pass, `[tokens, K]`, in order of its calls."""
+def module_inputs(model: nn.Module, windows: list[list[int]]) -> Rows:
+    """The hidden states that enter every module in a plain forward pass, `[tokens, K]`, in order of its calls."""
     rows: Rows = {}
+
+    def note(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        entered = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(entered, torch.Tensor):
+            rows.setdefault(name, []).append(entered.flatten(0, -2).clone())
+
     handles = [
-        module.register_forward_pre_hook(lambda m, a, n=name: rows.setdefault(n, []).append(a[0].flatten(0, -2)))
+        module.register_forward_pre_hook(partial(note, name), with_kwargs=True)
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
     ]
     with torch.no_grad():
         for window in windows:
@@ -47,35 +53,45 @@ def linear_inputs(model: nn.Module, windows: list[list[int]]) -> Rows:
 
 
 @contextmanager
-def calibration_inputs() -> Iterator[tuple[Rows, Rows]]:
-    """What every layer is solved on: inputs in the quantized model, and in the dense one."""
+def calibration_inputs() -> Iterator[tuple[Rows, Rows, dict[str, str | None]]]:
+    """What every layer is solved on: inputs in the quantized model, and in the dense one; in their place what layers
+    are to return, which are named, with what that is added to."""
     seen: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     quantized: Rows = {}
     dense: Rows = {}
-    add, solve = Hessian.add, blocks.solve_layer
+    added: dict[str, str | None] = {}
+    add, solve, gather = Hessian.add, blocks.solve_layer, blocks.layer_hessian
 
     def spied_add(
         self: Hessian, x: torch.Tensor, exact: torch.Tensor | None = None, weights: torch.Tensor | None = None,
-        lost: torch.Tensor | None = None,
+        wanted: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
-        assert exact is not None
+        target = exact if wanted is None else wanted
+        assert target is not None and (exact is None or wanted is None)
         pair = seen.setdefault(id(self), ([], []))
         pair[0].append(x.flatten(0, -2).clone())
-        pair[1].append(exact.flatten(0, -2).clone())
+        pair[1].append(target.flatten(0, -2).clone())
         kept.append(self)  # so that no id is given twice
         assert weights is None or len(weights) == len(pair[0][-1])
-        assert lost is None or lost.flatten(0, -2).shape[0] == len(pair[0][-1])
-        add(self, x, exact, weights, lost)
+        add(self, x, exact, weights, wanted)
 
     def spied_solve(name: str, layer: nn.Module, hessian: Hessian, *args: Any) -> Any:
         quantized[name], dense[name] = seen[id(hessian)]
         return solve(name, layer, hessian, *args)
 
+    def spied_gather(stream: Stream, exact: Stream | None, layer: str, *args: Any) -> Hessian:
+        hessian = gather(stream, exact, layer, *args)
+        if hessian.holds_wanted:
+            part = stream.added_to(layer)
+            added[stream.full(layer)] = None if part is None else stream.full(part).removesuffix(".")
+        return hessian
+
     kept: list[Hessian] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Hessian, "add", spied_add)
         patch.setattr(blocks, "solve_layer", spied_solve)
-        yield quantized, dense
+        patch.setattr(blocks, "layer_hessian", spied_gather)
+        yield quantized, dense, added
 
 
 @dataclass
@@ -86,6 +102,7 @@ class Quantized:
     dense: Any
     rows: Rows
     dense_rows: Rows
+    added: dict[str, str | None]
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +123,9 @@ def quantized(tiny: Callable[..., Path], windows: list[list[int]]) -> Callable[[
                 token_weights="loss",
                 output_hessian="loss",
             )
-            with calibration_inputs() as (rows, dense_rows):
+            with calibration_inputs() as (rows, dense_rows, added):
                 model = load(kind, tiny(kind), quantization_config=config)
-            made[kind] = Quantized(model, load(kind, tiny(kind)), rows, dense_rows)
+            made[kind] = Quantized(model, load(kind, tiny(kind)), rows, dense_rows, added)
         return made[kind]
 
     return make
@@ -146,21 +163,26 @@ def test_every_layer_is_solved_on_what_it_meets(
 ) -> None:
     made = quantized(kind)
     texts = [window[:24] for window in windows[:4]]
-    met, met_dense = linear_inputs(made.model, texts), linear_inputs(made.dense, texts)
+    met, met_dense = module_inputs(made.model, texts), module_inputs(made.dense, texts)
     assert len(made.rows) == sum(ARCHITECTURES[kind].quantized.values())
     for name, rows in made.rows.items():
         assert torch.equal(torch.cat(rows), torch.cat(met[name])), name
+        expected = torch.cat(met_dense[name])
+        if name in made.added:
+            layer = made.dense.get_submodule(name)
+            with torch.no_grad():
+                expected = layer(expected) - (0 if layer.bias is None else layer.bias)
+            if (part := made.added[name]) is not None:
+                expected += torch.cat(met_dense[part]) - torch.cat(met[part])
         # The dense stream multiplies with a product of its own, which adds up in another order.
-        torch.testing.assert_close(
-            torch.cat(made.dense_rows[name]), torch.cat(met_dense[name]), rtol=1e-3, atol=1e-3, msg=name
-        )
+        torch.testing.assert_close(torch.cat(made.dense_rows[name]), expected, rtol=1e-3, atol=1e-3, msg=name)
 
 
 def test_a_shared_block_is_solved_on_all_of_its_runs(
     quantized: Callable[[str], Quantized], windows: list[list[int]]
 ) -> None:
     made = quantized("albert")
-    met = linear_inputs(made.dense, [window[:24] for window in windows[:4]])
+    met = module_inputs(made.dense, [window[:24] for window in windows[:4]])
     for name, rows in made.dense_rows.items():
         assert len(met[name]) == 3 * 4  # runs × windows
         torch.testing.assert_close(torch.cat(rows), torch.cat(met[name]), rtol=1e-3, atol=1e-3, msg=name)
@@ -168,7 +190,7 @@ def test_a_shared_block_is_solved_on_all_of_its_runs(
     half = copy.deepcopy(made.dense)
     for name in made.rows:
         if name.endswith(("attention.dense", "ffn", "ffn_output")):
-            met = linear_inputs(half, [window[:24] for window in windows[:4]])
+            met = module_inputs(half, [window[:24] for window in windows[:4]])
             assert torch.equal(torch.cat(made.rows[name]), torch.cat(met[name])), name
         half.set_submodule(name, made.model.get_submodule(name))
 

@@ -59,5 +59,6 @@ def test_a_sum_is_to_be_what_the_dense_model_has_there(
     torch.testing.assert_close(drift.double(), lost.T @ x / len(x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(hessian.mean().double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
     # Beside others that read the same tensor, only what enters counts.
+    exact.enter(dense_twin(block), layers, layers)
     drift = layer_hessian(stream, exact, layer).drift(weight)
     torch.testing.assert_close(drift.double(), weight.double() @ (exact_x - x).T @ x / len(x), rtol=1e-4, atol=1e-5)

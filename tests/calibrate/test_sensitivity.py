@@ -251,9 +251,9 @@ def test_layers_are_solved_with_them(
     seen: list[Tensor | None] = []
     add = Hessian.add
 
-    def spied(self: Hessian, x: Tensor, exact: Tensor | None, weights: Tensor | None, lost: Tensor | None) -> None:
+    def spied(self: Hessian, x: Tensor, exact: Tensor | None, weights: Tensor | None) -> None:
         seen.append(weights)
-        add(self, x, exact, weights, lost)
+        add(self, x, exact, weights)
 
     monkeypatch.setattr(Hessian, "add", spied)
     for kind in ("uniform", "loss"):

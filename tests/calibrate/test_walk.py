@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +95,11 @@ def test_what_layers_outputs_are_added_to(kind: str, tiny: Callable[..., Path], 
         with torch.no_grad():
             expected = [block.run(hidden, window) for window, hidden in enumerate(hiddens)]
         handle.remove()
-        for window, (entered, value) in enumerate(list(resumable.inputs_with(layer, part, hiddens))):
-            assert entered is not None and value is not None
-            assert torch.equal(value, inputs[window])
+        for window, seen in enumerate(list(resumable.seen(layer, hiddens, part))):
+            assert seen.beside is not None and seen.returned is None
+            assert torch.equal(seen.beside, inputs[window])
             if layer == stages[-1][0]:
-                out = value + block.module.get_submodule(layer)(entered)
+                out = seen.beside + block.module.get_submodule(layer)(stream.entered(seen))
                 norm = block.module.get_submodule("output.LayerNorm") if kind == "bert" else torch.nn.Identity()
                 torch.testing.assert_close(norm(out).view_as(expected[window]), expected[window])
         resumable.final.update(name for stage in stages[: stages.index([layer]) + 1] for name in stage)
@@ -308,8 +310,37 @@ def test_what_is_noted_is_not_kept_on_disk(tiny: Callable[..., Path], windows: l
     layers = walk.linears(block.module)
     resumable = Resumable(block, layers, layers, tmp_path)
     plain, files = list(resumable.inputs_of("mlp.down_proj", hiddens)), len(list(tmp_path.iterdir()))
-    ((entered, beside),) = resumable.inputs_with("mlp.down_proj", "post_attention_layernorm", hiddens)
-    assert torch.equal(entered, plain[0]) and beside is not None and len(list(tmp_path.iterdir())) == files > 0
+    (seen,) = resumable.seen("mlp.down_proj", hiddens, "post_attention_layernorm")
+    assert torch.equal(stream.entered(seen), plain[0]) and seen.beside is not None
+    assert len(list(tmp_path.iterdir())) == files > 0
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_pass_stops_behind_a_layer_too(
+    on_disk: bool, tiny: Callable[..., Path], windows: list[list[int]], tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
+    (block, *_), hiddens = record(model, [torch.tensor(w) for w in windows[:2]])
+    layers, returned = walk.linears(block.module), collections.defaultdict[str, list[torch.Tensor]](list)
+
+    def noted(name: str, own: Callable[..., Any], *args: Any) -> torch.Tensor:
+        returned[name].append(own(*args))
+        return returned[name][-1]
+
+    with torch.no_grad(), ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.enter_context(walk.forward_replaced(layer, partial(noted, name, layer.forward)))
+        expected = [block.run(hidden, window) for window, hidden in enumerate(hiddens)]
+        whole = dict(returned)
+        returned.clear()
+        resumable = Resumable(block, layers, layers, tmp_path if on_disk else None)
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            for _ in range(2):  # what was kept is handed out again
+                seen = list(resumable.seen(name, hiddens, returned=True))
+                assert all(torch.equal(s.returned, out) for s, out in zip(seen, whole[name], strict=True))
+                assert all(not s.calls and s.beside is None for s in seen)
+        assert all(map(torch.equal, resumable.outputs(hiddens), expected))
+    assert {name: len(outs) for name, outs in returned.items()} == dict.fromkeys(layers, 2)  # once for each window
 
 
 def test_what_is_kept_may_have_names(tmp_path: Path) -> None:

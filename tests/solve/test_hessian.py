@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_gptq_plugin.solve import hessian as solve_hessian
 from hf_gptq_plugin.solve.hessian import Hessian, SolveError, factorize, reordered
 
 
@@ -16,6 +17,32 @@ def test_mean_over_tokens() -> None:
     rows = x.flatten(0, 1).double()
     assert hessian.tokens == len(rows)
     torch.testing.assert_close(hessian.mean().double(), rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "size"), [(1, 1 << 30), (16, 1 << 30), (2048, 600), (2048, 1 << 30)])
+def test_what_is_multiplied_at_once_changes_nothing(tokens: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solve_hessian, "_TOKENS", tokens)
+    monkeypatch.setattr(solve_hessian, "_BYTES", size)
+    x, exact, wanted, calls = torch.randn(60, 4), torch.randn(60, 4), torch.randn(60, 3), []
+    add_gram = solve_hessian.add_gram
+
+    def counted(total: torch.Tensor, *sides: torch.Tensor) -> None:
+        calls.append(len(sides[0]))
+        add_gram(total, *sides)
+
+    monkeypatch.setattr(solve_hessian, "add_gram", counted)
+    crossed, aimed, near = Hessian(4), Hessian(4), dict(rtol=1e-5, atol=1e-5)
+    for rows in torch.arange(60).split(7):
+        crossed.add(x[rows], exact[rows])
+    assert crossed.tokens == 60
+    torch.testing.assert_close(crossed.mean().double(), x.double().T @ x.double() / 60, **near)
+    torch.testing.assert_close(crossed.mean_cross().double(), x.double().T @ (exact - x).double() / 60, **near)
+    # 7 rows at a time, of 16 bytes in two tensors.
+    assert max(calls) == min(-(-tokens // 7) * 7, -(-size // 224) * 7, 60)
+    for rows in torch.arange(60).split(7):
+        aimed.add(x[rows], None, None, wanted[rows])
+    drift = aimed.drift(torch.zeros(3, 4))
+    torch.testing.assert_close(drift.double(), wanted.double().T @ x.double() / 60, **near)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -48,18 +75,19 @@ def test_what_a_layer_needs_of_its_inputs_errors() -> None:
     assert hessian.drift(weight) is None
 
 
-def test_what_an_output_is_added_to_has_lost_something_too() -> None:
-    x, exact, lost, weights = torch.randn(50, 6), torch.randn(50, 6), torch.randn(50, 4), torch.rand(50) * 2
-    hessian, weight = Hessian(6), torch.randn(4, 6)
-    for rows in (slice(0, 20), slice(20, 50)):
-        hessian.add(x[rows], exact[rows], weights[rows], lost[rows])
-    missing = (exact - x).double() @ weight.double().T + lost.double()
-    wanted = (missing * weights[:, None]).T @ x.double() / 50
-    torch.testing.assert_close(hessian.drift(weight).double(), wanted, rtol=1e-5, atol=1e-5)
-    hessian.factor("natural", 0.01)
-    torch.testing.assert_close(hessian.drift(weight).double(), wanted, rtol=1e-5, atol=1e-5)
-    hessian.forget_cross()
-    assert hessian.drift(weight) is None
+def test_what_a_layer_is_to_return() -> None:
+    x, wanted, weights, weight = torch.randn(50, 6), torch.randn(50, 300), torch.rand(50) * 2, torch.randn(300, 6)
+    x[:, 2] = 0
+    missing = (wanted - x @ weight.T).double() * weights.double()[:, None]
+    for factorized in (False, True):  # which damps the Hessian, and gives the diagonal to what was never active
+        hessian = Hessian(6)
+        for rows in (slice(0, 20), slice(20, 50)):
+            hessian.add(x[rows], None, weights[rows], wanted[rows])
+        if factorized:
+            hessian.factor("natural", 0.01)
+        drift = hessian.drift(weight)
+        torch.testing.assert_close(drift.double(), missing.T @ x.double() / 50, rtol=1e-4, atol=1e-5)
+        assert hessian.drift(weight) is None
 
 
 def test_bf16_inputs_are_summed_in_fp32() -> None:
