@@ -253,7 +253,7 @@ class _Rows:
             if refit:
                 scales = self._refit(codes, scales, errors)
             codes, errors = self._descend(codes, scales, 1 if descent else 0)
-        if self.metric is not None:
+        if not len(errors):
             delta = self.placed - values(codes.float(), scales, self.zeros, self._group)
             errors = row_errors(delta, self.hessian)
         return codes, scales, errors
@@ -287,7 +287,7 @@ class _Rows:
         if self.metric is None:
             return descend(self.placed, self.hessian, codes, *grid, rounds)
         if rounds:
-            codes = joint.descend(self.placed, self.hessian, self.metric, codes, *grid)
+            return joint.descend(self.placed, self.hessian, self.metric, codes, *grid)
         return codes, torch.empty(0)
 
 

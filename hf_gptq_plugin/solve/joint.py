@@ -130,11 +130,11 @@ def _solve_block_reference(
 def descend(
     weight: Tensor, hessian: Tensor, metric: Metric, codes: Tensor, scales: Tensor, zeros: Tensor, group: Tensor,
     bits: int,
-) -> Tensor:  # fmt: skip
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One round of coordinate descent on the codes; arguments as `refine.descend`. Never raises the error.
 
     Returns:
-        uint8 codes `[N, K]`.
+        uint8 codes `[N, K]`, and the error of every row, its outputs by themselves, float64 `[N]`.
     """
     pull = matmul(hessian, (weight - values(codes.float(), scales, zeros, group)).T)
     codes, hessian = codes.T.clone(memory_format=torch.contiguous_format), hessian.contiguous()
@@ -147,7 +147,8 @@ def descend(
         if bool(changes.any()):
             pull[:a] += matmul(hessian[block, :a].T, changes)
             pull[rest] += matmul(hessian[block, rest].T, changes)
-    return codes.T
+    delta = weight - values(codes.T.float(), scales.T, zeros.T, group)
+    return codes.T, (pull.T * delta).sum(1, dtype=torch.float64)
 
 
 def _descend_block(

@@ -107,7 +107,11 @@ def test_descent_ends_where_no_single_code_can_be_improved(
     codes = start = torch.randint(0, 2**bits, (7, 21), dtype=torch.uint8)
     kept, before = start.clone(), error(weight, hessian, metric, start, scales, zeros, group)
     for _ in range(300):
-        last, codes = codes, joint.descend(weight, hessian, Metric(metric), codes, scales, zeros, group, bits)
+        last = codes
+        codes, by_row = joint.descend(weight, hessian, Metric(metric), codes, scales, zeros, group, bits)
+        delta = (weight - (codes.float() - zeros[:, group]) * scales[:, group]).double()
+        expected = ((delta @ hessian.double()) * delta).sum(1)
+        torch.testing.assert_close(by_row, expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
         after = error(weight, hessian, metric, codes, scales, zeros, group)
         assert after <= before * (1 + 1e-5)
         before = after
@@ -132,7 +136,7 @@ def test_native_is_as_good_as_pytorch_and_threads_change_nothing(monkeypatch: py
         known = Metric(metric)
         codes = joint.solve_columns(weight, factor.upper, known, scales, zeros, group, 4)
         fitted = joint.refit_scales(weight, factor.damped, known, codes, scales, zeros, 32, torch.float16)
-        return codes, fitted, joint.descend(weight, factor.damped, known, codes, fitted, zeros, group, 4)
+        return codes, fitted, joint.descend(weight, factor.damped, known, codes, fitted, zeros, group, 4)[0]
 
     def errors(codes: Tensor, fitted: Tensor, better: Tensor) -> list[float]:
         pairs = ((codes, scales), (codes, fitted), (better, fitted))
