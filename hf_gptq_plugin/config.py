@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "balanced": {
         "generated": 0.125, "token_weights": "uniform", "output_hessian": "loss", "propagation": 0.5, "refit": True,
-        "alternations": 0, "descent": 1, "block_epochs": 0, "model_epochs": 0,
+        "alternations": 1, "descent": 1, "block_epochs": 0, "model_epochs": 0,
     },
 }  # fmt: skip
 PRESETS["best"] = {

@@ -21,6 +21,7 @@ from ..nn.experts import Experts
 from ..nn.linear import QuantLinear
 from ..solve.gptq import SolveSettings, solve_factored
 from ..solve.hessian import Hessian, SolveError
+from ..solve.linalg import dense_linear
 from . import processes
 from .experts import expert_hessians, own_memory
 from .plan import Plan
@@ -97,20 +98,20 @@ def quantize_block(
         _replace_all(block.module, solved)
         stream.settle(done)
     own_memory(block.module)
-    before_block = stream.hiddens
+    hiddens = stream.hiddens
     if exact is not None and exact.inside:
         exact.leave()
     if learning:
         assert exact is not None
-        _learn(block, before_block, exact, before, plan)
+        _learn(block, hiddens, exact, before, plan)
         stream.enter(block, everything, everything)  # nothing that was kept holds any more
     stream.leave()
 
 
 def _drifts(block: Block, names: list[str], hessian: Hessian) -> dict[str, Tensor | None]:
-    """What layers need of `C`, which is freed; nothing where that would take more memory than `C`."""
+    """What layers need of `C`, which is freed, or of `Z`; nothing where that would take more memory than `C`."""
     weights = {local: dense_weight(block.module.get_submodule(local)) for local in names}
-    if sum(map(len, weights.values())) > next(iter(weights.values())).shape[1] and not hessian.holds_wanted:
+    if sum(map(len, weights.values())) > next(iter(weights.values())).shape[1] and not hessian.has_target:
         return {}
     try:
         drifts = {local: hessian.drift(weight) for local, weight in weights.items()}
@@ -120,10 +121,10 @@ def _drifts(block: Block, names: list[str], hessian: Hessian) -> dict[str, Tenso
     return drifts
 
 
-def _learn(block: Block, entered: Sequence[Tensor], exact: Stream, dense: dict[str, Tensor], plan: Plan) -> None:
+def _learn(block: Block, hiddens: Sequence[Tensor], exact: Stream, dense: dict[str, Tensor], plan: Plan) -> None:
     layers = {local: TunedLayer(block.module.get_submodule(local), weight) for local, weight in dense.items()}  # type: ignore[arg-type]
     targets, settings = exact.hiddens, plan.tuning
-    tune([block], [layers], [{}], entered, output_loss(lambda w: targets[w]), settings.block_epochs, settings)
+    tune([block], [layers], [{}], hiddens, output_loss(lambda w: targets[w]), settings.block_epochs, settings)
     for local, tuned in layers.items():
         block.module.set_submodule(local, tuned.finished())
 
@@ -184,17 +185,19 @@ def layer_hessian(
         stream, exact: see `quantize_block`.
         layer: its name in the block.
         weights: what the tokens of every window count, `[tokens]`; None for alike.
-        alone: whether no other layer reads the same tensor, and errors of what its output is added to count, too.
+        alone: whether no other layer reads the same tensor: then what it is to return is gathered, where that is less
+            than what would enter it, or where errors of what its output is added to are to be made good, too.
     """
     module = stream.submodule(layer)
     part = stream.added_to(layer) if alone and exact is not None else None
-    wanted = part is not None  # what the layer is to return, in place of what would enter it
+    by_output = part is not None
     if alone and exact is not None and isinstance(module, LINEAR):
         in_features, out_features = linear_shape(module)
-        wanted |= out_features < in_features and stream.runs_once(layer)
-    bias = dense_bias(module) if wanted else None
+        by_output |= out_features < in_features and stream.runs_once(layer)
+    # A bias would be rounded with what the layer returns in 16 bits, and the product in fp32 is not.
+    weight = dense_weight(module).float() if by_output and module.bias is not None else None
     hessian: Hessian | None = None
-    twins = exact.seen(layer, part, returned=wanted) if exact is not None else itertools.repeat(None)
+    twins = itertools.repeat(None) if exact is None else exact.seen(layer, part, by_output and weight is None)
     counted = weights if weights is not None else itertools.repeat(None)
     for ours, dense, counts in zip(stream.seen(layer, part), twins, counted, strict=False):
         if (x := entered(ours)) is None:
@@ -203,16 +206,16 @@ def layer_hessian(
         if dense is None:
             hessian.add(x, None, counts)
             continue
-        other = dense.returned if wanted else entered(dense)
+        other = entered(dense) if dense.returned is None else dense.returned
         if other is None or other.shape[:-1] != x.shape[:-1]:
             raise WalkError(
                 f"the dense model sends other tokens to {stream.full(layer)} than the quantized one, as where a "
                 "router chooses among modules; exclude such layers with dynamic, or set propagation=0"
             )
-        if wanted:
-            target = other.float() if bias is None else other.float() - bias
+        if by_output:
+            target = other.float() if weight is None else dense_linear(other.float(), weight)
             if ours.beside is not None and dense.beside is not None:
-                target = target + (dense.beside - ours.beside)
+                target = target + (dense.beside - ours.beside).to(target.device)
             hessian.add(x, None, counts, target)
         else:
             hessian.add(x, other, counts)
@@ -252,15 +255,6 @@ def dense_weight(layer: Any) -> Tensor:
     with align_module_device(layer):
         weight = layer.weight.detach()
         return weight.T if isinstance(layer, Conv1D) else weight
-
-
-def dense_bias(layer: Any) -> Tensor | None:
-    """A layer's bias in fp32, `[N]`; read where accelerate offloaded it."""
-    from accelerate.utils import align_module_device
-
-    with align_module_device(layer):
-        bias = layer.bias
-        return bias.detach().float() if isinstance(bias, Tensor) else None
 
 
 def replace_layer(root: nn.Module, name: str, quantized: QuantizedWeight) -> None:

@@ -99,10 +99,6 @@ class Resumable:
             wide = 2 if returned else 4 + (part is not None)
             yield from self._each(partial(self._call, part=part), hiddens, wide)
 
-    def inputs_of(self, layer: str, hiddens: Iterable[Tensor]) -> Iterator[Tensor | None]:
-        """What enters a submodule at every run, window by window; None where the pass does not come to it."""
-        return (entered(seen) for seen in self.seen(layer, hiddens))
-
     def outputs(self, hiddens: Iterable[Tensor], put: Callable[[int, Tensor], Any] | None = None) -> Iterator[Any]:
         """The block's hidden states, window by window, or what `put`, called with a window's number and them, makes of
         them in the thread that made them; forgets what was kept."""

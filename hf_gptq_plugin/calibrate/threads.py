@@ -49,7 +49,13 @@ def in_order(
                 results = [work(item) for item in batch]
             else:
                 futures = [_workers(threads).submit(work, item) for item in batch]
-                wait(futures)  # for all, also where one of them fails: none works on behind its caller's back
+                try:
+                    wait(futures)  # for all, also where one of them fails: none works on behind its caller's back
+                except BaseException:  # an interruption
+                    for future in futures:
+                        future.cancel()
+                    wait(futures)
+                    raise
                 results = [future.result() for future in futures]
         # Outside: what the caller does between items may use all threads.
         yield from results

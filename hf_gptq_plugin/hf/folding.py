@@ -214,7 +214,8 @@ def _hessians(model: nn.Module, layers: dict[str, nn.Module], windows: list[Tens
             owners[name] = next((other for tensor, other in held if tensor is x), name)
             held.append((x, owners[name]))
         if owners[name] == name:
-            hessians.setdefault(name, Hessian(x.shape[-1])).add(x)
+            # At once: the pass goes on, and may write into `x`; and of many Hessians each would hold some.
+            hessians.setdefault(name, Hessian(x.shape[-1], at_once=1)).add(x)
 
     with _hooked(layers, read):
         for window in windows:

@@ -40,7 +40,7 @@ class SolveSettings:
             `refine.refit_scales`.
         alternations: times that the column loop runs again with the scales refitted to its codes; none without refit.
             (After three, and three rounds of descent, a layer's error is 2 to 6 percent lower than after none and two;
-            at 4 bits a model's perplexity shows nothing of it.)
+            at 4 bits a model's perplexity shows nothing of more than one.)
         descent: rounds of coordinate descent after that. See `refine.descend`.
         scales_dtype: what scales are stored in.
     """
@@ -51,7 +51,7 @@ class SolveSettings:
     blocksize: int = 128
     propagation: float = 0.5
     refit: bool = True
-    alternations: int = 0
+    alternations: int = 1
     descent: int = 1
     scales_dtype: torch.dtype = torch.float16
 

@@ -30,20 +30,22 @@ class Hessian:
     Args:
         in_features: `K`.
         device: where the fp32 matrix `[K, K]` is kept.
+        at_once: tokens that are multiplied at once. What was added is held until then, and must not be written into.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, in_features: int, device: torch.device | str = "cpu", at_once: int = _TOKENS) -> None:
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self._cross: Tensor | None = None
-        self._wanted: Tensor | None = None
+        self._target: Tensor | None = None
         self._added: list[tuple[Tensor, Tensor | None, Tensor | None]] = []  # not multiplied yet
+        self._at_once = at_once
         self.tokens = 0
         self._borrowed = 0
         self._divided = False
         self._factor: Factor | None = None
 
     def add(
-        self, x: Tensor, exact: Tensor | None = None, weights: Tensor | None = None, wanted: Tensor | None = None
+        self, x: Tensor, exact: Tensor | None = None, weights: Tensor | None = None, target: Tensor | None = None
     ) -> None:
         """Add inputs.
 
@@ -53,39 +55,39 @@ class Hessian:
                 nothing where the two are alike.
             weights: `[T]`, what every token counts; 1 by default. Their mean over all calls should be 1, since `H` is
                 divided by the number of tokens.
-            wanted: `z`, `[..., N]`, in place of exact. Beside `x` in bf16 it is rounded to bf16, which is little beside
+            target: `z`, `[..., N]`, in place of exact. Beside `x` in bf16 it is rounded to bf16, which is little beside
                 the errors that it is there for, and evens out over tokens.
         """
         self._require_open()
         rows = self._rows(x)
         off = None if exact is None else self._rows(exact) - rows
-        wanted = None if wanted is None else self._rows(wanted).to(rows.dtype)
+        target = None if target is None else self._rows(target).to(rows.dtype)
         if weights is not None:
             roots = weights.to(rows.device).sqrt()[:, None]
             rows = (rows * roots).to(rows.dtype)
             off = None if off is None else (off * roots).to(rows.dtype)
-            wanted = None if wanted is None else (wanted * roots).to(rows.dtype)
-        self._added.append((rows, off, wanted))
+            target = None if target is None else (target * roots).to(rows.dtype)
+        self._added.append((rows, off, target))
         self.tokens += len(rows)
         held = [part for parts in self._added for part in parts if part is not None]
-        if sum(len(parts[0]) for parts in self._added) >= _TOKENS or sum(part.nbytes for part in held) >= _BYTES:
+        if sum(len(parts[0]) for parts in self._added) >= self._at_once or sum(part.nbytes for part in held) >= _BYTES:
             self._multiply()
 
     def _multiply(self) -> None:
         """Take into the sums what was added."""
         if not self._added:
             return
-        rows, off, wanted = (None if parts[0] is None else _joined(parts) for parts in zip(*self._added, strict=True))
+        rows, off, target = (None if parts[0] is None else _joined(parts) for parts in zip(*self._added, strict=True))
         self._added = []
         add_gram(self._sum, rows)
         if off is not None:
             if self._cross is None:
                 self._cross = torch.zeros_like(self._sum)
             add_gram(self._cross, rows, off)
-        if wanted is not None:
-            if self._wanted is None:
-                self._wanted = self._sum.new_zeros(wanted.shape[1], rows.shape[1])
-            add_gram(self._wanted, wanted, rows)
+        if target is not None:
+            if self._target is None:
+                self._target = self._sum.new_zeros(target.shape[1], rows.shape[1])
+            add_gram(self._target, target, rows)
 
     def lean_on(self, prior: Hessian, tokens: int) -> None:
         """Take in another's means of `H` and `C` with the weight of this many tokens; `tokens` still counts what was
@@ -114,7 +116,7 @@ class Hessian:
 
     def _made(self) -> list[Tensor]:
         self._multiply()
-        return [made for made in (self._sum, self._cross, self._wanted) if made is not None]
+        return [made for made in (self._sum, self._cross, self._target) if made is not None]
 
     def _rows(self, x: Tensor) -> Tensor:
         dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
@@ -131,8 +133,10 @@ class Hessian:
             if weight == 0:
                 raise SolveError("no calibration token reached this layer; use more or other calibration text")
             if not all(map(all_finite, self._made())):
+                inputs = [self._sum] if self._cross is None else [self._sum, self._cross]
+                what = "outputs in the dense model" if all(map(all_finite, inputs)) else "inputs"
                 raise SolveError(
-                    "the layer's inputs are not finite on the calibration text (NaN or infinity); load the model in "
+                    f"the layer's {what} are not finite on the calibration text (NaN or infinity); load the model in "
                     "float32 or bfloat16, and check its weights"
                 )
             for made in self._made():
@@ -146,10 +150,9 @@ class Hessian:
         return self._cross
 
     @property
-    def holds_wanted(self) -> bool:
-        """Whether it was given what the layer is to return."""
-        self._multiply()
-        return self._wanted is not None
+    def has_target(self) -> bool:
+        """Whether it holds what the layer is to return, once `combine` or `mean` was called."""
+        return self._target is not None
 
     def drift(self, weight: Tensor) -> Tensor | None:
         """`W Cᵀ` or `Z - W H`, fp32 `[N, K]`: all that a layer needs of `C` or `Z`, the mean of `(z - W x) xᵀ`, where
@@ -163,12 +166,12 @@ class Hessian:
         """
         hessian, made = self.mean(), self._factor
         diagonal = hessian.diagonal() if made is None else made.diagonal
-        if (out := self._wanted) is not None:
+        if (out := self._target) is not None:
             added = hessian.diagonal() - diagonal  # damping
             for part, to in zip(weight.split(_ROWS), out.split(_ROWS), strict=True):
                 live = part.to(out.device, torch.float32)
                 to -= matmul(live, hessian) - live * added
-            self._wanted = None
+            self._target = None
             return out
         return None if self._cross is None else output_drift(weight, self._cross, diagonal == 0)
 

@@ -64,16 +64,16 @@ def calibration_inputs() -> Iterator[tuple[Rows, Rows, dict[str, str | None]]]:
 
     def spied_add(
         self: Hessian, x: torch.Tensor, exact: torch.Tensor | None = None, weights: torch.Tensor | None = None,
-        wanted: torch.Tensor | None = None,
+        target: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
-        target = exact if wanted is None else wanted
-        assert target is not None and (exact is None or wanted is None)
+        goal = exact if target is None else target
+        assert goal is not None and (exact is None or target is None)
         pair = seen.setdefault(id(self), ([], []))
         pair[0].append(x.flatten(0, -2).clone())
-        pair[1].append(target.flatten(0, -2).clone())
+        pair[1].append(goal.flatten(0, -2).clone())
         kept.append(self)  # so that no id is given twice
         assert weights is None or len(weights) == len(pair[0][-1])
-        add(self, x, exact, weights, wanted)
+        add(self, x, exact, weights, target)
 
     def spied_solve(name: str, layer: nn.Module, hessian: Hessian, *args: Any) -> Any:
         quantized[name], dense[name] = seen[id(hessian)]
@@ -81,7 +81,7 @@ def calibration_inputs() -> Iterator[tuple[Rows, Rows, dict[str, str | None]]]:
 
     def spied_gather(stream: Stream, exact: Stream | None, layer: str, *args: Any) -> Hessian:
         hessian = gather(stream, exact, layer, *args)
-        if hessian.holds_wanted:
+        if hessian.has_target:
             part = stream.added_to(layer)
             added[stream.full(layer)] = None if part is None else stream.full(part).removesuffix(".")
         return hessian

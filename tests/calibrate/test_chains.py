@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from hf_gptq_plugin.calibrate import walk
 from hf_gptq_plugin.calibrate.chains import find_chains
-from hf_gptq_plugin.calibrate.stream import Resumable
+from hf_gptq_plugin.calibrate.stream import Resumable, entered
 from hf_gptq_plugin.calibrate.walk import WalkError, linears, record_calls, text_inputs
 
 Tiny = Callable[..., Path]
@@ -82,8 +82,8 @@ def test_what_is_no_plain_chain_is_one_piece(kind: str, tiny: Tiny, caplog: pyte
         with torch.no_grad():
             model(**text_inputs(model, IDS))
         handle.remove()
-        entered = next(resumable.inputs_of(name, [torch.empty(0)]))
-        assert entered is not None and torch.equal(entered.flatten(0, -2), torch.cat([x.flatten(0, -2) for x in met]))
+        inputs = next(map(entered, resumable.seen(name, [torch.empty(0)])))
+        assert inputs is not None and torch.equal(inputs.flatten(0, -2), torch.cat([x.flatten(0, -2) for x in met]))
 
 
 class Stack(nn.Module):
@@ -205,8 +205,8 @@ def test_layers_that_read_alike_once_but_not_always_are_apart() -> None:
     block = walk.Block("block", Merged(), [((other,), {})])
     assert walk.find_stages(block, hidden, linears(block.module)) == [["k", "v"], ["q"]]
     assert block.repeated == {"k", "v"}
-    entered = next(Resumable(block, "qkv").inputs_of("v", [hidden]))
-    assert entered is not None and torch.equal(entered, torch.cat([hidden, other], 1)[0])
+    inputs = next(map(entered, Resumable(block, "qkv").seen("v", [hidden])))
+    assert inputs is not None and torch.equal(inputs, torch.cat([hidden, other], 1)[0])
 
 
 def test_recording_computes_neither_blocks_nor_logits(tiny: Tiny) -> None:

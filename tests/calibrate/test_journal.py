@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import signal
@@ -91,13 +92,12 @@ def test_goes_on_after_any_layer(
 
 
 KILLED = """
-import os, signal, sys, warnings
+import itertools, os, signal, sys, warnings
 warnings.simplefilter("ignore")
 from hf_gptq_plugin.calibrate import journal
-place, calls = int(sys.argv[2]), [0]
+place, calls = int(sys.argv[2]), itertools.count(1)
 def counted(*args, own=journal.save_file):
-    calls[0] += 1
-    if calls[0] == place:
+    if next(calls) == place:  # in one step: several threads write
         os.kill(os.getpid(), signal.SIGKILL)
     return own(*args)
 journal.save_file = counted
@@ -136,12 +136,11 @@ def test_a_full_disk_is_named_and_nothing_is_lost(
     tiny: Callable[..., Path], windows: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, folder = tiny("llama"), tmp_path / "journal"
-    written = [0]
+    written = itertools.count(1)
     save = journal.save_file
 
     def full(*args: Any) -> None:
-        written[0] += 1
-        if written[0] == 50:  # in the second block, see above
+        if next(written) == 50:  # in the second block, see above
             raise OSError(errno.ENOSPC, "No space left on device")
         save(*args)
 

@@ -137,7 +137,7 @@ def test_a_resumed_pass_is_the_whole_pass_and_runs_every_layer_once(
     resumable = Resumable(block, layers)
     for stage in stages:
         for entered, *read in zip(
-            resumable.inputs_of(stage[0], hiddens), *(inputs[layer] for layer in stage), strict=True
+            map(stream.entered, resumable.seen(stage[0], hiddens)), *(inputs[layer] for layer in stage), strict=True
         ):
             assert entered is not None and all(torch.equal(entered, expected_input) for expected_input in read)
         resumable.final.update(stage)
@@ -177,7 +177,7 @@ def test_a_resumed_pass_computes_attention_once(
     resumable = Resumable(block, layers)
     with CountAttention() as counter:
         for stage in STAGES["llama"]:
-            next(resumable.inputs_of(stage[0], hiddens[:1]))
+            next(map(stream.entered, resumable.seen(stage[0], hiddens[:1])))
             if final:
                 resumable.final.update(stage)
         (left,) = resumable.outputs(hiddens[:1])
@@ -223,7 +223,7 @@ def test_a_resumed_pass_computes_norms_once(
         block.module.get_submodule(name).forward = counting(name)
     resumable = Resumable(block, layers, folder=None if in_memory else tmp_path)
     for stage in STAGES["llama"]:
-        next(resumable.inputs_of(stage[0], hiddens[:1]))
+        next(map(stream.entered, resumable.seen(stage[0], hiddens[:1])))
         resumable.final.update(stage)
     (left,) = resumable.outputs(hiddens[:1])
     assert torch.equal(left, expected)
@@ -252,7 +252,7 @@ def test_what_stands_behind_a_layer_that_changes_is_computed_again(
     layers = walk.linears(chain[0].module)
     resumable = Resumable(chain[0], layers, final={"self_attn.o_proj"})
     for stage in STAGES["llama"]:  # all are looked at before any is replaced
-        list(resumable.inputs_of(stage[0], hiddens))
+        list(map(stream.entered, resumable.seen(stage[0], hiddens)))
     with torch.no_grad():
         layers["self_attn.v_proj"].weight *= 2
     resumable.final.update(layers)
@@ -296,10 +296,10 @@ def test_what_is_kept_may_be_written_into(mode: Callable[[], Any]) -> None:
         expected, entered = module(hidden), module.first(module.norm(hidden)) * 2 + hidden
         block = walk.Block("", module, [((), {})])
         resumable = Resumable(block, ["first", "second"])
-        assert torch.equal(next(resumable.inputs_of("first", [hidden])), module.norm(hidden))
+        assert torch.equal(next(map(stream.entered, resumable.seen("first", [hidden]))), module.norm(hidden))
         resumable.final.add("first")
         for _ in range(2):  # the first time it is kept, and written into
-            assert torch.equal(next(resumable.inputs_of("second", [hidden])), entered)
+            assert torch.equal(next(map(stream.entered, resumable.seen("second", [hidden]))), entered)
         resumable.final.add("second")
         assert torch.equal(next(resumable.outputs([hidden])), expected)
 
@@ -309,7 +309,7 @@ def test_what_is_noted_is_not_kept_on_disk(tiny: Callable[..., Path], windows: l
     (block, *_), hiddens = record(model, [torch.tensor(windows[0])])
     layers = walk.linears(block.module)
     resumable = Resumable(block, layers, layers, tmp_path)
-    plain, files = list(resumable.inputs_of("mlp.down_proj", hiddens)), len(list(tmp_path.iterdir()))
+    plain, files = list(map(stream.entered, resumable.seen("mlp.down_proj", hiddens))), len(list(tmp_path.iterdir()))
     (seen,) = resumable.seen("mlp.down_proj", hiddens, "post_attention_layernorm")
     assert torch.equal(stream.entered(seen), plain[0]) and seen.beside is not None
     assert len(list(tmp_path.iterdir())) == files > 0

@@ -21,7 +21,6 @@ def test_mean_over_tokens() -> None:
 
 @pytest.mark.parametrize(("tokens", "size"), [(1, 1 << 30), (16, 1 << 30), (2048, 600), (2048, 1 << 30)])
 def test_what_is_multiplied_at_once_changes_nothing(tokens: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solve_hessian, "_TOKENS", tokens)
     monkeypatch.setattr(solve_hessian, "_BYTES", size)
     x, exact, wanted, calls = torch.randn(60, 4), torch.randn(60, 4), torch.randn(60, 3), []
     add_gram = solve_hessian.add_gram
@@ -31,7 +30,7 @@ def test_what_is_multiplied_at_once_changes_nothing(tokens: int, size: int, monk
         add_gram(total, *sides)
 
     monkeypatch.setattr(solve_hessian, "add_gram", counted)
-    crossed, aimed, near = Hessian(4), Hessian(4), dict(rtol=1e-5, atol=1e-5)
+    crossed, aimed, near = Hessian(4, at_once=tokens), Hessian(4, at_once=tokens), dict(rtol=1e-5, atol=1e-5)
     for rows in torch.arange(60).split(7):
         crossed.add(x[rows], exact[rows])
     assert crossed.tokens == 60
@@ -120,6 +119,18 @@ def test_nothing_seen_and_nothing_finite() -> None:
     hessian.add(torch.tensor([[1.0, float("inf")]]))
     with pytest.raises(SolveError, match="inputs are not finite"):
         hessian.mean()
+    hessian = Hessian(2)
+    hessian.add(torch.ones(1, 2), None, None, torch.tensor([[1.0, float("nan"), 2.0]]))
+    with pytest.raises(SolveError, match="outputs in the dense model are not finite"):
+        hessian.mean()
+
+
+def test_what_is_multiplied_may_be_written_into() -> None:
+    x = torch.ones(3, 2)
+    hessian = Hessian(2, at_once=1)
+    hessian.add(x)
+    x.zero_()
+    assert torch.equal(hessian.mean(), torch.ones(2, 2))
 
 
 def test_means_are_taken_once() -> None:
