@@ -67,7 +67,7 @@ def quantize_block(
         )
     stream.enter(block, everything, set(everything) - set(targets))
     if exact is not None:
-        exact.enter(dense_twin(replace(dense, repeated=block.repeated)), everything, everything)
+        exact.enter(dense_twin(replace(dense, repeated=block.repeated)), everything, set(everything) - set(targets))
     learning = plan.tuning.block_epochs > 0 and bool(targets) and not isinstance(block, WholeModel)
     before = {local: dense_weight(block.module.get_submodule(local)) for local in targets} if learning else {}
     counts = {local: felt.tokens[full] for local in stops if (full := block.full(local)) in felt.tokens}
@@ -79,6 +79,8 @@ def quantize_block(
         done: list[str] = []
         solved: dict[str, QuantizedWeight] = {}
         for group in phase:
+            if exact is not None:  # of what is looked at later nothing may be skipped
+                exact.settle(t for name in group for t in targets if t == name or t.startswith(f"{name}."))
             for names, hessian, note in _hessians(stream, crossed, group, targets, counts, plan):
                 if exact is not None and group is last:  # before memory is needed most
                     exact.leave()
