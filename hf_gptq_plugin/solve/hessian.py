@@ -77,7 +77,7 @@ class Hessian:
         """Take into the sums what was added."""
         if not self._added:
             return
-        rows, off, target = (None if parts[0] is None else _joined(parts) for parts in zip(*self._added, strict=True))
+        rows, off, target = map(_joined, zip(*self._added, strict=True))
         self._added = []
         add_gram(self._sum, rows)
         if off is not None:
@@ -200,8 +200,9 @@ class Hessian:
             raise RuntimeError("the Hessian's means were taken; nothing can be added any more")
 
 
-def _joined(parts: Sequence[Any]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _joined(parts: Sequence[Any]) -> Any:
+    """What several calls were given, in one tensor; None where they were given none."""
+    return parts[0] if parts[0] is None or len(parts) == 1 else torch.cat(list(parts))
 
 
 def output_drift(weight: Tensor, cross: Tensor, dead: Tensor) -> Tensor:
