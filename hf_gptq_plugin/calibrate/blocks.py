@@ -80,7 +80,7 @@ def quantize_block(
         solved: dict[str, QuantizedWeight] = {}
         for group in phase:
             if exact is not None:  # of what is looked at later nothing may be skipped
-                exact.settle(t for name in group for t in targets if t == name or t.startswith(f"{name}."))
+                exact.settle(group)
             for names, hessian, note in _hessians(stream, crossed, group, targets, counts, plan):
                 if exact is not None and group is last:  # before memory is needed most
                     exact.leave()

@@ -148,12 +148,16 @@ class Resumable:
         what enters `part` is noted."""
         with ExitStack() as stack:
             for name, module in self._submodules(until):
-                covered = {t for t in self._targets if t == name or t.startswith(f"{name}.")}
+                covered = self.covered(name)
                 if covered or name in (until, part) or self._folder is None:
                     watched = None if name != until else behind
                     wrapper = self._wrapper(name, module.forward, covered, watched, name == part)
                     stack.enter_context(forward_replaced(module, wrapper))
             yield
+
+    def covered(self, name: str) -> set[str]:
+        """The layers that are looked at in a submodule, or it itself."""
+        return {t for t in self._targets if t == name or t.startswith(f"{name}.")}
 
     def _submodules(self, until: str | None) -> Iterator[tuple[str, nn.Module]]:
         """All that are looked at or hold what is, and the outermost of the others."""
@@ -331,8 +335,9 @@ class Stream:
         self._block = Resumable(block, targets, final, folder)
 
     def settle(self, names: Iterable[str]) -> None:
-        """Say that these layers of the block will not change any more."""
-        self._entered.final.update(names)
+        """Say that these layers of the block, and those in these modules, will not change any more."""
+        for name in names:
+            self._entered.final.update(self._entered.covered(name))
 
     def seen(self, layer: str, part: str | None = None, returned: bool = False) -> Iterator[Seen]:
         """What a layer of the block is called with, window by window; see `Resumable.seen`."""
