@@ -126,7 +126,12 @@ def _drifts(block: Block, names: list[str], hessian: Hessian) -> dict[str, Tenso
 def _learn(block: Block, hiddens: Sequence[Tensor], exact: Stream, dense: dict[str, Tensor], plan: Plan) -> None:
     layers = {local: TunedLayer(block.module.get_submodule(local), weight) for local, weight in dense.items()}  # type: ignore[arg-type]
     targets, settings = exact.hiddens, plan.tuning
-    tune([block], [layers], [{}], hiddens, output_loss(lambda w: targets[w]), settings.block_epochs, settings)
+    steps = settings.steps(len(hiddens), settings.block_epochs)
+    with processes.progress(steps, f"Tuning {block.name}", "step", leave=False) as bar:
+        tune(
+            [block], [layers], [{}], hiddens, output_loss(lambda w: targets[w]), settings.block_epochs, settings,
+            progress=lambda _: bar.update(),
+        )  # fmt: skip
     for local, tuned in layers.items():
         block.module.set_submodule(local, tuned.finished())
 

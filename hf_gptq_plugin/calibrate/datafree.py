@@ -7,7 +7,6 @@ import time
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..format.spec import QuantSpec
 from ..solve.hessian import SolveError
@@ -16,6 +15,7 @@ from .blocks import dense_weight, replace_layer
 from .chains import find_chains
 from .pipeline import find_specs, output_embedding, separate_experts
 from .plan import Plan
+from .processes import progress
 from .report import LayerReport
 
 logger = logging.getLogger(__name__)
@@ -46,10 +46,11 @@ def quantize_without_data(model: nn.Module, plan: Plan, method: str) -> list[Lay
         head, spec = output_embedding(model, plan)
         specs[head] = spec
     reports = []
-    with tqdm(specs.items(), desc="Quantizing", unit="layer", smoothing=0.05) as bar:
-        for full, spec in bar:
+    with progress(len(specs), "Quantizing", "layer") as bar:
+        for full, spec in specs.items():
             report = _quantize_layer(model, full, spec, plan, method)
             reports.append(report)
+            bar.update()
             bar.set_postfix_str(f"{report.name}, error {report.solve.relative_error:.2%}")
     logger.info("Quantized %d layers in %.0f s.", len(reports), time.perf_counter() - start)
     return reports

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import processes
 from .offload import is_offloaded
 from .products import OwnAttention, own_products
 from .sources import CalibrationError
@@ -66,9 +67,17 @@ def generated_windows(model: Any, windows: list[Tensor], count: int, seed: int) 
     device = input_device(model)
     batches = list(enumerate(begun.split(_BATCH)))
     try:
-        with own_products(model), _endless(model):
-            parts = in_order(lambda batch: _continued(model, batch, size, seed, device), batches, device.type == "cpu")
-            written = torch.cat(list(parts))
+        steps = processes.progress(len(batches) * (size - begun.shape[1]), "Writing text", "step", leave=False)
+        with own_products(model), _endless(model), steps as bar:
+
+            def written_step() -> None:
+                with bar.get_lock():  # several threads write
+                    bar.update()
+
+            def work(batch: tuple[int, Tensor]) -> Tensor:
+                return _continued(model, batch, size, seed, device, written_step)
+
+            written = torch.cat(list(in_order(work, batches, device.type == "cpu")))
     except Exception as error:  # the model's own code, and whatever it calls
         raise CalibrationError(
             f"{type(model).__name__} failed to write calibration text ({type(error).__name__}: {error}); set "
@@ -108,8 +117,10 @@ def _endless(model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _continued(model: Any, batch: tuple[int, Tensor], size: int, seed: int, device: torch.device) -> Tensor:
-    """Beginnings `[pieces, few]` continued to `[pieces, size]`."""
+def _continued(
+    model: Any, batch: tuple[int, Tensor], size: int, seed: int, device: torch.device, step: Callable[[], None]
+) -> Tensor:
+    """Beginnings `[pieces, few]` continued to `[pieces, size]`; `step` is called after every token."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     number, begun = batch
@@ -121,6 +132,7 @@ def _continued(model: Any, batch: tuple[int, Tensor], size: int, seed: int, devi
         """Nothing but a sample of their softmax. Unlike torch.multinomial behind `do_sample`, it draws from a generator
         that no other thread uses."""
         chosen = drawn(torch.softmax(logits.float(), -1), noise)
+        step()
         return torch.full_like(logits, -torch.inf).scatter_(-1, chosen, 0.0)
 
     # A config of its own: the model's may ask for beams or penalties.

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ..format.grid import QuantizedWeight
 from ..format.spec import QuantSpec
@@ -82,9 +81,8 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
         specs = find_specs(chains, plan)
         felt = _sensitivity(model, chains, windows, specs, plan)
         layers = len(specs) + int(plan.checkpoint.lm_head)
-        quiet = {"disable": True} if processes.rank() else {}  # else TQDM_DISABLE says
         reports: list[LayerReport] = []
-        with tqdm(total=layers, desc="Quantizing", unit="layer", smoothing=0.05, **quiet) as bar:
+        with processes.progress(layers, "Quantizing", "layer") as bar:
             for report in _quantize_chains(model, chains, windows, specs, felt, plan, journal):
                 reports.append(report)
                 bar.update()
@@ -327,7 +325,7 @@ def _tune_model(
         layers.append({local: TunedLayer(block.module.get_submodule(local), None) for local in names})  # type: ignore[arg-type]
     steps = plan.tuning.steps(len(windows), plan.tuning.model_epochs)
     with (
-        tqdm(total=steps, desc="Tuning", unit="step", disable=processes.rank() != 0) as bar,
+        processes.progress(steps, "Tuning the model", "step") as bar,
         model_loss(model, chain, blocks, windows, target) as loss,
         tuned_vectors(blocks) as vectors,
     ):

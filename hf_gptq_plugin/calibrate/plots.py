@@ -215,7 +215,7 @@ def line_chart(
     """
     width, height = size
     ticks = scale.ticks()
-    left = max([len(show(t)) for t in ticks] or [1]) * _CHARACTER + 8
+    left = max([len(show(t)) for t in ticks] or [1]) * _CHARACTER + 14
     top, bottom, right = 24.0, height - 34.0, width - 12.0
     xs = [x for line in lines for x, _, _ in line.points]
     first, last = min(xs), max(xs)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm.auto import tqdm
 
 
 def join() -> None:
@@ -42,6 +44,19 @@ def wait() -> None:
     """Until all processes have come here."""
     if count() > 1:
         dist.barrier()
+
+
+def progress(total: int, title: str, unit: str, leave: bool = True) -> Any:
+    """A progress bar, which the first process shows; TQDM_DISABLE hides it there, too.
+
+    Args:
+        total: how many units there are.
+        title: what is done.
+        unit: what is counted.
+        leave: False removes it when it is done.
+    """
+    quiet = {"disable": True} if rank() else {}
+    return tqdm(total=total, desc=title, unit=unit, smoothing=0.05, leave=leave, **quiet)
 
 
 def share(windows: list[Tensor]) -> list[Tensor]:

@@ -112,7 +112,9 @@ def sensitivity(
                 stack.enter_context(own_products(model))
             work = partial(_felt, model, state, outputs, share, seed)
             each = in_order(work, enumerate(windows), model.device.type == "cpu", at_once)
+            bar = stack.enter_context(processes.progress(len(windows), "Weighing errors", "window", leave=False))
             for number, window in enumerate(each):
+                bar.update()
                 for name, parts in tokens.items():
                     parts.append(window[name].roots if name in window else torch.empty(0))
                 for name in sums.keys() & window.keys():

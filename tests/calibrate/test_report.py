@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import math
+import re
+import shutil
 import statistics
+import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -311,3 +315,63 @@ def test_unusual_calibrations(reports: list[LayerReport]) -> None:
 ])  # fmt: skip
 def test_how_numbers_are_written(shown: str, expected: str) -> None:
     assert shown == expected
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+# Run by the page itself: where things are, and which of them are not to be seen or in the way of others.
+PROBE = """<script>addEventListener("load", () => {
+  const shown = [...document.querySelectorAll("svg")].filter(e => e.getBoundingClientRect().width > 0);
+  const apart = (a, b) => a.right <= b.left + 1 || b.right <= a.left + 1
+    || a.bottom <= b.top + 3 || b.bottom <= a.top + 3;
+  const faults = [];
+  for (const svg of shown) {
+    const frame = svg.getBoundingClientRect();
+    const texts = [...svg.querySelectorAll("text")].map(e => [e.textContent, e.getBoundingClientRect()]);
+    texts.forEach(([text, box], i) => {
+      if (box.left < frame.left - 1 || box.right > frame.right + 1) faults.push(`${text} leaves its chart`);
+      for (const [other, place] of texts.slice(i + 1)) if (!apart(box, place)) faults.push(`${text} over ${other}`);
+    });
+  }
+  const cells = shown.flatMap(svg => [...svg.querySelectorAll("rect.heat:not(.legend)")]).map(e => {
+    const box = e.getBoundingClientRect();
+    return [box.left + 3, box.top + 3, +getComputedStyle(e).fillOpacity, getComputedStyle(e).fill];
+  });
+  const wide = document.documentElement.scrollWidth - innerWidth;
+  document.body.dataset.probe = JSON.stringify({charts: shown.length, faults, cells, wide});
+})</script>"""
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium on PATH")
+@pytest.mark.parametrize("reports", [llama(30), mixture(12, 8)], ids=["llama", "mixture"])
+@pytest.mark.parametrize("width", [1200, 500])
+def test_a_browser_shows_the_page(reports: list[LayerReport], width: int, tmp_path: Path) -> None:
+    """Nothing is wider than the window, no label leaves its chart or lies on another one, nothing is complained about;
+    and a screenshot has the colour of every error at its place."""
+    image = pytest.importorskip("PIL.Image")
+    file, shot = tmp_path / "page.html", tmp_path / "page.png"
+    file.write_text(render(assemble(reports, HEADER)).replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
+
+    def browse(*what: str) -> subprocess.CompletedProcess[str]:
+        command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        command += [f"--window-size={width},1600", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr"]
+        command += [*what, file.as_uri()]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+    told = browse("--dump-dom")
+    assert "CONSOLE" not in told.stderr, told.stderr
+    found = re.search('data-probe="([^"]*)"', told.stdout)
+    assert found, told.stdout[-500:]
+    probe = json.loads(html.unescape(found[1]))
+    assert probe["wide"] <= 0 and not probe["faults"]
+    assert probe["charts"] >= 8
+    assert len(probe["cells"]) == (90 if reports[0].name.endswith("q_proj") else 24)
+    browse(f"--screenshot={shot}")
+    with image.open(shot) as opened:
+        pixels = opened.convert("RGB")
+    shades = set()
+    for x, y, opacity, fill in probe["cells"]:
+        colour = [int(part) for part in re.findall(r"\d+", fill)]
+        expected = [255 + (part - 255) * opacity for part in colour]  # over a white card
+        assert pixels.getpixel((int(x), int(y))) == pytest.approx(expected, abs=3)
+        shades.add(round(opacity, 2))
+    assert len(shades) > 10
