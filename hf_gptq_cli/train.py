@@ -99,7 +99,7 @@ def train(
 ) -> None:
     """Train on a quantized base and write what vLLM serves: a GPTQ checkpoint, or an adapter for one.
 
-    A dense MODEL is quantized first, on --data. Interrupted, the same command goes on (OUT.training). Under torchrun,
+    A dense MODEL is quantized first, on the windows it trains on. Interrupted, the same command goes on (OUT.training). Under torchrun,
     processes share the windows of every step; --start is spelled --quantize-by there.
 
     Example: hf-gptq train ./smollm2-4bit ./tuned --method affine --data corpus.txt --steps 50
@@ -123,7 +123,7 @@ def train(
     names = None if target_modules is None else [name.strip() for name in target_modules.split(",")]
     quantization = {"bits": bits, "group_size": group_size, "sym": sym, "method": start, "seed": seed}
     if start == "gptq":
-        quantization |= {"preset": preset, "dataset": data}
+        quantization["preset"] = preset
     processes.join()
     quiet = as_json or processes.rank() > 0
     bar: Any = None

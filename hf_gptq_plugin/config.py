@@ -93,9 +93,10 @@ class GPTQConfig(StockGPTQConfig):  # of the same name: Transformers compares th
         packing: "concat" joins samples and cuts them into windows (also True), "each" makes one window of every
             sample, cut off after seqlen tokens (also False); "auto" is "each" for token ids, "concat" for the rest.
         preset: "balanced" is the default; "fast" leaves out what comes before and after the column loop: text that
-            the model writes, the dense model's passes, descent and refit; "best" weighs tokens too and goes on for
-            longer with descent and refit, as "balanced" does up to 3 bits, and then learns by gradient descent, for
-            some times as long. The fields below override it one by one.
+            the model writes, the dense model's passes, descent and refit; "best" weighs tokens (as "balanced" does up
+            to 3 bits), writes as many windows as are given, takes more alternations and rounds of descent, and then
+            tunes scales, rounding, norms and biases by gradient descent: several times the time of "balanced". The
+            fields below override it one by one.
         generated: windows that the dense model writes itself and that are used beside the samples, as a multiple of
             their number; needs the model in memory. A text shows what its own domain asks of the weights, this what
             all others do. Models that do not write text are calibrated without. See `calibrate.generate`.

@@ -458,6 +458,9 @@ def test_training_a_dense_model_quantizes_it_first(hf_gptq: Run, model: Path, te
     assert result.code == 0, result.err
     assert "Held-out loss" in result.out and "vllm serve" in result.out
     assert hf_gptq("inspect", tmp_path / "out").code == 0
+    # On the windows it trains on: the twelfth is held out, and the text would give more.
+    read = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["meta"]["calibration"]
+    assert (read["windows"], read["tokens"]) == (11, 11 * 48)
     result = hf_gptq(*command, "--method", "lisa")
     assert result.code == 1 and "use one of lora, affine" in result.err
     result = hf_gptq("train", tmp_path / "out", tmp_path / "x", "--data", text, "--seqlen", 48, "--rank", 4000)

@@ -113,7 +113,7 @@ def run(
         method: "lora", or one of `train.methods.METHODS`.
         data: what on.
         settings: how.
-        quantization: fields of `GPTQConfig` for a dense model.
+        quantization: fields of `GPTQConfig` for a dense model, which is calibrated on the windows it trains on.
         target_modules: see `attach`.
         options: the method's.
         dtype: of the arithmetic.
@@ -148,7 +148,7 @@ def run(
         [model, _digest(model), method, options, target_modules, str(dtype), dict(quantization)], default=str
     )
     with ExitStack() as stack:
-        loaded, made = _quantized(model, base, tokenizer, quantization, dtype, stack, tell)
+        loaded, made = _quantized(model, base, tokenizer, quantization, windows, dtype, stack, tell)
         require_readable(loaded, [*windows, *held_out])
         torch.manual_seed(settings.seed)
         given = _attached(loaded, method, target_modules, options, tell)
@@ -230,8 +230,8 @@ def _windows(data: Data, tokenizer: Any, seed: int) -> tuple[list[Tensor], list[
 
 
 def _quantized(
-    model: str, base: Path, tokenizer: Any, quantization: Mapping[str, Any], dtype: Any, stack: ExitStack,
-    tell: Callable[[str], None],
+    model: str, base: Path, tokenizer: Any, quantization: Mapping[str, Any], windows: list[Tensor], dtype: Any,
+    stack: ExitStack, tell: Callable[[str], None],
 ) -> tuple[Any, bool]:  # fmt: skip
     """The quantized model, and whether its checkpoint was made here."""
     source = open_source(model) if Path(model).is_dir() else None
@@ -249,7 +249,11 @@ def _quantized(
     if kind != "dense":
         raise ValueError(f"{model} is {kind}; training starts from GPTQ, AWQ, compressed-tensors or a dense model")
     config = GPTQConfig(tokenizer=tokenizer, **quantization)
-    asked = json.dumps([model, _digest(model), dict(quantization)], default=str)
+    if config.method == "gptq":  # on nothing that is held out
+        config.dataset = [window.tolist() for window in windows]
+        config.samples, config.seqlen = len(windows), max(map(len, windows))
+    read = hashlib.sha256(json.dumps(config.dataset).encode()).hexdigest()
+    asked = json.dumps([model, _digest(model), dict(quantization), read], default=str)
     record = base / "asked.json"
     if (base / "config.json").exists():  # an interrupted run has already quantized it
         if record.read_text(encoding="utf-8") != asked:
