@@ -99,8 +99,8 @@ def train(
 ) -> None:
     """Train on a quantized base and write what vLLM serves: a GPTQ checkpoint, or an adapter for one.
 
-    A dense MODEL is quantized first, on the windows it trains on. Interrupted, the same command goes on (OUT.training). Under torchrun,
-    processes share the windows of every step; --start is spelled --quantize-by there.
+    A dense MODEL is quantized first, on the windows it trains on. Interrupted, the same command goes on (OUT.training).
+    Under torchrun, processes share the windows of every step; --start is spelled --quantize-by there.
 
     Example: hf-gptq train ./smollm2-4bit ./tuned --method affine --data corpus.txt --steps 50
     """

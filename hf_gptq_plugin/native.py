@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
@@ -23,6 +24,9 @@ from torch import Tensor
 
 ABI_VERSION = 9
 ACTIVATIONS = {"exact": 0, "int8": 1}
+_switching = threading.RLock()
+_exact_blocks = 0  # that are open, in all threads
+_afterwards = "exact"  # what is set when the last of them ends
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -242,15 +246,22 @@ def set_activations(name: str) -> None:
 
     Raises:
         ValueError: another name.
-        NativeError: `"int8"` without the native library, or where the instruction set in use is not AVX-512 with VNNI.
+        NativeError: `"int8"` without the native library, or where the instruction set in use is not AVX-512 with VNNI,
+            or while a calibration runs.
     """
+    global _afterwards
     if name not in ACTIVATIONS:
         raise ValueError(f"activations {name!r}: accepted are {', '.join(map(repr, ACTIVATIONS))}")
     loaded, found = _load()
-    if loaded is not None and loaded.hf_gptq_set_activations(ACTIVATIONS[name]) == 0:
-        return
-    if name != "exact":
-        raise NativeError(f"activations {name!r}: {_why_not(loaded, found)}")
+    with _switching:
+        if _exact_blocks:
+            if name != "exact":
+                raise NativeError(f"activations {name!r}: a calibration is running; set them before or after it")
+            _afterwards = name
+        elif loaded is not None and loaded.hf_gptq_set_activations(ACTIVATIONS[name]) == 0:
+            return
+        elif name != "exact":
+            raise NativeError(f"activations {name!r}: {_why_not(loaded, found)}")
 
 
 def _why_not(loaded: ctypes.CDLL | None, found: Status) -> str:
@@ -262,13 +273,21 @@ def _why_not(loaded: ctypes.CDLL | None, found: Status) -> str:
 
 @contextmanager
 def exact_activations() -> Iterator[None]:
-    """Exact products for the length of a block."""
-    before = status().activations
-    set_activations("exact")
+    """Exact products for the length of a block; of several that overlap in time, in whatever threads, the last one to
+    end sets what was set before the first."""
+    global _exact_blocks, _afterwards
+    with _switching:
+        if not _exact_blocks:
+            _afterwards = status().activations
+            set_activations("exact")
+        _exact_blocks += 1
     try:
         yield
     finally:
-        set_activations(before)
+        with _switching:
+            _exact_blocks -= 1
+            if not _exact_blocks:
+                set_activations(_afterwards)
 
 
 def check(code: int) -> None:

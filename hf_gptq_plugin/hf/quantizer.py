@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -232,11 +233,11 @@ class GptqQuantizer(HfQuantizer):
             low_memory=config.low_memory,
         )
         start = time.perf_counter()
-        if config.method == "gptq":
-            with native.exact_activations():
+        with _usual_defaults(), native.exact_activations():
+            if config.method == "gptq":
                 self.reports = quantize_model(model, self._windows, plan)
-        else:
-            self.reports = quantize_without_data(model, plan, config.method)
+            else:
+                self.reports = quantize_without_data(model, plan, config.method)
         self.seconds = time.perf_counter() - start
         if config.lm_head:
             _untie(model)
@@ -252,6 +253,19 @@ class GptqQuantizer(HfQuantizer):
         for method in ("save_pretrained", "push_to_hub"):
             vars(model).pop(method, None)
         return model
+
+
+@contextmanager
+def _usual_defaults() -> Iterator[None]:
+    """PyTorch's own default dtype and device, whatever the caller has set."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        # A mode that every call of PyTorch goes through: only where there is another one.
+        with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def _planned_dtype(model: Any, key: str, dtype: torch.dtype) -> torch.dtype:

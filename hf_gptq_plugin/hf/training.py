@@ -250,7 +250,8 @@ def _quantized(
         raise ValueError(f"{model} is {kind}; training starts from GPTQ, AWQ, compressed-tensors or a dense model")
     config = GPTQConfig(tokenizer=tokenizer, **quantization)
     if config.method == "gptq":  # on nothing that is held out
-        config.dataset = [window.tolist() for window in windows]
+        ids: Any = [window.tolist() for window in windows]
+        config.dataset = ids
         config.samples, config.seqlen = len(windows), max(map(len, windows))
     read = hashlib.sha256(json.dumps(config.dataset).encode()).hexdigest()
     asked = json.dumps([model, _digest(model), dict(quantization), read], default=str)

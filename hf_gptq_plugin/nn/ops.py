@@ -333,7 +333,8 @@ def _dequantize_cpu(in_features: int, dtype: torch.dtype, *weight: Any) -> Tenso
         return _dequantize_reference(in_features, dtype, *weight)
     described, keep = _describe(in_features, *weight)
     # A perm that names an input twice leaves another's column unwritten.
-    out = (torch.empty if keep[4] is None else torch.zeros)(described.N, in_features, dtype=dtype)
+    made = torch.empty if keep[4] is None else torch.zeros
+    out = made(described.N, in_features, dtype=dtype, device=weight[0].device)
     native.check(library.hf_gptq_dequantize(ctypes.byref(described), out.data_ptr(), native.DTYPES[dtype], in_features))
     del keep
     return out
@@ -416,6 +417,8 @@ def _describe(
             "are bits 2, 3, 4 or 8, zero_offset 0 or 1, and scales [G, N]"
         )
     groups, out_features = scales.shape
+    if in_features < 1 or out_features < 1:
+        raise ValueError(f"in_features={in_features}, out_features={out_features}; both must be 1 at least")
     rows = words(in_features, bits)
     blocks = -(-out_features // packing.BLOCK)
     if qweight.dtype != torch.int32 or tuple(qweight.shape) not in (
@@ -461,13 +464,20 @@ def _describe(
 
 
 def _repack(qweight: Tensor, bits: int, order: Tensor | None) -> Tensor:
-    """Canonical to blocked by the native library, row `order[i]` of the codes in place `i`."""
+    """Canonical to blocked by the native library, row `order[i]` of the codes in place `i`.
+
+    Raises:
+        ValueError: qweight is not int32, or not on the CPU.
+    """
     library = native.library()
     if library is None:
         raise native.NativeError(f"repacking needs the native library: {native.status().detail}")
+    if qweight.dtype != torch.int32 or qweight.device.type != "cpu":
+        raise ValueError(f"qweight is {qweight.dtype} on {qweight.device}; it must be int32, on the CPU to be repacked")
     rows, columns = qweight.shape
     source = qweight.contiguous()
-    out = torch.empty(-(-columns // packing.BLOCK), rows, packing.BLOCK, dtype=torch.int32)
+    order = None if order is None else order.to(qweight.device, torch.int32).contiguous()
+    out = qweight.new_empty(-(-columns // packing.BLOCK), rows, packing.BLOCK)
     native.check(
         library.hf_gptq_repack(
             source.data_ptr(), packing.BLOCK, columns,

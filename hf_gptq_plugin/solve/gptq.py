@@ -175,7 +175,7 @@ def solve_factored(
     refined = bool(settings.descent or settings.refit)
     by_place = reordered(factor.damped, places) if refined and spec.desc_act else factor.damped
 
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    codes = weight.new_empty(weight.shape, dtype=torch.uint8)
     scales, zeros, errors, energies = [], [], [], []
     at_once = _ROWS if metric is None else len(weight)
     parts = weight.split(at_once)
@@ -317,8 +317,8 @@ def solve_columns(
     if library is not None and work.device.type == "cpu":
         upper, scales, zeros = upper.contiguous(), scales.contiguous(), zeros.contiguous()
         group = group.to(torch.int32).contiguous()
-        codes = torch.empty(rows, columns, dtype=torch.uint8)
-        errors = torch.empty(rows, dtype=torch.float64)
+        codes = work.new_empty(rows, columns, dtype=torch.uint8)
+        errors = work.new_empty(rows, dtype=torch.float64)
         native.check(
             library.hf_gptq_solve(
                 work.data_ptr(), upper.data_ptr(), scales.data_ptr(), zeros.data_ptr(), group.data_ptr(),

@@ -13,7 +13,7 @@ NORM = 0.7  # p; below 1, so that few large errors count less than many small on
 _BETA = 10.0
 _GROWTH = 1.01  # of beta, per round
 _ROUNDS = 20
-_STEPS = torch.linspace(0.9, 1.1, 11)  # of the closing search around the scale found
+_STEPS = torch.linspace(0.9, 1.1, 11, dtype=torch.float32, device="cpu")  # of the closing search around the scale found
 
 
 def half_quadratic(

@@ -82,7 +82,7 @@ def solve_columns(
         uint8 codes `[N, K]` in solve order, the same bits for any number of threads.
     """
     work = weight.T.clone(memory_format=torch.contiguous_format)
-    codes = torch.empty(work.shape, dtype=torch.uint8)
+    codes = work.new_empty(work.shape, dtype=torch.uint8)
     scales, zeros, group = scales.T.contiguous(), zeros.T.contiguous(), group.to(torch.int32).contiguous()
     upper = upper.contiguous()
     for a in range(0, len(work), _COLUMNS):

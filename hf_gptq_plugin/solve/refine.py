@@ -69,7 +69,7 @@ def descend(
     weight, hessian = weight.contiguous(), hessian.contiguous()
     scales, zeros = scales.float().contiguous(), zeros.float().contiguous()
     group, codes = group.to(torch.int32).contiguous(), codes.clone(memory_format=torch.contiguous_format)
-    loss = torch.empty(len(weight), dtype=torch.float64)
+    loss = weight.new_empty(len(weight), dtype=torch.float64)
     native.check(
         library.hf_gptq_descend(
             weight.data_ptr(), hessian.data_ptr(), scales.data_ptr(), zeros.data_ptr(), group.data_ptr(),

@@ -15,8 +15,8 @@ PERCENTILE = 0.995
 
 # Ranges tried, as fractions of the minmax range. A symmetric grid with a negative scale has its extra step on the
 # other side, so it may also pay to widen it.
-_SHRINK_SYM = torch.linspace(1.1, 0.5, 25)
-_SHRINK_ASYM = torch.linspace(1.0, 0.5, 21)
+_SHRINK_SYM = torch.linspace(1.1, 0.5, 25, dtype=torch.float32, device="cpu")
+_SHRINK_ASYM = torch.linspace(1.0, 0.5, 21, dtype=torch.float32, device="cpu")
 
 
 def choose_scales(
@@ -147,9 +147,9 @@ def _search_native(
     assert library is not None  # the caller looked
     rows, columns = weight.shape
     weight, importance = weight.float().contiguous(), importance.float().contiguous()
-    bounds = torch.tensor(starts, dtype=torch.int32)
+    bounds = torch.tensor(starts, dtype=torch.int32, device="cpu")
     shrink = shrink.float().contiguous()
-    scales = torch.empty(rows, len(starts) - 1)
+    scales = weight.new_empty(rows, len(starts) - 1)
     zeros = torch.empty_like(scales)
     native.check(
         library.hf_gptq_scale_search(

@@ -244,10 +244,10 @@ const char* hf_gptq_error_string(int error) {
     case HF_GPTQ_ERROR_DTYPE:
       return "dtype must be 0 (fp32), 1 (fp16) or 2 (bf16)";
     case HF_GPTQ_ERROR_SHAPE:
-      return "a dimension, stride, group_size, blocksize, rounds or zero_min is out of range";
+      return "a dimension, stride, group_size, blocksize, rounds, scale or zero_min is out of range";
     case HF_GPTQ_ERROR_LAYOUT:
       return "block_stride and row_stride must be (16, N) for the canonical layout or (16 * R, 16) "
-             "for the blocked one";
+             "for the blocked one; attention's q, k and v must be aligned";
     case HF_GPTQ_ERROR_ZERO_OFFSET:
       return "zero_offset must be 1 (format v1) or 0 (format v2)";
     case HF_GPTQ_ERROR_GROUP:
@@ -263,8 +263,8 @@ const char* hf_gptq_error_string(int error) {
     case HF_GPTQ_ERROR_SCALE_FINITE:
       return "a scale is infinite or NaN";
     case HF_GPTQ_ERROR_PIVOT:
-      return "a diagonal element of U is zero, infinite or NaN, or one of H is not positive and "
-             "finite";
+      return "a diagonal element of U or V is zero, infinite or NaN, or one of H or M is not "
+             "positive and finite";
     case HF_GPTQ_ERROR_NOT_POSITIVE_DEFINITE:
       return "the matrix is not positive definite";
     case HF_GPTQ_ERROR_TORCH:

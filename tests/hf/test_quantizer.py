@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import GPTQConfig as StockConfig
 
@@ -22,6 +22,7 @@ from hf_gptq_plugin import CheckpointError, GPTQConfig, QuantLinear
 from hf_gptq_plugin.calibrate.data import CalibrationError
 from hf_gptq_plugin.calibrate.walk import WalkError
 from hf_gptq_plugin.format.spec import QuantSpec
+from hf_gptq_plugin.hf.quantizer import GptqQuantizer
 from hf_gptq_plugin.solve.gptq import SolveSettings, solve
 from hf_gptq_plugin.solve.hessian import SolveError
 from hf_gptq_plugin.solve.learn import TuneSettings
@@ -514,6 +515,42 @@ def test_a_plain_mapping_is_a_config(tiny: Tiny, windows: list[list[int]]) -> No
     model = AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config=fields)
     assert isinstance(model.model.layers[0].mlp.up_proj, QuantLinear)
     assert GPTQConfig.from_dict({**fields, "checkpoint_format": "gptq"}).dataset is None
+
+
+@pytest.mark.parametrize("fields", [{"preset": "balanced", "descent": 1}, {"method": "hqq", "sym": False}])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, torch.device("meta")], ids=str)
+def test_the_callers_defaults_play_no_part(
+    default: torch.dtype | torch.device, fields: dict[str, Any], tiny: Tiny, windows: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Default dtype and default device of the thread that calibrates: the same codes and scales."""
+
+    def made() -> dict[str, Tensor]:
+        config = GPTQConfig(bits=3, group_size=32, dataset=windows, **fields)
+        model = AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config=config, dtype=torch.bfloat16)
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    wanted = made()
+    assert any(name.endswith("qweight") for name in wanted)
+    calibrate, before = GptqQuantizer._calibrate, torch.get_default_dtype()
+
+    def elsewhere(self: Any, model: Any) -> None:
+        if isinstance(default, torch.dtype):
+            torch.set_default_dtype(default)
+            calibrate(self, model)
+            assert torch.get_default_dtype() == default
+        else:
+            with default:
+                calibrate(self, model)
+
+    monkeypatch.setattr(GptqQuantizer, "_calibrate", elsewhere)
+    try:
+        found = made()
+    finally:
+        torch.set_default_dtype(before)
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
 
 
 def test_a_base_model_is_whole(tiny: Tiny, checkpoint: Path, tmp_path: Path) -> None:

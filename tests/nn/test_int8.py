@@ -167,6 +167,23 @@ def test_exact_for_the_length_of_a_block(int8: None) -> None:
     assert native.status().activations == "int8"
 
 
+@needs_vnni
+def test_exact_while_any_block_is_open(int8: None) -> None:
+    """Blocks of two threads that overlap, the first one to begin being the first to end."""
+    first, second = native.exact_activations(), native.exact_activations()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert native.status().activations == "exact"
+    with pytest.raises(native.NativeError, match="a calibration is running"):
+        native.set_activations("int8")
+    second.__exit__(None, None, None)
+    assert native.status().activations == "int8"
+    with native.exact_activations():
+        native.set_activations("exact")
+    assert native.status().activations == "exact"
+
+
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'int4'.*'exact', 'int8'"):
         native.set_activations("int4")

@@ -57,6 +57,26 @@ def test_state_dict_is_canonical_and_comes_back(spec: QuantSpec, shuffled: bool)
     assert torch.equal(layer(x), before)
 
 
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_another_default_device_plays_no_part(shuffled: bool) -> None:
+    weight = quantized(QuantSpec(4, 32), shuffled=shuffled)
+    wanted = QuantLinear.from_quantized(weight)
+    with torch.device("meta"):
+        layer = QuantLinear.from_quantized(weight)
+        layer.load_state_dict(wanted.state_dict())
+        dense = layer.weight
+    assert {value.device.type for value in layer.state_dict().values()} == {"cpu"}
+    assert torch.equal(dense, weight.dequantize()) and torch.equal(layer.weight, dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
+def test_codes_of_another_dtype_never_reach_native_code(dtype: torch.dtype) -> None:
+    layer = QuantLinear.from_quantized(quantized(QuantSpec(4, 32)))
+    state = layer.state_dict()
+    with pytest.raises((ValueError, RuntimeError), match="int32"):
+        layer.load_state_dict({**state, "qweight": state["qweight"].to(dtype)}, assign=True)
+
+
 def test_g_idx_is_saved_even_where_the_checkpoint_had_none() -> None:
     weight = quantized(QuantSpec(4, 32))
     layer = QuantLinear(100, 40, weight.spec, has_g_idx=False, device="cpu")
