@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -181,6 +182,8 @@ def resolve(spec: QuantSpec, dynamic: Mapping[str, Mapping[str, Any]], name: str
 
 # How long a pattern may look at one name. A matcher that backtracks can take for ever.
 _MATCH_SECONDS = 1.0
+_MOST_CHARACTERS, _MOST_REPEATS = 100_000, 10_000
+_COUNT = regex.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}")
 
 
 def name_matches(pattern: str, name: str) -> bool:
@@ -200,6 +203,14 @@ def name_matches(pattern: str, name: str) -> bool:
 
 @lru_cache
 def _compiled(pattern: str) -> Any:
+    # What is repeated so many times is compiled so many times; repeats in repeats multiply.
+    counts = [max(int(digits[:9] or 1) for digits in pair) for pair in _COUNT.findall(pattern[: _MOST_CHARACTERS + 1])]
+    repeats = math.prod(max(count, 1) for count in counts)
+    if len(pattern) > _MOST_CHARACTERS or repeats > _MOST_REPEATS:
+        raise CheckpointError(
+            f"{pattern[:200]!r} has {len(pattern)} characters, and its counts multiply to {repeats}; accepted are "
+            f"{_MOST_CHARACTERS} and {_MOST_REPEATS} at most"
+        )
     try:
         return regex.compile(pattern)
     except (regex.error, RecursionError, OverflowError) as error:

@@ -75,7 +75,17 @@ def test_a_pattern_that_matches_for_ever_is_refused(pattern: str) -> None:
         CheckpointConfig.from_dict({"bits": 4, "dynamic": {pattern: {"bits": 8}}}).for_module("a" * 40 + "!")
 
 
-@pytest.mark.parametrize("pattern", ["(", "[", "a" * 10 + "{99999999999999}", "(?P<a>x)(?P<a>"])
+@pytest.mark.parametrize("pattern", [
+    "a" * 10 + "{99999999999999}", "a{1000000000}", "(?:a{1,200}){,100}", "((?:a{100}){100}){3}", "a" * 100_001,
+    "x{ 20000 , }", "a{" + 5000 * "9" + "}",
+])  # fmt: skip
+def test_a_pattern_that_would_fill_the_memory_is_refused(pattern: str) -> None:
+    """Before it is compiled, which takes memory by every count and every character."""
+    with pytest.raises(CheckpointError, match=r"its counts multiply to \d+; accepted are 100000 and 10000"):
+        CheckpointConfig.from_dict({"bits": 4, "dynamic": {f"+:{pattern}": {"bits": 8}}})
+
+
+@pytest.mark.parametrize("pattern", ["(", "[", "(?P<a>x)(?P<a>"])
 def test_what_is_no_pattern_is_refused(pattern: str) -> None:
     with pytest.raises(CheckpointError, match="is no regular expression"):
         CheckpointConfig.from_dict({"bits": 4, "dynamic": {f"+:{pattern}": {"bits": 8}}})
@@ -86,6 +96,7 @@ def test_what_is_no_pattern_is_refused(pattern: str) -> None:
     [
         (r".*\.mlp\.(?:gate|up)_proj", True), (r"^model\.layers\.(\d+)\.mlp\..*", True), (r"layers\.1", False),
         (r"model\.layers\.(?:0|1|2|3|4|5|6|7|8|9|10)\.", True), (r"(.*a)?[^.]*\.layers(\.\d)*", True), ("model", True),
+        (r"(?:\w{1,40}\.){3,4}mlp", True), ("|".join(f"model.layers.{i}.x" for i in range(1000)), False),
     ],
 )  # fmt: skip
 def test_patterns_of_names(pattern: str, matches: bool) -> None:
