@@ -87,7 +87,7 @@ def quantize_block(
                 drifts = _drifts(block, names, hessian)
                 for local in names:
                     full, layer = block.full(local), block.module.get_submodule(local)
-                    outputs = felt.outputs.get(full)
+                    outputs = felt.outputs.pop(full, None)  # up to 1 GiB over all layers
                     solved[local], report = solve_layer(
                         full, layer, hessian, specs[full], plan.settings, outputs, drifts.pop(local, None)
                     )
@@ -173,6 +173,7 @@ def _hessians(
         ):
             hessian.combine(processes.sum_in_place, processes.sum_of)
             yield [f"{name}.{part}" for part in parts], hessian, note
+            del hessian
 
 
 def _mean_weights(weights: dict[str, list[Tensor]], names: list[str]) -> list[Tensor] | None:

@@ -264,7 +264,9 @@ def expert_hessians(
                     prior = shared
                 hessian.lean_on(prior, width)
                 note = f"the router sent {seen} tokens here; leans on {prior.tokens} of all that entered the layer"
+                del prior
             yield names, hessian, note
+            del hessian  # gone before the next one is gathered
 
 
 def _sampled(calls: list[Call]) -> list[Tensor]:

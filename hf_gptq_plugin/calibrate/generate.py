@@ -6,7 +6,6 @@ costs nothing but time (Liu et al. 2023, LLM-QAT; Williams et al. 2024).
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from . import processes
 from .offload import is_offloaded
-from .products import OwnAttention, own_products
+from .products import Attending, own_products
 from .sources import CalibrationError
 from .threads import in_order
 from .walk import input_device
@@ -107,9 +106,10 @@ def _cannot_write(model: Any) -> str:
 def _endless(model: Any) -> Iterator[None]:
     """Let nothing end a text: `generate` fills with padding what follows a token that does, and what the model writes
     there is text, too (the next turn of a chat, the next document)."""
+    from transformers import GenerationConfig
+
     own = model.generation_config
-    model.generation_config = copy.deepcopy(own)
-    model.generation_config.eos_token_id = None
+    model.generation_config = GenerationConfig()
     try:
         yield
     finally:
@@ -138,7 +138,7 @@ def _continued(
     # A config of its own: the model's may ask for beams or penalties.
     config = GenerationConfig(max_new_tokens=size - begun.shape[1], do_sample=False, pad_token_id=0, use_cache=True)
     begun = begun.to(device)
-    with OwnAttention():
+    with Attending():
         out = model.generate(
             begun, attention_mask=torch.ones_like(begun), generation_config=config,
             logits_processor=LogitsProcessorList([sampled]),

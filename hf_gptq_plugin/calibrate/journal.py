@@ -157,41 +157,33 @@ class Hiddens(Sequence[Tensor]):
         folder: where they are written; None to keep them in memory only.
         sequence: what tells them from other hidden states in the folder; letters, digits and dashes.
         in_memory: whether they are kept in memory, too.
+        count: of windows whose are `put` later, or were written by an earlier process.
+        device: where these are wanted.
     """
 
     def __init__(
-        self, values: Iterable[Tensor] = (), folder: Path | None = None, sequence: str = "", in_memory: bool = True
-    ) -> None:
+        self, values: Iterable[Tensor] = (), folder: Path | None = None, sequence: str = "", in_memory: bool = True,
+        count: int = 0, device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
         self.sequence = sequence
         self._folder = folder
         self._in_memory = in_memory or folder is None
-        self._values: list[Tensor | None] = []
-        self._device = torch.device("cpu")
+        self._values: list[Tensor | None] = [None] * count
+        self._device = torch.device(device)
         for value in values:
             self.append(value)
 
-    @classmethod
-    def written(cls, folder: Path, sequence: str, in_memory: bool, device: torch.device, count: int) -> Hiddens:
-        """Those of `count` windows that an earlier process wrote."""
-        made = cls((), folder, sequence, in_memory)
-        made._device = device
-        made._values = [None] * count
-        return made
-
     def append(self, value: Tensor) -> None:
         """Add the next window's, `[1, tokens, width]`."""
-        self.take(self.put(len(self), value))
+        self._values.append(None)
+        self.put(len(self) - 1, value)
 
-    def put(self, window: int, value: Tensor) -> tuple[torch.device, Tensor | None]:
-        """Write a window's where they are written, in any thread; `take` what this returns, in order."""
+    def put(self, window: int, value: Tensor) -> None:
+        """Say what a window's are, in any thread."""
         if self._folder is not None:
             write_tensor(self._path(window), value)
-        return value.device, value if self._in_memory else None
-
-    def take(self, put: tuple[torch.device, Tensor | None]) -> None:
-        """Add the next window's, which was `put`."""
-        self._device, value = put
-        self._values.append(value)
+        self._device = value.device
+        self._values[window] = value if self._in_memory else None
 
     def __len__(self) -> int:
         return len(self._values)

@@ -209,7 +209,7 @@ def _quantize_chains(
         exact = _stream(f"dense-{number}", exact_entries, blocks, plan, journal) if plan.needs_exact else None
         if not plan.tuning.model_epochs:
             entries, exact_entries = [], []  # on disk, where that is asked for
-        calls = [block.calls for block in blocks]
+        calls = [block.calls for block in blocks] if plan.tuning.model_epochs else []
         for block, dense in zip(blocks, twins, strict=True):
             if journal is not None and block.name in journal.blocks:
                 if _shares(block):
@@ -247,7 +247,7 @@ def _stream(name: str, entries: list[Tensor], blocks: list[Block], plan: Plan, j
     position = sum(block.name in journal.blocks for block in blocks)
     if not position or any(map(_shares, blocks)):
         return Stream(entries, name, journal.folder, in_memory)
-    left = Hiddens.written(journal.folder, journal.streams()[name], in_memory, entries[0].device, len(entries))
+    left = Hiddens((), journal.folder, journal.streams()[name], in_memory, len(entries), entries[0].device)
     return Stream(left, name, journal.folder, in_memory, position)
 
 
@@ -288,9 +288,8 @@ def _restore(module: nn.Module, name: str, journal: Journal) -> list[LayerReport
     for report in reports:
         local = report.name.removeprefix(prefix)
         layer: Any = module.get_submodule(local)
-        dtype = layer.weight.dtype
         if offloaded.active:
-            spec_layer = QuantLinear(report.in_features, report.out_features, report.spec, dtype=dtype)
+            spec_layer = QuantLinear(report.in_features, report.out_features, report.spec, dtype=layer.weight.dtype)
             attach(
                 module,
                 local,
@@ -300,14 +299,11 @@ def _restore(module: nn.Module, name: str, journal: Journal) -> list[LayerReport
                 execution_device(layer),
             )
         else:
-            device = layer.weight.device
             with reading(journal.file(name)):
                 stored = dict(FileTensors(journal.file(name), report.name))
-            tensors = {leaf: value.to(device) for leaf, value in stored.items()}
-            bias = tensors.pop("bias", None)
-            quantized = QuantizedWeight.unpack(**tensors, spec=report.spec)
-            made = QuantLinear.from_quantized(quantized, bias, dtype)
-            module.set_submodule(local, made.train(layer.training))
+            stored.pop("bias", None)  # the dense layer has it, too
+            quantized = QuantizedWeight.unpack(**stored, spec=report.spec)
+            replace_layer(module, local, quantized.to(layer.weight.device))
     return reports
 
 

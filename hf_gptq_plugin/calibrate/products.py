@@ -36,17 +36,21 @@ def own_products(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """What matrices are multiplied in: bf16 where the processor does so faster than fp32."""
-    if device.type != "cpu":
-        return torch.bfloat16
-    return torch.bfloat16 if multiplies_bf16() else torch.float32
+def compute_dtype(like: Tensor) -> torch.dtype:
+    """What matrices are multiplied in, for a model's hidden states: bf16 where the processor does so faster than fp32.
+    Not beside fp16, which autocast to bf16 refuses to join with anything."""
+    fast = like.device.type != "cpu" or multiplies_bf16()
+    return torch.bfloat16 if fast and like.dtype != torch.float16 else torch.float32
 
 
 @contextmanager
 def computing(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """While the context lasts, in its thread, multiply matrices in a dtype; in fp32, attention is, too."""
-    with torch.autocast(device.type, dtype, cache_enabled=False) if dtype != torch.float32 else _WideAttention():
+    with (
+        torch.autocast(device.type, dtype, cache_enabled=False)
+        if dtype != torch.float32
+        else Attending(_wide_attention)
+    ):
         yield
 
 
@@ -56,15 +60,9 @@ def scaled_dot_product_attention(
 ) -> Tensor:  # fmt: skip
     """PyTorch's function of this name; natively where nothing is masked but what comes later."""
     out = None
-    plain = attn_mask is None and not dropout_p and query.dtype == torch.bfloat16 and query.device.type == "cpu"
-    plain = plain and query.dim() == key.dim() == value.dim() == 4 and len(query) == len(key) == len(value)
-    plain = plain and (enable_gqa or query.shape[1] == key.shape[1])
+    plain = attn_mask is None and not dropout_p and (enable_gqa or query.shape[:-2] == key.shape[:-2])
     if plain and attends_faster(key.shape[-2]):
-        heads = key.shape[0] * key.shape[1]
-        alone = query.shape[2] == 1 and not is_causal  # then heads that share keys are queries of one head
-        rows = query.reshape(1, heads, -1, query.shape[3]) if alone else query.flatten(0, 1)[None]
-        out = attention(rows, key.flatten(0, 1)[None], value.flatten(0, 1)[None], scale, is_causal)
-        out = None if out is None else out.reshape(query.shape)
+        out = attention(query, key, value, scale, is_causal)
     if out is None:
         out = nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -72,28 +70,32 @@ def scaled_dot_product_attention(
     return out
 
 
-class OwnAttention(TorchFunctionMode):
-    """While the context lasts, in its thread, `scaled_dot_product_attention` takes the place of PyTorch's."""
+class Attending(TorchFunctionMode):
+    """While the context lasts, in its thread, a function takes the place of PyTorch's `scaled_dot_product_attention`.
+
+    Args:
+        attend: takes what that takes.
+    """
+
+    def __init__(self, attend: Callable[..., Tensor] = scaled_dot_product_attention) -> None:
+        super().__init__()
+        self._attend = attend
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         own = func is nn.functional.scaled_dot_product_attention
-        return (scaled_dot_product_attention if own else func)(*args, **(kwargs or {}))
+        return (self._attend if own else func)(*args, **(kwargs or {}))
 
 
-class _WideAttention(TorchFunctionMode):
-    """Attention is computed in fp32 and rounded once. Backward, that takes a fifth of the time where the processor has
-    no instructions for 16 bits."""
+def _wide_attention(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Attention in fp32, rounded once. Backward, that takes a fifth of the time where the processor has no instructions
+    for 16 bits."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not nn.functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
+    def wide(value: Any) -> Any:
+        narrow = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+        return value.float() if narrow else value
 
-        def wide(value: Any) -> Any:
-            narrow = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
-            return value.float() if narrow else value
-
-        query = args[0] if args else kwargs["query"]
-        return func(*map(wide, args), **{k: wide(v) for k, v in (kwargs or {}).items()}).to(query.dtype)
+    rest = {name: wide(value) for name, value in kwargs.items()}
+    return nn.functional.scaled_dot_product_attention(wide(query), *map(wide, args), **rest).to(query.dtype)
 
 
 def _products(module: nn.Module) -> Iterator[tuple[nn.Linear, Callable[[Tensor], Tensor]]]:

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from .journal import Hiddens, read_tensor, write_tensor
-from .products import scaled_dot_product_attention
+from .products import Attending, scaled_dot_product_attention
 from .threads import in_order
 from .walk import Block, forward_replaced, take_apart
 
@@ -51,6 +50,7 @@ class _Pass(threading.local):
 
     kept: dict[str, Any]  # what finished submodules returned
     counts: dict[str, int]  # runs of every submodule in this pass
+    attended: dict[str, int]  # runs of attention in this pass, by the submodule that holds it
     seen: Seen
     inside: list[str]  # the submodules being run, from the outermost on
     open: bool  # whether a layer has run that is not final
@@ -120,7 +120,7 @@ class Resumable:
         self._begin(window, hidden)
         self._pass.seen.beside = hidden if part == "" else None
         try:
-            with self._kept_attention():
+            with Attending(self._attention):
                 self.block.run(hidden, window)
         except _Stop:
             pass
@@ -130,17 +130,30 @@ class Resumable:
     def _output(self, item: tuple[int, Tensor], put: Callable[[int, Tensor], Any] | None) -> Any:
         window, hidden = item
         self._begin(window, hidden)
-        with self._kept_attention():
+        with Attending(self._attention):
             out = self.block.run(hidden, window)
         self._kept[window].clear()
         return out if put is None else put(window, out)
 
-    def _kept_attention(self) -> _KeptAttention:
-        return _KeptAttention(self._pass, self._folder)
+    def _attention(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Attention, or what it returned before, where nothing but final layers stands before it: a pass that was
+        stopped at the output projection comes by again on its way to what follows."""
+        state = self._pass
+        holder = state.inside[-1] if state.inside else ""
+        run = state.attended[holder] = state.attended.get(holder, 0) + 1
+        name = f"{holder}.attention {run}"  # gone with what its holder keeps of its parts
+        if name in state.kept and _intact(state.kept[name]):
+            return _fetched(state.kept[name])  # type: ignore[no-any-return]
+        out = scaled_dot_product_attention(*args, **kwargs)
+        # What holds no layer is never stopped in: it is kept itself, or runs in one piece.
+        entered = not holder or bool(self.covered(holder))
+        if entered and not state.open and state.counts.get(holder, 1) == 1:
+            state.kept[name] = _stored(out, self._folder)
+        return out
 
     def _begin(self, window: int, hidden: Tensor) -> None:
         self._pass.kept, self._pass.counts, self._pass.seen = self._kept[window], {}, Seen()
-        self._pass.inside, self._pass.open, self._pass.most = [], False, hidden.nbytes
+        self._pass.attended, self._pass.inside, self._pass.open, self._pass.most = {}, [], False, hidden.nbytes
 
     @contextmanager
     def _watching(self, until: str | None, part: str | None = None, behind: bool = False) -> Iterator[None]:
@@ -183,9 +196,11 @@ class Resumable:
             if first and name in kept and _intact(kept[name]):
                 return stop(_fetched(kept[name]))
             if behind is False:
-                state.seen.calls.append(args)
                 if name not in self.block.repeated:
+                    state.seen.calls.append(args)
                     raise _Stop
+                # The pass goes on, and may write into what entered.
+                state.seen.calls.append(tuple(x.clone() if isinstance(x, Tensor) else x for x in args))
             opened = state.open
             state.open |= name in self._targets and not finished
             state.inside.append(name)
@@ -216,31 +231,6 @@ def entered(seen: Seen) -> Tensor | None:
     if len(inputs) < 2:
         return inputs[0] if inputs else None
     return torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
-
-
-class _KeptAttention(TorchFunctionMode):
-    """Keeps what attention returned, where nothing but final layers stands before it: a pass that was stopped at the
-    output projection comes by again on its way to what follows."""
-
-    def __init__(self, state: _Pass, folder: Path | None) -> None:
-        super().__init__()
-        self._state = state
-        self._folder = folder
-        self._runs: dict[str, int] = {}  # of attention, by the submodule that holds it
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        state = self._state
-        holder = state.inside[-1] if state.inside else ""
-        run = self._runs[holder] = self._runs.get(holder, 0) + 1
-        name = f"{holder}.attention {run}"  # gone with what its holder keeps of its parts
-        if name in state.kept and _intact(state.kept[name]):
-            return _fetched(state.kept[name])
-        out = scaled_dot_product_attention(*args, **(kwargs or {}))
-        if not state.open and state.counts.get(holder, 1) == 1:
-            state.kept[name] = _stored(out, self._folder)
-        return out
 
 
 class _OnDisk:
@@ -366,9 +356,9 @@ class Stream:
     def leave(self) -> None:
         """Finish the block, and let go of it if it is a twin. What entered it stays on disk, for a journal to drop."""
         self._position += 1
-        left = self._new([])
-        for put in self._entered.outputs(self.hiddens, left.put):
-            left.take(put)
+        left = self._new([], len(self.hiddens))
+        for _ in self._entered.outputs(self.hiddens, left.put):
+            pass
         self.hiddens = left
         if self._entered.block.is_twin:
             take_apart(self._entered.block)
@@ -385,5 +375,5 @@ class Stream:
             raise RuntimeError("the stream is in no block")
         return self._block
 
-    def _new(self, values: list[Tensor]) -> Hiddens:
-        return Hiddens(values, self._folder, f"{self._name}-{self._position}", self._in_memory)
+    def _new(self, values: list[Tensor], count: int = 0) -> Hiddens:
+        return Hiddens(values, self._folder, f"{self._name}-{self._position}", self._in_memory, count)

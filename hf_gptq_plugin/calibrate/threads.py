@@ -57,8 +57,11 @@ def in_order(
                     wait(futures)
                     raise
                 results = [future.result() for future in futures]
-        # Outside: what the caller does between items may use all threads.
-        yield from results
+                del futures
+        # Outside: what the caller does between items may use all threads. What it has had is let go of.
+        results.reverse()
+        while results:
+            yield results.pop()
 
 
 def _workers(threads: int) -> ThreadPoolExecutor:

@@ -92,7 +92,7 @@ def tune(
     Raises:
         SolveError: a gradient is not finite.
     """
-    dtype = compute_dtype(hiddens[0].device)
+    dtype = compute_dtype(hiddens[0])
     lift = _lift(hiddens[0])
     batch = min(settings.batch, len(hiddens))
     order = torch.Generator().manual_seed(seed)
@@ -319,7 +319,7 @@ def model_loss(
     def logits(hidden: Tensor, window: int) -> Tensor:
         replayed.hidden = hidden
         try:
-            with computing(compute_dtype(hidden.device), hidden.device):
+            with computing(compute_dtype(hidden), hidden.device):
                 return model(**text_inputs(model, windows[window])).logits
         finally:
             del replayed.hidden
@@ -335,7 +335,7 @@ def model_loss(
         return value, torch.autograd.grad(given, entered, (slope * lift).to(given.dtype))[0].float() / lift
 
     with ExitStack() as stack:
-        if compute_dtype(target[0].device) == torch.float32:
+        if compute_dtype(target[0]) == torch.float32:
             stack.enter_context(own_products(model))
         for place, block in enumerate(blocks):
             stack.enter_context(forward_replaced(block.module, stub(block.module.forward, place)))

@@ -156,15 +156,25 @@ def linear_shape(layer: Any) -> tuple[int, int]:
 def _returns_product(layer: Any) -> bool:
     if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
         return True
+    from accelerate.utils import align_module_device
+
     in_features, out_features = linear_shape(layer)
     # An offloaded weight is on the meta device until it is needed.
     device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
     device = layer.weight.device if device is None else device
+    x = torch.linspace(-1.0, 1.0, in_features).to(device, layer.weight.dtype)[None]
     try:
-        out = layer(torch.zeros(1, in_features, dtype=layer.weight.dtype, device=device))
+        out = layer(x)
     except RuntimeError:  # e.g. groups of inputs
         return False
-    return isinstance(out, Tensor) and out.shape == (1, out_features)
+    if not isinstance(out, Tensor) or out.shape != (1, out_features):
+        return False
+    if out.device.type == "meta":  # a skeleton
+        return True
+    with align_module_device(layer):
+        weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+        product = nn.functional.linear(x, weight, layer.bias)
+    return torch.allclose(out.float(), product.float(), rtol=1e-2, atol=1e-2 * float(product.abs().max()))
 
 
 def text_inputs(model: Any, ids: Tensor) -> dict[str, Any]:
@@ -338,9 +348,9 @@ def find_stages(block: Block, hidden: Tensor, targets: Iterable[str]) -> list[li
     trace = _Trace(hidden)
     with trace.watching(block.module, targets):
         block.run(hidden, 0)
-    stages: dict[tuple[int, ...], list[str]] = {}
+    stages: dict[tuple[tuple[int, int], ...], list[str]] = {}
     for name, read in trace.inputs.items():
-        stages.setdefault(tuple(map(id, read)), []).append(name)
+        stages.setdefault(tuple((id(x), version) for x, version in read), []).append(name)
     block.repeated = frozenset(name for name, read in trace.inputs.items() if len(read) > 1)
     once = [name for name in trace.inputs if name not in block.repeated]
     block.added_to = {name: part for name in once if (part := trace.added_to(name)) is not None}
@@ -359,8 +369,8 @@ class _Trace(TorchFunctionMode):
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
-        self.inputs: dict[str, list[Tensor]] = {}  # of layers, at every run
         # Values with what had been written into them by then.
+        self.inputs: dict[str, list[tuple[Any, int]]] = {}  # of layers, at every run
         self._outputs: dict[str, tuple[Any, int]] = {}  # of their first runs
         self._entered = {"": _stamped(hidden)}  # the parts of the block that were called so far, first
         self._before: dict[str, dict[str, tuple[Any, int]]] = {}  # the same when a layer ran first
@@ -392,7 +402,7 @@ class _Trace(TorchFunctionMode):
         self._entered.setdefault(name, _stamped(args[0] if args else None))
 
     def _read(self, name: str, module: nn.Module, args: Any) -> None:
-        self.inputs.setdefault(name, []).append(args[0])
+        self.inputs.setdefault(name, []).append(_stamped(args[0]))
         self._before.setdefault(name, dict(self._entered))
 
     def _return(self, name: str, module: nn.Module, args: Any, out: Any) -> None:

@@ -165,14 +165,14 @@ class Hessian:
             None where neither exact inputs nor outputs were given.
         """
         hessian, made = self.mean(), self._factor
-        diagonal = hessian.diagonal() if made is None else made.diagonal
         if (out := self._target) is not None:
-            added = hessian.diagonal() - diagonal  # damping
+            if made is not None:
+                raise RuntimeError("the Hessian is damped; ask for what its target says before its factor")
             for part, to in zip(weight.split(_ROWS), out.split(_ROWS), strict=True):
-                live = part.to(out.device, torch.float32)
-                to -= matmul(live, hessian) - live * added
+                to -= matmul(part.to(out.device, torch.float32), hessian)
             self._target = None
             return out
+        diagonal = hessian.diagonal() if made is None else made.diagonal
         return None if self._cross is None else output_drift(weight, self._cross, diagonal == 0)
 
     def forget_cross(self) -> None:

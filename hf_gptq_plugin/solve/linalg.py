@@ -99,8 +99,8 @@ def attention(
     Scores, powers and weighted sums are fp32, and rounded once in the end.
 
     Args:
-        query: bf16 `[1, heads, Tq, D]`, any strides.
-        key, value: `[1, heads or a divisor of it, Tk, D]`.
+        query: bf16 `[B, heads, Tq, D]`, any strides.
+        key, value: `[B, heads or a divisor of it, Tk, D]`.
         scale: of scores; None for `D ** -0.5`.
         causal: whether query `i` sees keys `0 … i` only.
 
@@ -110,28 +110,27 @@ def attention(
     """
     library, tensors = _library_for(query, key, value), (query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    heads = query.shape[1] if query.dim() == 4 else 0
     if (
         library is None
-        or any(t.dtype != torch.bfloat16 or t.dim() != 4 or len(t) != 1 or not t.numel() for t in tensors)
+        or any(t.dtype != torch.bfloat16 or t.dim() != 4 or len(t) != len(query) or not t.numel() for t in tensors)
         or key.shape != value.shape
         or query.shape[-1] != key.shape[-1]
         or query.shape[-1] % 2
-        or heads % key.shape[1]
+        or query.shape[1] % key.shape[1]
         or key.shape[2] > _MOST_KEYS
         or not 0 < scale < math.inf
         or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
     ):
         return None
-    laid_out = [t if _in_pairs(t) else t.contiguous() for t in tensors]
-    out = query.new_empty(1, query.shape[2], heads, query.shape[3]).transpose(1, 2)
-    sides = [number for t in (*laid_out, out) for number in (t.data_ptr(), t.stride(1), t.stride(2))]
-    native.check(
-        library.hf_gptq_attention(
-            *sides, heads, heads // key.shape[1], query.shape[2], key.shape[2], query.shape[3], scale, causal
-        )
-    )
-    return out
+    shared = key.shape[0] * key.shape[1]
+    alone = query.shape[2] == 1 and not causal  # then heads that share keys are queries of one head
+    rows = query.reshape(shared, -1, query.shape[3]) if alone else query.flatten(0, 1)
+    laid_out = [t if _in_pairs(t) else t.contiguous() for t in (rows, key.flatten(0, 1), value.flatten(0, 1))]
+    heads, queries, width = rows.shape
+    out = query.new_empty(queries, heads, width).transpose(0, 1)
+    sides = [number for t in (*laid_out, out) for number in (t.data_ptr(), t.stride(0), t.stride(1))]
+    native.check(library.hf_gptq_attention(*sides, heads, heads // shared, queries, key.shape[2], width, scale, causal))
+    return out.reshape(query.shape)
 
 
 def attends_faster(keys: int) -> bool:
@@ -142,7 +141,7 @@ def attends_faster(keys: int) -> bool:
 
 def _in_pairs(rows: Tensor) -> bool:
     """Whether the native library can read two numbers of a row at a time."""
-    return rows.stride(3) == 1 and not (rows.stride(1) | rows.stride(2)) % 2 and rows.data_ptr() % 4 == 0
+    return rows.stride(2) == 1 and not (rows.stride(0) | rows.stride(1)) % 2 and rows.data_ptr() % 4 == 0
 
 
 def multiplies_bf16() -> bool:

@@ -55,6 +55,19 @@ def test_text_goes_on_behind_what_ends_it(tiny: Callable[..., Path]) -> None:
     assert (expected[:, 1:] == 0).float().mean() < 0.1
 
 
+@pytest.mark.parametrize("fields", [
+    {"repetition_penalty": 1.5}, {"num_beams": 3}, {"suppress_tokens": list(range(100))}, {"forced_bos_token_id": 7},
+    {"max_time": 1e-4}, {"return_dict_in_generate": True}, {"num_return_sequences": 2},
+    {"temperature": 0.1, "top_k": 1}, {"stop_strings": ["a"]}, {"min_length": 1000},
+], ids=lambda fields: next(iter(fields)))  # fmt: skip
+def test_how_the_model_is_usually_asked_to_write_plays_no_part(tiny: Callable[..., Path], fields: Any) -> None:
+    model, given = load(tiny("llama")), [torch.arange(10, 74)]
+    expected = torch.stack(generated_windows(model, given, 2, seed=0))
+    for name, value in fields.items():
+        setattr(model.generation_config, name, value)
+    assert torch.equal(torch.stack(generated_windows(model, given, 2, seed=0)), expected)
+
+
 def test_the_same_for_any_number_of_threads(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
     model, given = load(tiny("llama")), [torch.tensor(w) for w in windows]
     before = torch.get_num_threads()

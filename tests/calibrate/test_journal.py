@@ -87,6 +87,8 @@ def test_goes_on_after_any_layer(
             allowed += 1
     assert 0 < interruptions < 8
     assert same(saved(model, tmp_path / "resumed"), wanted)
+    learn = {name: p.requires_grad for name, p in undisturbed.named_parameters()}
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == learn
     names = [(r.name, r.solve.relative_error, r.tokens) for r in reports]
     assert [(r.name, r.solve.relative_error, r.tokens) for r in model.hf_quantizer.reports] == names
 

@@ -49,7 +49,7 @@ def test_the_rest_is_pytorchs() -> None:
     query, key = torch.randn(2, 4, 3, 16).bfloat16(), torch.randn(2, 4, 5, 16).bfloat16()
     mask = torch.rand(2, 1, 3, 5) < 0.7
     mask[..., 0] = True
-    with products.OwnAttention():
+    with products.Attending():
         asked = (
             ((query, key, key), dict(attn_mask=mask)),
             ((query[0], key[0], key[0]), {}),

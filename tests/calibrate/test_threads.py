@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -37,6 +38,26 @@ def test_results_of_a_batch_are_made_before_the_caller_gets_one(two_threads: Non
     next(results)
     assert sorted(done) == [0, 1, 2, 3, 4]
     assert len(list(results)) == 6 and sorted(done) == list(range(7))
+
+
+@pytest.mark.parametrize("options", [{"together": 8}, {"most": 2}, {}])
+def test_no_more_results_live_than_are_made_at_once(options: dict[str, int], two_threads: None) -> None:
+    class Result:
+        pass
+
+    made: list[weakref.ref[Result]] = []
+    most = 0
+
+    def work(item: int) -> Result:
+        nonlocal most
+        result = Result()
+        made.append(weakref.ref(result))
+        most = max(most, sum(reference() is not None for reference in list(made)))
+        return result
+
+    for result in in_order(work, range(32), **options):
+        del result
+    assert len(made) == 32 and most <= options.get("together", 2)
 
 
 def test_the_caller_has_all_threads_between_items(two_threads: None) -> None:

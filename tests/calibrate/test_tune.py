@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from hf_gptq_plugin import GPTQConfig
-from hf_gptq_plugin.calibrate import tune
+from hf_gptq_plugin.calibrate import products, tune
 from hf_gptq_plugin.calibrate.chains import find_chains
 from hf_gptq_plugin.calibrate.walk import linears, record_calls
+from hf_gptq_plugin.nn.linear import QuantLinear
 from hf_gptq_plugin.solve import linalg
 from hf_gptq_plugin.solve.hessian import SolveError
 from hf_gptq_plugin.solve.learn import LearnedVector, TuneSettings
@@ -56,7 +57,7 @@ def test_a_16_bit_models_loss_is_that_of_fp32(
     dtype: torch.dtype, tiny: Callable[..., Path], windows: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where torch is slow in 16 bits the head multiplies with our own product, forward and back."""
-    monkeypatch.setattr(tune, "compute_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(tune, "compute_dtype", lambda like: torch.float32)
     monkeypatch.setattr(linalg, "multiplies_bf16", lambda: False)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=dtype).eval()
@@ -94,7 +95,7 @@ def test_gradients_are_those_of_the_whole_model(
     kind: str, tiny: Callable[..., Path], windows: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Block by block with the passes done twice, against autograd through the model as a whole."""
-    monkeypatch.setattr(tune, "compute_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(tune, "compute_dtype", lambda like: torch.float32)
     model = load(tiny(kind), windows)
     dense = AutoModelForCausalLM.from_pretrained(tiny(kind), dtype=torch.float32).eval()
     ids = [torch.tensor(w) for w in windows[:3]]
@@ -229,6 +230,22 @@ def test_gradients_in_fp16_do_not_vanish(tiny: Callable[..., Path], windows: lis
         for name, expected in full.items():
             assert expected.norm() > 0
             assert float((half[name] - expected).norm() / expected.norm()) < 0.05, name
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_model_in_fp16_is_tuned(
+    kind: str, bf16: bool, tiny: Callable[..., Path], windows: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the processor multiplies in bf16, which PyTorch lets nobody mix with fp16."""
+    monkeypatch.setattr(products, "multiplies_bf16", lambda: bf16)
+    config = GPTQConfig(
+        bits=3, group_size=32, dataset=windows, preset="fast", block_epochs=1, model_epochs=1, propagation=0.5
+    )
+    path = tiny(kind)
+    model = AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=torch.float16)
+    layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+    assert layers and all(bool(layer.scales.isfinite().all()) for layer in layers)
 
 
 def test_a_gradient_that_is_not_finite_is_named(tiny: Callable[..., Path], windows: list[list[int]]) -> None:

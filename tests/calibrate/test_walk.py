@@ -359,3 +359,69 @@ def test_a_layer_of_another_shape_is_no_product() -> None:
     root = nn.Module()
     root.grouped, root.plain = Grouped(8, 4), nn.Linear(8, 4)
     assert list(walk.linears(root)) == ["plain"]
+
+
+def test_a_layer_that_returns_more_than_the_product_is_none() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 0.5
+
+    class Bounded(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(super().forward(x))
+
+    class Normed(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(nn.functional.layer_norm(x, x.shape[-1:]), self.weight)
+
+    class Wide(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x.double(), self.weight.double(), self.bias.double()).to(x.dtype)
+
+    root = nn.ModuleDict({"scaled": Scaled(8, 8), "bounded": Bounded(8, 8, bias=False), "normed": Normed(8, 8)})
+    root["wide"] = Wide(8, 8, dtype=torch.bfloat16)
+    assert list(walk.linears(root)) == ["wide"]
+    assert list(walk.linears(nn.ModuleDict({"wide": Wide(8, 8, device="meta")}))) == ["wide"]  # without values
+
+
+@pytest.mark.parametrize("names", [["first", "second"], ["first"]])
+def test_a_tensor_that_is_written_into_between_two_reads(names: list[str]) -> None:
+    """By two layers, or by one that runs twice: Hessians of what was there at the time."""
+
+    class Rewrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.first, self.second = nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            x = self.norm(hidden)
+            x.add_(self.first(x)).mul_(3)
+            return hidden + (self.second if "second" in names else self.first)(x)
+
+    module, hidden = Rewrites().eval(), torch.randn(1, 50, 8)
+    block = walk.Block("", module, [((), {})])
+    with torch.no_grad():
+        assert walk.find_stages(block, hidden, names) == [[name] for name in names]
+        read: dict[str, list[torch.Tensor]] = {}
+        handles = [
+            module.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, name=name: read.setdefault(name, []).append(args[0][0].clone())
+            )
+            for name in names
+        ]
+        block.run(hidden, 0)
+        for handle in handles:
+            handle.remove()
+        resumable = Resumable(block, names)
+        for name in names:
+            (found,) = map(stream.entered, resumable.seen(name, [hidden]))
+            assert found is not None and torch.equal(found.flatten(0, -2), torch.cat(read[name]))
+
+
+def test_nothing_is_kept_for_an_output_embedding(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
+    """What attention returns is kept where a pass stops behind it, and it stops there at layers only."""
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama")).eval()
+    ids = [torch.tensor(w) for w in windows[:2]]
+    resumable = Resumable(walk.WholeModel.reading(model, ids), ["lm_head"])
+    seen = list(resumable.seen("lm_head", [torch.empty(0)] * 2))
+    assert all(stream.entered(s) is not None for s in seen) and not any(resumable._kept)

@@ -78,15 +78,16 @@ def test_what_a_layer_is_to_return() -> None:
     x, wanted, weights, weight = torch.randn(50, 6), torch.randn(50, 300), torch.rand(50) * 2, torch.randn(300, 6)
     x[:, 2] = 0
     missing = (wanted - x @ weight.T).double() * weights.double()[:, None]
-    for factorized in (False, True):  # which damps the Hessian, and gives the diagonal to what was never active
-        hessian = Hessian(6)
-        for rows in (slice(0, 20), slice(20, 50)):
-            hessian.add(x[rows], None, weights[rows], wanted[rows])
-        if factorized:
-            hessian.factor("natural", 0.01)
-        drift = hessian.drift(weight)
-        torch.testing.assert_close(drift.double(), missing.T @ x.double() / 50, rtol=1e-4, atol=1e-5)
-        assert hessian.drift(weight) is None
+    hessian, damped = Hessian(6), Hessian(6)
+    for rows in (slice(0, 20), slice(20, 50)):
+        for gathered in (hessian, damped):
+            gathered.add(x[rows], None, weights[rows], wanted[rows])
+    drift = hessian.drift(weight)
+    torch.testing.assert_close(drift.double(), missing.T @ x.double() / 50, rtol=1e-4, atol=1e-5)
+    assert hessian.drift(weight) is None
+    damped.factor("natural", 0.01)
+    with pytest.raises(RuntimeError, match="before its factor"):
+        damped.drift(weight)
 
 
 def test_bf16_inputs_are_summed_in_fp32() -> None:
