@@ -38,7 +38,8 @@ def push(
 
     hf-gptq push ./smollm2-4bit team/smollm2-4bit --private --revision 4bit-g64
     """
-    from hf_gptq_plugin.hf.push import folder_card, published_files, push_folder
+    from hf_gptq_plugin.hf.card import folder_card
+    from hf_gptq_plugin.hf.push import published_files, push_folder
 
     if dry_run:
         card = folder_card(folder, repo, base_model, {"license": license} if license else None)
@@ -46,8 +47,8 @@ def push(
         if as_json:
             print_json({"repo": repo, "files": files, "card": card})
             return
-        console.print(card, markup=False, highlight=False, soft_wrap=True)
-        console.print(f"Files: {', '.join(files)}", markup=False)
+        console.print(card, highlight=False, soft_wrap=True)
+        console.print(f"Files: {', '.join(files)}")
         return
     done = push_folder(
         folder, repo, private=private or None, revision=revision, create_pr=create_pr, message=message, tags=tag,

@@ -137,6 +137,19 @@ def model_card(found: Facts, name: str) -> str:
     return f"---\n{data.to_yaml()}\n---\n{MARK}\n{_text(found, name)}"
 
 
+def is_own_card(readme: Path) -> bool:
+    """Whether somebody wrote, or changed, a folder's card."""
+    return readme.exists() and MARK not in readme.read_text("utf-8")
+
+
+def folder_card(folder: Path, name: str, base: str = "", inherited: dict[str, Any] | None = None) -> str:
+    """The card that a folder is published with: its own where somebody changed it, else one of its files' facts."""
+    readme = folder / "README.md"
+    if is_own_card(readme):
+        return readme.read_text("utf-8")
+    return model_card(facts(folder, base, inherited), name)
+
+
 def _text(found: Facts, name: str) -> str:
     spec, quality = found.spec, found.perplexity
     rows = []

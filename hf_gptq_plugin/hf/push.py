@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 
 from ..convert.inspect import inspect
 from ..format.spec import CheckpointError
-from .card import MARK, card_metadata, facts, inherited_metadata, merged_card, model_card
+from .card import card_metadata, folder_card, inherited_metadata, merged_card
 
 # What is never published: weights that can run code, which readers refuse, and what a run leaves beside a checkpoint.
 _LEFT_OUT = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", ".*", "*.part", "*.journal", "*.tmp", "**/.*")
@@ -45,14 +45,6 @@ def published_files(folder: Path) -> list[Path]:
         for path in sorted(folder.iterdir())
         if path.is_file() and not any(path.match(pattern) for pattern in _LEFT_OUT)
     ]
-
-
-def folder_card(folder: Path, name: str, base: str = "", inherited: dict[str, Any] | None = None) -> str:
-    """The card that a folder is published with: its own where somebody changed it, else one of its files' facts."""
-    readme = folder / "README.md"
-    if readme.exists() and MARK not in (text := readme.read_text("utf-8")):
-        return text
-    return model_card(facts(folder, base, inherited), name)
 
 
 def push_folder(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
@@ -74,6 +75,7 @@ class GptqQuantizer(HfQuantizer):
         self._windows: list[Tensor] = []
         self._record: dict[str, Any] | None = None
         self._scales_dtypes: dict[str, torch.dtype] = {}  # by module
+        self._shapes: dict[str, torch.Size] = {}  # of what is to be loaded
 
     @property
     def is_trainable(self) -> bool:
@@ -110,6 +112,7 @@ class GptqQuantizer(HfQuantizer):
             if self._device_map is not None:
                 device = self._device_map.pop("")
                 self._device_map |= blocks_on_disk(model, device)
+            self._note_shapes(model)
             return
         if not checkpoint_files:
             raise CheckpointError("a GPTQ model can only be loaded from safetensors files")
@@ -127,6 +130,21 @@ class GptqQuantizer(HfQuantizer):
             spec = checkpoint.for_module(source) or checkpoint.for_module(target) or checkpoint.spec
             self._replace_by_empty(model, source, target, spec, modules[source])
         _require_all_tensors(model, headers, self)
+        self._note_shapes(model)
+
+    def _note_shapes(self, model: nn.Module) -> None:
+        self._shapes = {name: value.shape for name, value in model.state_dict().items()}
+
+    def _require_shapes(self, model: nn.Module) -> None:
+        """Beside a quantizer, Transformers takes tensors of any shape."""
+        for name, value in model.state_dict().items():
+            wanted = self._shapes.get(name, value.shape)
+            if value.shape != wanted:
+                raise CheckpointError(
+                    f"{name} has shape {tuple(value.shape)} in the checkpoint; {type(model).__name__} with this config "
+                    f"needs {tuple(wanted)}: config.json and weights do not belong together; fetch both again"
+                )
+        self._shapes = {}
 
     def _separate_experts(self, model: PreTrainedModel, modules: Mapping[str, Any]) -> None:
         """Take fused experts apart where the checkpoint has codes for any of them."""
@@ -171,6 +189,7 @@ class GptqQuantizer(HfQuantizer):
         model.set_submodule(target, new)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        self._require_shapes(model)
         if self.pre_quantized:
             self._finalize(model)
         else:
@@ -246,13 +265,27 @@ class GptqQuantizer(HfQuantizer):
         # The text and the tokenizer have served; keeping them would write them into every copy of the config.
         config.dataset = config.tokenizer = config.journal = None
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        # A config that was saved has its name.
+        wanted = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+        with torch.device("meta"):
+            transposed = {n for n, m in type(model)(model.config).named_modules() if isinstance(m, Conv1D)}
         for name, layer in list(model.named_modules()):
             if isinstance(layer, QuantLinear):
-                model.set_submodule(name, layer.to_linear(dtype))
+                dense = layer.to_linear(wanted)
+                model.set_submodule(name, _conv1d(dense) if name in transposed else dense)
         for method in ("save_pretrained", "push_to_hub"):
             vars(model).pop(method, None)
         return model
+
+
+def _conv1d(dense: nn.Linear) -> Conv1D:
+    """The same layer as GPT-2 has it: its weight is `[K, N]`."""
+    layer = Conv1D(dense.out_features, dense.in_features)
+    layer.weight = nn.Parameter(dense.weight.detach().T.contiguous())
+    bias = dense.weight.new_zeros(dense.out_features) if dense.bias is None else dense.bias.detach()
+    layer.bias = nn.Parameter(bias)
+    return layer
 
 
 @contextmanager

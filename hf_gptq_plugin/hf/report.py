@@ -13,13 +13,16 @@ from transformers import PreTrainedModel
 
 from ..calibrate import report
 from ..calibrate.report import Header, Perplexity
+from ..format.checkpoint import written_whole
 from ..format.spec import QuantSpec
+from .card import folder_card, is_own_card
 
 _PACKED = tuple(QuantSpec().shapes(1, 1))  # leaf names of the packed tensors
 
 
 def write_report(folder: str | Path, model: PreTrainedModel, perplexity: Perplexity | None = None) -> Path:
-    """Write `calibration.csv`, `calibration.json` and `calibration.html` of a model just calibrated.
+    """Write `calibration.csv`, `calibration.json` and `calibration.html` of a model just calibrated. A card of ours beside
+    them tells perplexity, too.
 
     Args:
         folder: usually that of the checkpoint; made where it is missing.
@@ -38,7 +41,13 @@ def write_report(folder: str | Path, model: PreTrainedModel, perplexity: Perplex
             f"{type(model).__name__} was not calibrated in this process, so there is nothing to report; pass the model "
             "that from_pretrained(..., quantization_config=GPTQConfig(dataset=...)) returned"
         )
-    return report.write_report(folder, reports, header(model, perplexity))
+    page = report.write_report(folder, reports, header(model, perplexity))
+    readme = Path(folder) / "README.md"
+    if readme.exists() and not is_own_card(readme):  # it tells perplexity, too
+        card = folder_card(Path(folder), Path(folder).resolve().name)
+        with written_whole(folder) as staging:
+            (staging / readme.name).write_text(card, encoding="utf-8")
+    return page
 
 
 def header(model: PreTrainedModel, perplexity: Perplexity | None = None) -> Header:

@@ -13,10 +13,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..calibrate.report import FILES
 from ..format.checkpoint import write_json, written_whole
 from ..nn.linear import QuantLinear
 from ..train.methods import trained
-from .card import card_metadata, facts, inherited_metadata, model_card
+from .card import card_metadata, facts, inherited_metadata, is_own_card, model_card
 from .push import push_folder
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def save_pretrained(
 ) -> None:
     """As `PreTrainedModel.save_pretrained`; files are written beside the folder and moved in when complete.
 
-    Adds `quantize_config.json` (other readers of GPTQ look for it) and, where there is none yet, a README.md.
+    Adds `quantize_config.json` (other readers of GPTQ look for it) and a README.md, unless there is one of your own.
     With adapters attached, only they are saved, by Transformers' own method.
     """
     stock: Any = type(model).save_pretrained
@@ -84,6 +85,9 @@ def save_checkpoint(model: PreTrainedModel, target: Path, *args: Any, tokenizer:
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         _describe(model, staging, target)
+    if getattr(getattr(model, "hf_quantizer", None), "reports", None):  # what lies there tells of other weights
+        for name in FILES:
+            (target / name).unlink(missing_ok=True)
 
 
 def _relabel(model: PreTrainedModel) -> None:
@@ -116,14 +120,14 @@ def _touches(step: Any, names: list[str]) -> bool:
 
 
 def _describe(model: PreTrainedModel, staging: Path, target: Path) -> None:
-    """A card where there is none yet, and the base model's licence files."""
+    """A card, unless there is one of somebody's own, and the base model's licence files."""
     base = str(getattr(model.config, "name_or_path", "") or model.name_or_path or "")
     local = Path(base) if base and Path(base).is_dir() else None
     if local is not None:
         for path in local.iterdir():
             if path.is_file() and path.name.upper().startswith(("LICENSE", "NOTICE")):
                 shutil.copyfile(path, staging / path.name)
-    if (target / "README.md").exists():
+    if is_own_card(target / "README.md"):
         return
     inherited = inherited_metadata(card_metadata(local / "README.md")) if local is not None else {}
     # A local folder is nobody else's base model.

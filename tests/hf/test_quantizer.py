@@ -199,6 +199,35 @@ def test_dequantize(checkpoint: Path, tmp_path: Path) -> None:
     assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_dequantize_after_saving(kind: str, tiny: Tiny, tmp_path: Path) -> None:
+    """In the layers that the model's class has, which GPT-2 stores transposed."""
+    config = GPTQConfig(bits=8, group_size=32, method="rtn")
+    model = AutoModelForCausalLM.from_pretrained(tiny(kind), quantization_config=config, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "quantized")
+    logits = model(input_ids=IDS).logits
+    model.dequantize().save_pretrained(tmp_path / "dense")
+    again = load(tmp_path / "dense")
+    assert not any(isinstance(m, QuantLinear) for m in again.modules())
+    torch.testing.assert_close(again(input_ids=IDS).logits, logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.input_layernorm.weight", "lm_head.weight"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_tensors_of_another_shape(name: str, dense: bool, tiny: Tiny, tmp_path: Path) -> None:
+    """Which Transformers looks at only where there is no quantizer."""
+    folder, fields = tmp_path / "model", {"tie_word_embeddings": False}
+    shutil.copytree(tiny("llama", **fields), folder)
+    config = GPTQConfig(bits=4, group_size=32, method="rtn")
+    if not dense:
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=config).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = tensors[name][:1].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} has shape \(1,.*needs \("):
+        AutoModelForCausalLM.from_pretrained(folder, **({"quantization_config": config} if dense else {}))
+
+
 def test_deep_copies_and_state_dicts_are_whole(checkpoint: Path) -> None:
     model = load(checkpoint)
     logits = model(input_ids=IDS).logits

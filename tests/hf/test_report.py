@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_gptq_plugin import GPTQConfig
-from hf_gptq_plugin.calibrate.report import from_record
+from hf_gptq_plugin.calibrate.report import Perplexity, from_record
 from hf_gptq_plugin.hf.report import write_report
 
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
@@ -55,6 +56,29 @@ def test_the_report_is_of_this_calibration(
     assert content["seconds"] > content["totals"]["solve_seconds"] > 0
     for name in ("calibration.html", "calibration.json", "calibration.csv"):
         assert str(tiny(kind).parent) not in (tmp_path / name).read_text(encoding="utf-8")
+
+
+def test_nothing_tells_of_an_earlier_quantization(
+    tiny: Callable[..., Path], windows: list[list[int]], tmp_path: Path
+) -> None:
+    """Card and report are of the weights that they lie beside; a card of one's own stays."""
+
+    def quantized(bits: int) -> Any:
+        config = GPTQConfig(bits=bits, group_size=32, dataset=windows, samples=4, preset="fast")
+        return AutoModelForCausalLM.from_pretrained(tiny("llama"), quantization_config=config, dtype=torch.float32)
+
+    first, files = quantized(4), [tmp_path / f"calibration.{kind}" for kind in ("csv", "html", "json")]
+    first.save_pretrained(tmp_path)
+    write_report(tmp_path, first, Perplexity("held-out.txt", 1, 64, 64, 256.5, 258.25))
+    card = (tmp_path / "README.md").read_text()
+    assert "4-bit" in card and "258.25" in card and all(file.exists() for file in files)
+    quantized(2).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "2-bit" in card and "4-bit" not in card and "258.25" not in card
+    assert not any(file.exists() for file in files)
+    (tmp_path / "README.md").write_text("mine")
+    quantized(3).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_a_model_that_was_only_loaded(tiny: Callable[..., Path], tmp_path: Path) -> None:
