@@ -21,8 +21,8 @@ _PACKED = tuple(QuantSpec().shapes(1, 1))  # leaf names of the packed tensors
 
 
 def write_report(folder: str | Path, model: PreTrainedModel, perplexity: Perplexity | None = None) -> Path:
-    """Write `calibration.csv`, `calibration.json` and `calibration.html` of a model just calibrated. A card of ours beside
-    them tells perplexity, too.
+    """Write `calibration.csv`, `calibration.json` and `calibration.html` of a model just calibrated. A card of ours
+    beside them tells perplexity, too.
 
     Args:
         folder: usually that of the checkpoint; made where it is missing.
