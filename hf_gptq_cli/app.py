@@ -26,7 +26,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-console = Console(stderr=False)
+# What is printed holds paths and names: none of it is markup. Styles are given as rich.text.Text.
+console = Console(stderr=False, markup=False, emoji=False)
 
 Dtype = Annotated[
     str, typer.Option(help="dtype of the unquantized parts and of the arithmetic: float32, bfloat16, float16, auto.")
@@ -76,8 +77,10 @@ _UNEXPECTED = (
 def _told(error: BaseException, more: str = "") -> NoReturn:
     if os.environ.get(TRACEBACK):
         traceback.print_exception(error)
-    Console(stderr=True).print("[bold red]error:[/] ", end="")
-    Console(stderr=True, highlight=False).print(f"{type(error).__name__}: {error}{more}", markup=False, soft_wrap=True)
+    told = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    stderr = Console(stderr=True, highlight=False, markup=False, emoji=False)
+    stderr.print("error: ", style="bold red", end="")
+    stderr.print(f"{type(error).__name__}: {told}{more}", soft_wrap=True)
     sys.exit(FAILED)
 
 

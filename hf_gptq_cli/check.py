@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .app import CHECK_FAILED, Json, console, print_json
 
@@ -27,9 +29,9 @@ def doctor(as_json: Json = False) -> None:
         table = Table(show_header=True, header_style="bold")
         for column in ("", "part", "what was found"):
             table.add_column(column, overflow="fold")
-        marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "broken": "[red]broken[/]"}
+        styles = {"ok": "green", "note": "yellow", "broken": "red"}
         for row in rows:
-            table.add_row(marks[row.state], row.part, row.detail)
+            table.add_row(Text(row.state, styles[row.state]), row.part, row.detail)
         console.print(table)
     raise typer.Exit(CHECK_FAILED if broken else 0)
 
@@ -46,4 +48,4 @@ def demo(
     """
     from hf_gptq_plugin.demo import run
 
-    run(folder, samples, windows, steps, console)
+    run(folder, samples, windows, steps, Console())  # it prints markup

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .app import CHECK_FAILED, DeviceMap, Dtype, Json, console, folder_of, print_json, torch_dtype
+from .refuse import require_device, require_exists, require_weights, require_writable, warn_long
 
 _HARNESS = "lm-evaluation-harness"
 
@@ -61,6 +62,9 @@ def evaluate(
     if text is None and not tasks:
         raise ValueError("nothing to evaluate on: name a file with --text, or tasks with --tasks")
     content = None if text is None else read_text(text)
+    require_exists(model)
+    require_weights(model)
+    require_device(device_map)
     tokenizer = AutoTokenizer.from_pretrained(model)
     pieces = (
         [] if content is None else sliding_windows(tokenizer, content, seqlen, stride or None, windows or None, bos)
@@ -68,6 +72,7 @@ def evaluate(
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype(dtype), device_map=device_map)
     result: dict[str, Any] = {"model": model}
     if pieces:
+        warn_long(loaded.config, max(ids.shape[1] for ids, _ in pieces), "--seqlen")
         start = time.perf_counter()
         counts = [count for _, count in pieces]
         value = perplexity(loaded, [ids for ids, _ in pieces], counts=counts)
@@ -124,6 +129,9 @@ def verify(
     from hf_gptq_plugin.calibrate.sources import read_text
     from hf_gptq_plugin.hf.evaluate import compared, text_windows
 
+    require_exists(model, reference)
+    require_weights(model, reference)
+    require_device(device_map)
     pieces = text_windows(AutoTokenizer.from_pretrained(reference), read_text(text), seqlen, windows or None)
     first, second = (
         AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype(dtype), device_map=device_map)
@@ -164,8 +172,12 @@ def bench(
 
     from hf_gptq_plugin.hf.bench import speed
 
+    names = list(dict.fromkeys([model, *([reference] if reference else [])]))
+    require_exists(*names)
+    require_weights(*names)
+    require_device(device_map)
     found = {}
-    for name in dict.fromkeys([model, *([reference] if reference else [])]):
+    for name in names:
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype(dtype), device_map=device_map)
         found[name] = speed(loaded, prompt, new, batch, repeats, progress=not as_json)
         del loaded
@@ -211,6 +223,9 @@ def compare(
     content = read_text(text)
     if out.exists() and out.samefile(text):
         raise ValueError(f"--out={str(out)!r} is the text itself, which would be overwritten; name another file")
+    require_exists(*models)
+    require_device(device_map)
+    require_writable(out, "--out")
     folders = [folder_of(model) for model in models]
     rows = measure(
         models, folders, content, windows or None, seqlen, torch_dtype(dtype), device_map, speed, prompt, new

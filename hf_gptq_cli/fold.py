@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from .app import Dtype, Json, console, print_json, torch_dtype
+from .refuse import require_exists, require_writable
 
 
 def fold(
@@ -30,6 +32,8 @@ def fold(
     """
     from hf_gptq_plugin.hf.folding import run
 
+    require_exists(base, adapter)
+    require_writable(out)
     found = run(base, adapter, out, calibration, samples, seqlen, seed, torch_dtype(dtype))
     if as_json:
         print_json(found.to_dict())
@@ -44,4 +48,4 @@ def fold(
         f"Perplexity {found.folded.reference_perplexity:.4f} with the adapter, {found.folded.perplexity:.4f} folded, "
         f"{found.base.perplexity:.4f} without."
     )
-    console.print(f"[bold]{found.recommendation}[/]: {found.reason}.")
+    console.print(Text.assemble((found.recommendation, "bold"), f": {found.reason}."))

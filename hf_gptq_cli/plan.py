@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from .app import Dtype, Json, console, torch_dtype
 from .choices import DEFAULT
@@ -75,7 +76,7 @@ def plan(
         parts = (row.weights, row.learned, row.gradients, row.optimizer_states, row.activations, row.total)
         table.add_row(
             row.method, row.optimizer, "yes" if row.checkpointing else "no", *(f"{part / 1e6:,.1f}" for part in parts),
-            "[green]yes[/]" if row.total <= found.budget else "[red]no[/]",
+            Text("yes", "green") if row.total <= found.budget else Text("no", "red"),
         )  # fmt: skip
     console.print(table)
     console.print(found.advice[:1].upper() + found.advice[1:] + ".", soft_wrap=True, highlight=False)

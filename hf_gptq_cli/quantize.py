@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,16 @@ import typer
 
 from .app import DeviceMap, Dtype, Json, console, print_json, torch_dtype
 from .choices import DATASETS, DEFAULT, METHODS, ORDERS, OUTPUT_HESSIANS, PRESETS, SEARCHES, TOKEN_WEIGHTS
+from .refuse import (
+    discard_offload,
+    require_dense,
+    require_device,
+    require_exists,
+    require_own_offload,
+    require_weights,
+    require_writable,
+    warn_long,
+)
 
 _PRESETS = "Steps of the preset, one by one"
 _SOLVER = "Solver"
@@ -139,7 +148,7 @@ def quantize(
 
     hf-gptq quantize ./large ./large-4bit --low-memory --calibration corpus.txt
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     from hf_gptq_plugin.calibrate import processes
     from hf_gptq_plugin.calibrate.journal import discard
@@ -173,6 +182,18 @@ def quantize(
         raise ValueError(
             f"--device-map {device_map} shares a model among devices, and --low-memory works on one; name it: cpu, cuda"
         )
+    if low_memory and eval_text is not None:
+        raise ValueError(
+            "--eval-text loads the whole dense model, which --low-memory is to avoid; leave it out, and run "
+            "hf-gptq eval on MODEL and on OUT afterwards"
+        )
+    require_exists(model)
+    require_dense(model)
+    require_weights(model)
+    require_device(device_map)
+    require_writable(out)
+    if low_memory:
+        require_own_offload(offloaded)
     tokenizer = AutoTokenizer.from_pretrained(model)
     config.tokenizer = tokenizer
     device_map = processes.own_device(device_map)
@@ -183,6 +204,11 @@ def quantize(
     pieces, before = [], None
     if eval_text is not None:
         pieces = text_windows(tokenizer, read_text(eval_text), eval_seqlen, eval_windows or None)
+    if processes.rank() == 0:
+        made_for = AutoConfig.from_pretrained(model)
+        warn_long(made_for, max((ids.shape[1] for ids in pieces), default=0), "--eval-seqlen")
+        warn_long(made_for, seqlen if method == "gptq" else 0, "--seqlen")
+    if eval_text is not None:
         before = perplexity(AutoModelForCausalLM.from_pretrained(model, **loading), pieces)
     quantized: Any = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, **loading)
     if processes.rank():
@@ -196,7 +222,7 @@ def quantize(
     if method == "gptq" and processes.count() == 1:
         discard(journal)
     if low_memory:
-        shutil.rmtree(offloaded, ignore_errors=True)
+        discard_offload(offloaded)
     size = sum(f.stat().st_size for f in out.glob("*.safetensors"))
     layers, seconds = len(quantized.hf_quantizer.reports), time.perf_counter() - start
     if as_json:

@@ -9,6 +9,7 @@ import typer
 
 from .app import Dtype, Json, console, print_json, torch_dtype
 from .choices import DEFAULT, METHODS, PRESETS, TRAINING
+from .refuse import require_exists, require_writable
 
 if TYPE_CHECKING:
     from hf_gptq_plugin.hf.training import Outcome
@@ -124,6 +125,8 @@ def train(
     quantization = {"bits": bits, "group_size": group_size, "sym": sym, "method": start, "seed": seed}
     if start == "gptq":
         quantization["preset"] = preset
+    require_exists(model)
+    require_writable(out)
     processes.join()
     quiet = as_json or processes.rank() > 0
     bar: Any = None

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -21,11 +22,11 @@ import torch
 import typer
 from byte_tokenizer import byte_tokenizer
 from children import TORCHRUN, launched
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_gptq_cli import app, choices, main
-from hf_gptq_plugin import GPTQConfig, config
+from hf_gptq_plugin import GPTQConfig, config, diagnose
 from hf_gptq_plugin.calibrate import sources
 from hf_gptq_plugin.convert import gguf_blocks, layouts
 from hf_gptq_plugin.demo import texts
@@ -168,6 +169,134 @@ def test_low_memory(hf_gptq: Run, model: Path, text: Path, tiny: Callable[..., P
     assert states[0].keys() == states[1].keys() and all(torch.equal(t, states[1][n]) for n, t in states[0].items())
     result = hf_gptq("quantize", source, tmp_path / "out2", *few, "--low-memory", "--device-map", "auto")
     assert result.code == 1 and "--low-memory works on one; name it" in result.err
+    result = hf_gptq("quantize", source, tmp_path / "out2", *few, "--low-memory", "--eval-text", text)
+    assert result.code == 1 and "run hf-gptq eval on MODEL and on OUT afterwards" in result.err
+
+
+@pytest.mark.parametrize("mine", ["notes.txt", "model.safetensors", "model-00001-of-00002.safetensors", "v0.1.dat"])
+def test_offloading_spares_what_is_not_its_own(
+    hf_gptq: Run, model: Path, text: Path, tmp_path: Path, mine: str
+) -> None:
+    few = ("--group-size", 32, "--calibration", text, "--samples", 2, "--seqlen", 32, "--preset", "fast")
+    run = ("quantize", model, tmp_path / "out", *few, "--low-memory")
+    offload = tmp_path / "out.offload"
+    offload.mkdir()
+    left = ("model.layers.0.mlp.gate_up_proj.safetensors", "lm_head.weight.dat", "index.json")  # by a killed run
+    for name in (*left, mine):
+        (offload / name).write_text("")
+    result = hf_gptq(*run)
+    assert result.code == 1 and f"{offload} is where" in result.err and f"holds '{mine}'; move that" in result.err
+    assert sorted(path.name for path in offload.iterdir()) == sorted((*left, mine)) and not (tmp_path / "out").exists()
+    (offload / mine).unlink()
+    assert hf_gptq(*run).code == 0 and [path.name for path in tmp_path.iterdir()] == ["out"]
+    offload.write_text("mine")
+    assert hf_gptq(*run).code == 1 and offload.read_text() == "mine"
+
+
+def test_what_is_quantized_already_is_not_quantized(
+    hf_gptq: Run, four_bit: Path, model: Path, text: Path, tmp_path: Path
+) -> None:
+    assert hf_gptq("convert", four_bit, tmp_path / "awq", "--to", "awq").code == 0
+    for source, method in ((four_bit, "gptq"), (tmp_path / "awq", "awq")):
+        result = hf_gptq("quantize", source, tmp_path / "out", "--calibration", text)
+        assert result.code == 1 and f"is quantized already (quant_method={method}), not dense" in result.err
+        assert f"hf-gptq convert {source} DENSE --to dense" in result.err
+    other = shutil.copytree(model, tmp_path / "nested")
+    header = json.loads((other / "config.json").read_text())
+    header["text_config"] = {"quantization_config": {"quant_method": "fp8"}}
+    (other / "config.json").write_text(json.dumps(header))
+    result = hf_gptq("quantize", other, tmp_path / "out", "--calibration", text)
+    assert result.code == 1 and "(quant_method=fp8), not dense; name the dense model" in result.err
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.journal").exists()
+
+
+def test_codes_without_their_config_are_refused(hf_gptq: Run, four_bit: Path, text: Path, tmp_path: Path) -> None:
+    """Transformers would give the layers random weights."""
+    header = json.loads((four_bit / "config.json").read_text())
+    quantization = header.pop("quantization_config")
+    unknown = {**header, "quantization_config": {**quantization, "quant_method": "gptq_v2"}}
+    for broken, reason in ((header, "has no quantization_config"), (unknown, "says quant_method='gptq_v2'")):
+        damaged = shutil.copytree(four_bit, tmp_path / "damaged", dirs_exist_ok=True)
+        (damaged / "config.json").write_text(json.dumps(broken))
+        for command in (("eval", damaged), ("verify", four_bit, damaged)):
+            result = hf_gptq(*command, "--text", text, "--seqlen", 64)
+            assert result.code == 1 and f"config.json {reason}" in result.err and ".qweight; restore" in result.err
+    (damaged / "config.json").write_text(json.dumps(header))
+    result = hf_gptq("quantize", damaged, tmp_path / "out", "--method", "rtn", "--group-size", 32)
+    assert result.code == 1 and "has no quantization_config" in result.err
+
+
+def test_out_that_cannot_be_written_is_told_first(
+    hf_gptq: Run, four_bit: Path, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unwritable(folder: Path) -> Callable[..., Any]:
+        def create(*_: Any, dir: Path, **options: Any) -> Any:
+            if dir == folder:  # as root, nothing is read-only
+                raise PermissionError(13, "Permission denied")
+            return real(*_, dir=dir, **options)
+
+        return create
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_: pytest.fail("has begun to work"))
+    real = tempfile.NamedTemporaryFile
+    (tmp_path / "a" / "out").mkdir(parents=True)
+    cases = [(tmp_path / "a" / "out", tmp_path / "a" / "out"), (tmp_path / "a" / "out", tmp_path / "a")]
+    cases += [(tmp_path / "a" / "b" / "c", tmp_path / "a")]
+    for out, folder in cases:
+        monkeypatch.setattr("tempfile.NamedTemporaryFile", unwritable(folder))
+        for command in (("quantize", model, out), ("train", four_bit, out, "--data", text)):
+            result = hf_gptq(*command)
+            expected = f"OUT={str(out)!r} cannot be written: {folder}: Permission denied; make it writable"
+            assert result.code == 1 and expected in result.err
+        assert list((tmp_path / "a").rglob("*")) == [tmp_path / "a" / "out"]
+    result = hf_gptq("quantize", model, text / "out")
+    assert result.code == 1 and f"cannot be written: {text}: Not a directory" in result.err
+
+
+def test_paths_are_not_markup(
+    hf_gptq: Run, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, copy = tmp_path / "o[/b] [red]x", tmp_path / "z[int4] :smile:"
+    result = hf_gptq("quantize", model, out, "--method", "rtn", "--group-size", 32)
+    assert result.code == 0 and out.name in result.out, result.err
+    result = hf_gptq("convert", out, copy, "--to", "gptq_v2")
+    assert result.code == 0 and copy.name in result.out, result.err
+    page = tmp_path / "[/]c.html"
+    common = ("--text", text, "--windows", 1, "--seqlen", 32, "--no-speed")
+    result = hf_gptq("compare", out, copy, *common, "--out", page)
+    assert result.code == 0 and all(path.name in result.out for path in (out, copy, page)), result.err
+    told = hf_gptq("inspect", tmp_path / "a" / "b[/] :smile:").err
+    assert "b[/] :smile:" in told
+    rows = [diagnose.Finding("note", "native library", "/opt/[gpu]/x[/]")]
+    monkeypatch.setattr(diagnose, "findings", lambda: rows)
+    assert "/opt/[gpu]/x[/]" in hf_gptq("doctor").out
+
+
+def test_windows_longer_than_the_model_was_made_for(hf_gptq: Run, model: Path, text: Path) -> None:
+    result = hf_gptq("eval", model, "--text", text, "--windows", 1, "--seqlen", 160)
+    assert result.code == 0 and "windows of 160 tokens are longer than the 128 that the model was made" in result.err
+    assert "warning" not in hf_gptq("eval", model, "--text", text, "--windows", 1, "--seqlen", 128).err
+
+
+def test_logits_that_are_no_numbers(hf_gptq: Run, model: Path, text: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(model, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    run = ("verify", broken, model, "--text", text, "--windows", 1, "--seqlen", 32)
+    assert json.loads(hf_gptq(*run, "--json").out)["largest"] is None
+    assert "nan at most" in hf_gptq(*run).out
+
+
+def test_devices_that_are_not_there(hf_gptq: Run, model: Path, text: Path, tmp_path: Path) -> None:
+    few = ("--windows", 1, "--seqlen", 32, "--text", text)
+    for command in (
+        ("quantize", model, tmp_path / "out"), ("eval", model, *few), ("verify", model, model, *few), ("bench", model),
+        ("compare", model, *few),
+    ):  # fmt: skip
+        result = hf_gptq(*command, "--device-map", "cuda:99")
+        assert result.code == 1 and "ValueError: --device-map='cuda:99' cannot be used (" in result.err
+        assert "unexpected" not in result.err and result.err.count("\n") == 1
 
 
 def test_files_of_rows_and_methods_without_data(hf_gptq: Run, model: Path, text: Path, tmp_path: Path) -> None:
@@ -273,7 +402,25 @@ def test_an_error_nobody_foresaw_is_one_line_too(
 
 def test_a_model_that_is_not_there(hf_gptq: Run, text: Path, tmp_path: Path) -> None:
     done = hf_gptq("quantize", tmp_path / "nowhere", tmp_path / "out", "--calibration", text)
-    assert done.code == 1 and "nowhere" in done.err and "Traceback" not in done.err
+    assert done.code == 1 and f"{str(tmp_path / 'nowhere')!r}: there is no such folder" in done.err
+    for command in (
+        ("eval", "./nowhere", "--text", text),
+        ("bench", "../nowhere"),
+        ("verify", ".", "~/x", "--text", text),
+    ):
+        result = hf_gptq(*command)
+        assert result.code == 1 and "there is no such folder" in result.err and "huggingface.co" not in result.err
+
+
+def test_errors_of_several_lines_are_one(
+    hf_gptq: Run, model: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("one\n\n  two\nthree\n")
+
+    monkeypatch.setattr("hf_gptq_plugin.hf.evaluate.sliding_windows", fail)
+    done = hf_gptq("eval", model, "--text", text)
+    assert done.code == 1 and done.err == "error: ValueError: one two three\n"
 
 
 def test_text_that_is_not_text(hf_gptq: Run, model: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -13,7 +14,9 @@ from ..solve.hessian import SolveError
 from ..solve.rtn import round_to_nearest
 from .blocks import dense_weight, replace_layer
 from .chains import find_chains
-from .pipeline import find_specs, output_embedding, separate_experts
+from .memory import map_parameters
+from .offload import Offloaded
+from .pipeline import find_specs, make_journal, output_embedding, separate_experts, write_block
 from .plan import Plan
 from .processes import progress
 from .report import LayerReport
@@ -35,23 +38,37 @@ def quantize_without_data(model: nn.Module, plan: Plan, method: str) -> list[Lay
         A report per layer, in the order in which the model lists them. `tokens` is 0.
 
     Raises:
-        WalkError: a structure that is not understood, or nothing to quantize.
+        WalkError: a structure that is not understood, nothing to quantize, or an output embedding that cannot be.
         SolveError: weights that are not finite, by name.
     """
     start = time.perf_counter()
+    embedding = [output_embedding(model, plan)] if plan.checkpoint.lm_head else []
     chains = find_chains(model, torch.zeros(1, dtype=torch.int64), plan.block_name)
     separate_experts(model, chains, plan)
-    specs = find_specs(chains, plan)
-    if plan.checkpoint.lm_head:
-        head, spec = output_embedding(model, plan)
-        specs[head] = spec
-    reports = []
+    specs = find_specs(model, chains, plan) | dict(embedding)
+    # There is nothing to go on from: a journal is kept for what is offloaded alone.
+    journal = make_journal(model, chains, [], replace(plan, journal=None))
+    if plan.low_memory and journal is not None:
+        map_parameters(model, journal.folder)
+    reports: list[LayerReport] = []
     with progress(len(specs), "Quantizing", "layer") as bar:
-        for full, spec in specs.items():
-            report = _quantize_layer(model, full, spec, plan, method)
-            reports.append(report)
-            bar.update()
-            bar.set_postfix_str(f"{report.name}, error {report.solve.relative_error:.2%}")
+
+        def quantize(names: list[str]) -> list[LayerReport]:
+            made = []
+            for full in names:
+                made.append(_quantize_layer(model, full, specs[full], plan, method))
+                bar.update()
+                bar.set_postfix_str(f"{full}, error {made[-1].solve.relative_error:.2%}")
+            return made
+
+        for name, block in ((name, block) for chain in chains for name, block in chain.blocks.items()):
+            offloaded = Offloaded(block)
+            offloaded.bring()
+            made = quantize([full for full in specs if full.startswith(f"{name}.")])
+            if journal is not None:
+                write_block(journal, name, offloaded, made, {})
+            reports += made
+        reports += quantize([head for head, _ in embedding])
     logger.info("Quantized %d layers in %.0f s.", len(reports), time.perf_counter() - start)
     return reports
 

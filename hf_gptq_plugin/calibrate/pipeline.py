@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..format.grid import QuantizedWeight
-from ..format.spec import QuantSpec
+from ..format.spec import OVERRIDES, QuantSpec, rule_of
 from ..nn.linear import QuantLinear
 from ..version import __version__
 from . import processes
@@ -58,11 +58,13 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
         A report per layer, in order of execution.
 
     Raises:
-        WalkError: a structure that is not understood, or nothing to quantize.
+        WalkError: a structure that is not understood, nothing to quantize, or an output embedding that cannot be.
         SolveError: a layer that cannot be solved, by name.
         JournalError: the journal's folder cannot be written.
     """
     start = time.perf_counter()
+    if plan.checkpoint.lm_head:
+        output_embedding(model, plan)  # what it raises shows now
     with ExitStack() as stack:
         stack.callback(model.train, model.training)
         model.eval()
@@ -74,11 +76,11 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
             record_calls(model, chains[0], [max(windows, key=len)])  # too long a window shows now
         count, seed = round(plan.generated * len(windows)), plan.seed + (processes.rank() << 32)
         windows = [*windows, *generated_windows(model, windows, count, seed)]
-        journal = _journal(model, chains, windows, plan)
+        journal = make_journal(model, chains, windows, plan)
         if plan.low_memory and journal is not None:
             map_parameters(model, journal.folder)
         separate_experts(model, chains, plan)
-        specs = find_specs(chains, plan)
+        specs = find_specs(model, chains, plan)
         felt = _sensitivity(model, chains, windows, specs, plan)
         layers = len(specs) + int(plan.checkpoint.lm_head)
         reports: list[LayerReport] = []
@@ -95,7 +97,7 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
     return reports
 
 
-def _journal(model: nn.Module, chains: list[Chain], windows: list[Tensor], plan: Plan) -> Journal | None:
+def make_journal(model: nn.Module, chains: list[Chain], windows: list[Tensor], plan: Plan) -> Journal | None:
     """The journal to write. Where blocks are offloaded there must be one, for as long as the model lives: its files
     are what they are read from afterwards."""
     if processes.count() > 1 and plan.journal is not None:
@@ -112,14 +114,15 @@ def _journal(model: nn.Module, chains: list[Chain], windows: list[Tensor], plan:
     return Journal(folder, fingerprint(model, windows, job))
 
 
-def find_specs(chains: list[Chain], plan: Plan) -> dict[str, QuantSpec]:
-    """What is to be quantized: layers' full names and specs.
+def find_specs(model: nn.Module, chains: list[Chain], plan: Plan) -> dict[str, QuantSpec]:
+    """What is to be quantized: layers' full names and specs. Rules of `dynamic` without effect are warned of.
 
     Raises:
         WalkError: nothing at all, or names that do not exist.
     """
     specs: dict[str, QuantSpec] = {}
     known: set[str] = set()
+    names: list[str] = []
     owners: dict[int, str] = {}
     listed = " and ".join(chain.name for chain in chains)
     for chain in chains:
@@ -128,6 +131,7 @@ def find_specs(chains: list[Chain], plan: Plan) -> dict[str, QuantSpec]:
             for local, layer in linears(block).items():
                 full = f"{block_name}.{local}"
                 known.add(local)
+                names.append(full)
                 spec = plan.spec_of(block_name, local)
                 if spec is None or local in dense:
                     continue
@@ -144,11 +148,43 @@ def find_specs(chains: list[Chain], plan: Plan) -> dict[str, QuantSpec]:
             f"modules_in_block_to_quantize names {min(wanted - known)!r}; the blocks of {listed} have "
             f"{', '.join(sorted(known))}"
         )
+    if processes.rank() == 0:
+        _warn_of_rules(model, chains, names, plan)
     if not specs:
         raise WalkError(
             f"no linear layer of {listed} is left to quantize; loosen dynamic or modules_in_block_to_quantize"
         )
     return specs
+
+
+def _warn_of_rules(model: Any, chains: list[Chain], names: list[str], plan: Plan) -> None:
+    """Name the rules of `dynamic` that match nothing, and those of their fields that are not read.
+
+    Args:
+        names: of the blocks' linear layers.
+    """
+    if not plan.checkpoint.dynamic:
+        return
+    fused = {n: layout for chain in chains for block in chain.blocks for n, layout in layouts(model, block).items()}
+    known = list(names)
+    for name, layout in fused.items():  # which a rule may have left so
+        known += [name, *(layout.layers() if layout is not None else ())]
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    known += [name for name, module in model.named_modules() if module is head]
+    for pattern, overrides in plan.checkpoint.dynamic.items():
+        if not any(rule_of([pattern], name) for name in known):
+            logger.warning(
+                "dynamic[%r] has no effect: it matches no linear layer of %s, nor the output embedding. Patterns match "
+                "from the beginning of a full name, such as %s.",
+                pattern, " and ".join(chain.name for chain in chains), known[0] if known else "model.layers.0.x",
+            )  # fmt: skip
+        ignored = [] if pattern.startswith("-:") else [str(name) for name in overrides if name not in OVERRIDES]
+        if ignored:
+            logger.warning(
+                "dynamic[%r] has fields that are ignored: %s. Read are %s; others of GPTQModel's, such as damp_percent "
+                "and mse, have no effect here.",
+                pattern, ", ".join(ignored), ", ".join(OVERRIDES),
+            )  # fmt: skip
 
 
 def separate_experts(model: nn.Module, chains: list[Chain], plan: Plan) -> None:
@@ -228,7 +264,7 @@ def _quantize_chains(
                     sequences |= {f"quantized-{number}": stream.hiddens.sequence}
                     if exact is not None:
                         sequences |= {f"dense-{number}": exact.hiddens.sequence}
-                    _write(journal, block.name, offloaded, reports, sequences)
+                    write_block(journal, block.name, offloaded, reports, sequences)
             block.calls, dense.calls = [], []
         finished.append((chain, stream.hiddens))
         if exact is not None:
@@ -268,7 +304,7 @@ def _pass_through(block: Block, stream: Stream | None, quantized: bool) -> None:
     offloaded.back()
 
 
-def _write(
+def write_block(
     journal: Journal, name: str, offloaded: Offloaded, reports: list[LayerReport], sequences: dict[str, str]
 ) -> None:
     """Note a block that is done, and let the file hold its layers from now on if it was offloaded before."""
@@ -340,7 +376,7 @@ def output_embedding(model: Any, plan: Plan) -> tuple[str, QuantSpec]:
     """Name and spec of a model's output embedding.
 
     Raises:
-        WalkError: it has none that is linear.
+        WalkError: it has none that is linear, or a rule of `dynamic` excludes it.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(head, nn.Linear):
@@ -351,7 +387,11 @@ def output_embedding(model: Any, plan: Plan) -> tuple[str, QuantSpec]:
             "embeddings in ways that a checkpoint cannot undo; leave lm_head=False"
         )
     name = next(n for n, m in model.named_modules() if m is head)
-    return name, plan.checkpoint.for_module(name) or plan.checkpoint.spec
+    spec = plan.checkpoint.for_module(name)
+    if spec is None:
+        rule = rule_of(plan.checkpoint.dynamic, name)
+        raise WalkError(f"lm_head=True and dynamic[{rule!r}], which excludes {name}, contradict each other; drop one")
+    return name, spec
 
 
 @torch.no_grad()

@@ -99,13 +99,13 @@ def read_samples(dataset: Any, seed: int) -> Samples:
 
 
 def read_text(path: str | Path) -> str:
-    """A UTF-8 file's text.
+    """A UTF-8 file's text, without the byte order mark that some editors put before it.
 
     Raises:
         CalibrationError: no such file, or not UTF-8.
     """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     except FileNotFoundError:
@@ -139,11 +139,19 @@ def _from_file(dataset: str | Path, seed: int) -> Samples:
 Rows = list[tuple[int, Any]]  # a row's number, as a user counts it, and the row
 
 
-def _read_json(path: Path) -> Rows:
+def _decoded(text: str, name: str, line: int | None = None) -> Any:
+    """JSON of a file called `name`, or of one line of it."""
     try:
-        data = json.loads(read_text(path))
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise CalibrationError(f"{path.name}, line {error.lineno}: not JSON ({error.msg})") from None
+        raise CalibrationError(f"{name}, line {line or error.lineno}: not JSON ({error.msg})") from None
+    except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
+        place = name if line is None else f"{name}, line {line}"
+        raise CalibrationError(f"{place}: JSON that cannot be read ({error})") from None
+
+
+def _read_json(path: Path) -> Rows:
+    data = _decoded(read_text(path), path.name)
     if not isinstance(data, list):
         raise CalibrationError(f"{path.name} holds {type(data).__name__}; it must hold a list of texts, chats or rows")
     return list(enumerate(data))
@@ -154,10 +162,7 @@ def _read_jsonl(path: Path) -> Rows:
     # Not splitlines: a JSON string may hold the other characters at which that splits.
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
-            try:
-                rows.append((number, json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise CalibrationError(f"{path.name}, line {number}: not JSON ({error.msg})") from None
+            rows.append((number, _decoded(line, path.name, number)))
     return rows
 
 
@@ -289,7 +294,12 @@ def _token_ids(value: Any, where: str) -> list[Tensor]:
         ids, mask = _integers(value["input_ids"], where), value.get("attention_mask")
         if mask is None:
             return list(ids)
-        kept = torch.atleast_2d(torch.as_tensor(mask).cpu())
+        try:
+            kept = torch.atleast_2d(torch.as_tensor(mask).cpu())
+        except (TypeError, ValueError, RuntimeError):
+            raise CalibrationError(
+                f"{where} has attention_mask={mask!r:.60}; accepted is a list of 0 and 1, one for each of input_ids"
+            ) from None
         if kept.shape != ids.shape:
             raise CalibrationError(
                 f"{where} has attention_mask of shape {tuple(kept.shape)} beside input_ids of shape {tuple(ids.shape)}"

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from ..format.checkpoint import check_shapes, check_values
 from ..format.spec import WORD, CheckpointError, QuantSpec
+from .layouts import check_rest
 from .source import Source, load, open_source, read_json, stored_bytes, weight_files
 from .stream import read_module
 
@@ -190,6 +192,9 @@ def _gptq_problems(source: Source, values: bool) -> list[str]:
         try:
             check_shapes(module, shapes, spec, in_features, columns)
             if values:
+                with safe_open(tensors["qweight"].file, framework="pt") as handle:
+                    row = handle.get_slice(f"{module}.qweight")[rows - 1]
+                check_rest(module, row, spec, in_features)
                 g_idx = load(tensors["g_idx"], f"{module}.g_idx") if "g_idx" in tensors else None
                 check_values(module, load(tensors["scales"], f"{module}.scales"), g_idx)
         except CheckpointError as error:

@@ -53,6 +53,7 @@ class Gptq:
         in_features = g_idx.numel() if g_idx is not None else qweight.shape[0] * WORD // spec.bits
         shapes = {leaf: tuple(tensor.shape) for leaf, tensor in tensors.items()}
         check_shapes(module, shapes, spec, in_features, scales.shape[-1])
+        check_rest(module, qweight[-1], spec, in_features)
         check_values(module, scales, g_idx)
         group = natural_groups(in_features, spec.group_size) if g_idx is None else g_idx
         return QuantizedWeight.unpack(qweight, tensors["qzeros"], scales, group.int(), spec)
@@ -283,8 +284,28 @@ def layout(name: str, dtype: torch.dtype = torch.bfloat16) -> Layout:
         return Gptq(name)
     known: dict[str, Layout] = {"awq": Awq(), "compressed-tensors": PackQuantized(), "dense": Dense(dtype)}
     if name not in known:
-        raise ValueError(f"layout {name!r} is not supported; use one of {', '.join(TARGETS)}")
+        if name == "gguf":
+            raise ValueError("layout 'gguf' is one file, not a folder's; call convert.gguf.write_gguf")
+        raise ValueError(f"layout {name!r} is not supported; use one of {', '.join((*TARGETS, 'gguf'))}")
     return known[name]
+
+
+def check_rest(module: str, row: Tensor, spec: QuantSpec, in_features: int) -> None:
+    """Check that GPTQ's words hold nothing behind the last input: as many words can hold some inputs more.
+
+    Args:
+        row: the last of qweight, int32 `[N]`.
+        in_features: `K`, by g_idx.
+
+    Raises:
+        CheckpointError: they do, so that g_idx is too short.
+    """
+    used = (in_features * spec.bits - 1) % WORD + 1
+    if WORD - used >= spec.bits and bool((row >> used != 0).any()):
+        raise CheckpointError(
+            f"{module}.g_idx has {in_features} entries, but {module}.qweight holds codes of more inputs: the "
+            "checkpoint is damaged, fetch it again"
+        )
 
 
 def awq_spec(config: Mapping[str, Any]) -> QuantSpec:

@@ -152,6 +152,12 @@ def _modules(headers: Mapping[str, TensorInfo], kind: Layout) -> dict[str, dict[
         if f"{module}.weight" in headers:
             raise CheckpointError(f"the checkpoint holds both {module}.{first} and {module}.weight; remove one of them")
         for leaf, info in tensors.items():
+            wanted = 1 if leaf in ("g_idx", "weight_g_idx", "weight_shape") else 2
+            if len(info.shape) != wanted:
+                raise CheckpointError(
+                    f"{module}.{leaf} has shape {list(info.shape)}; it must have {wanted} dimension"
+                    f"{'s' if wanted > 1 else ''}: fetch it again"
+                )
             if 0 in info.shape:
                 raise CheckpointError(
                     f"{module}.{leaf} has shape {list(info.shape)}, which holds nothing: fetch it again"
@@ -162,7 +168,8 @@ def _modules(headers: Mapping[str, TensorInfo], kind: Layout) -> dict[str, dict[
         for leaf, info in tensors.items():
             packed = leaf in ("qweight", "qzeros", "weight_packed", "weight_zero_point")
             scale = leaf in ("scales", "weight_scale")
-            accepted = ("I32",) if packed else ("F16", "BF16", "F32") if scale else ("I32", "I64")
+            whole = ("I32",) if leaf == "g_idx" else ("I32", "I64")
+            accepted = ("I32",) if packed else ("F16", "BF16", "F32") if scale else whole
             if info.dtype not in accepted:
                 raise CheckpointError(f"{module}.{leaf} has dtype {info.dtype}; accepted: {', '.join(accepted)}")
     if not found:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -96,7 +96,7 @@ def words(count: int, bits: int) -> int:
 
 
 # Fields of a `dynamic` rule, as GPTQModel writes them.
-_OVERRIDES = ("bits", "group_size", "sym", "desc_act")
+OVERRIDES = ("bits", "group_size", "sym", "desc_act")
 
 
 @dataclass(frozen=True)
@@ -160,11 +160,13 @@ def check_dynamic(spec: QuantSpec, dynamic: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(dynamic, Mapping):
         raise CheckpointError(f"dynamic must map regexes to overrides, but it is {dynamic!r}")
     for pattern, overrides in dynamic.items():
+        if not isinstance(pattern, str):
+            raise CheckpointError(f"dynamic[{pattern!r}]: a key must be a string, the regex of modules' names")
         if not isinstance(overrides, Mapping):
             raise CheckpointError(f"dynamic[{pattern!r}] must be a JSON object, but it is {overrides!r}")
         try:
             _compiled(_regex(pattern))
-            replace(spec, **{k: v for k, v in overrides.items() if k in _OVERRIDES})
+            replace(spec, **{k: v for k, v in overrides.items() if k in OVERRIDES})
         except ValueError as error:
             raise CheckpointError(f"dynamic[{pattern!r}]: {error}") from None
     return {pattern: dict(overrides) for pattern, overrides in dynamic.items()}
@@ -172,12 +174,17 @@ def check_dynamic(spec: QuantSpec, dynamic: Any) -> dict[str, dict[str, Any]]:
 
 def resolve(spec: QuantSpec, dynamic: Mapping[str, Mapping[str, Any]], name: str) -> QuantSpec | None:
     """The spec of module `name` under `dynamic`'s first matching rule; None where it excludes the module."""
-    for pattern, overrides in dynamic.items():
-        if name_matches(_regex(pattern), name):
-            if pattern.startswith("-:"):
-                return None
-            return replace(spec, **{k: v for k, v in overrides.items() if k in _OVERRIDES})
-    return spec
+    pattern = rule_of(dynamic, name)
+    if pattern is None:
+        return spec
+    if pattern.startswith("-:"):
+        return None
+    return replace(spec, **{k: v for k, v in dynamic[pattern].items() if k in OVERRIDES})
+
+
+def rule_of(dynamic: Iterable[str], name: str) -> str | None:
+    """The first of `dynamic`'s rules that matches module `name`; None where none does."""
+    return next((pattern for pattern in dynamic if name_matches(_regex(pattern), name)), None)
 
 
 # How long a pattern may look at one name. A matcher that backtracks can take for ever.

@@ -236,7 +236,9 @@ def compared(model: Any, reference: Any, windows: list[Tensor], progress: bool =
                 loss[number] += float(torch.nn.functional.nll_loss(each, targets.to(own.device), reduction="sum"))
             each_token = (logs[1].exp() * (logs[1] - logs[0])).sum(-1)
             divergence += float(each_token.sum())
-            largest = max(largest, float(each_token.max()))
+            largest = float(
+                torch.stack([each_token.max(), each_token.new_tensor(largest)]).max()
+            )  # NaN, once there was one
             agreed += int((logs[0].argmax(-1) == logs[1].argmax(-1)).sum())
         count += ids.shape[1] - 1
     return Comparison(_exp(loss[0] / count), _exp(loss[1] / count), divergence / count, largest, agreed / count, count)

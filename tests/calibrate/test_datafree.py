@@ -72,6 +72,32 @@ def test_rules_chosen_modules_and_the_output_embedding(tiny: Tiny) -> None:
         quantize(tiny("llama"), "rtn", dynamic={"-:.*": {}})
 
 
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_an_output_embedding_that_a_rule_excludes(method: str, tiny: Tiny, windows: list[list[int]]) -> None:
+    data = {"dataset": windows[:1], "samples": 1, "seqlen": 32} if method == "gptq" else {}
+    with pytest.raises(WalkError, match=r"lm_head=True and dynamic\['-:lm_head'\], .* contradict each other; drop one"):
+        quantize(tiny("llama"), method, dynamic={"-:lm_head": {}}, lm_head=True, **data)
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_rules_without_effect_are_warned_of(
+    method: str, tiny: Tiny, windows: list[list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    data = {"dataset": windows[:1], "samples": 1, "seqlen": 32} if method == "gptq" else {}
+    dynamic: dict[str, Any] = {
+        "down_proj": {"bits": 8}, r".*up_proj": {"bit": 8, "mse": 2.0}, "-:lm_head": {"note": 1}, r"-:.*o_proj": {},
+    }  # fmt: skip
+    quantize(tiny("llama"), method, dynamic=dynamic, **data)
+    unmatched, ignored = [r.getMessage() for r in caplog.records if "dynamic[" in r.getMessage()]
+    assert "dynamic['down_proj'] has no effect: it matches no linear layer of model.layers, nor" in unmatched
+    assert "dynamic['.*up_proj'] has fields that are ignored: bit, mse. Read are bits, group_size" in ignored
+    caplog.clear()
+    quantize(tiny("llama"), "rtn", dynamic={r"+:.*v_proj": {"bits": 8, "group_size": 16}})
+    quantize(tiny("mixtral"), "rtn", dynamic={r"-:.*experts\.0\.w1": {}})
+    quantize(tiny("mixtral"), "rtn", dynamic={r"-:.*\.experts": {}})  # they stay fused
+    assert "dynamic[" not in caplog.text
+
+
 def test_an_offloaded_model(tiny: Tiny, tmp_path: Path) -> None:
     expected = quantize(tiny("llama"), "rtn")(input_ids=IDS).logits
     device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
@@ -82,6 +108,25 @@ def test_an_offloaded_model(tiny: Tiny, tmp_path: Path) -> None:
     )
     assert model.model.layers[1].mlp.up_proj.qweight.device.type == "meta"
     torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["rtn", "hqq"])
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2"])
+def test_low_memory_gives_the_same(method: str, kind: str, tiny: Tiny, tmp_path: Path) -> None:
+    """Blocks that are read one by one, and layers that stay on disk."""
+    kept, found = {}, {}
+    for low_memory, into in ((False, kept), (True, found)):
+        folder = tmp_path / str(low_memory)
+        offload = {"offload_folder": str(tmp_path / "offload")} if low_memory and kind == "mixtral" else {}
+        config = GPTQConfig(bits=4, group_size=32, method=method, low_memory=low_memory)
+        model = AutoModelForCausalLM.from_pretrained(
+            tiny(kind), quantization_config=config, dtype=torch.float32, **offload
+        )
+        layer = next(m for m in model.modules() if isinstance(m, QuantLinear))
+        assert layer.qweight.is_meta == low_memory
+        model.save_pretrained(folder)
+        into.update(load_file(folder / "model.safetensors"))
+    assert found.keys() == kept.keys() and all(torch.equal(found[name], value) for name, value in kept.items())
 
 
 def test_errors_name_the_layer(tiny: Tiny, tmp_path: Path) -> None:

@@ -64,6 +64,19 @@ def test_files(name: str, content: str, kind: str, items: list[Any], write: Writ
     assert csv.field_size_limit() == 131072  # left as it was
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "items"),
+    [
+        ("a.txt", "one", ["one"]),
+        ("a.json", '["one"]', ["one"]),
+        ("a.jsonl", '{"text": "one"}', ["one"]),
+        ("a.csv", "text,id\none,1\n", ["one"]),
+    ],
+)
+def test_a_byte_order_mark_is_no_text(name: str, content: str, items: list[str], write: Write) -> None:
+    assert read_samples(write(name, "\ufeff" + content), 0) == Samples("texts", items, name)
+
+
 def test_parquet(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="reads Parquet through pyarrow, of the extra `data`")
     from pyarrow import parquet
@@ -113,6 +126,15 @@ def test_long_files_are_drawn_from(column: str | None, write: Write, monkeypatch
         ("a.jsonl", lines({"messages": [{"text": "x"}]}), r"has the message \{'text': 'x'\} at place 0"),
         ("a.jsonl", lines({"input_ids": "1 2"}), "column 'input_ids', is str"),
         ("a.jsonl", lines({"input_ids": [1, 2], "attention_mask": [1]}), r"mask of shape \(1, 1\) beside .* \(1, 2\)"),
+        (
+            "a.jsonl",
+            lines({"input_ids": [1], "attention_mask": "x"}),
+            r"line 1, .* has attention_mask='x'; accepted is",
+        ),
+        ("a.jsonl", lines({"input_ids": [1], "attention_mask": [None]}), r"has attention_mask=\[None\]; accepted is"),
+        ("a.jsonl", '"one"\n' + "[" * 100_000, r"a\.jsonl, line 2: JSON that cannot be read \(maximum recursion depth"),
+        ("a.json", "[" * 100_000 + "]" * 100_000, r"a\.json: JSON that cannot be read \(maximum recursion depth"),
+        ("a.json", f"[{'1' * 5000}]", r"a\.json: JSON that cannot be read \(Exceeds the limit"),
         ("a.jsonl", lines("one", CHAT), r"line 2 is a chat; each item before it is a text"),
         ("a.json", "[1, \n2,", r"a\.json, line 2: not JSON"),
         ("a.json", '{"text": "x"}', r"a\.json holds dict; it must hold a list"),

@@ -153,5 +153,7 @@ def test_compressed_tensors_that_are_not_gptq(config: dict[str, Any], message: s
 def test_unknown_names() -> None:
     with pytest.raises(ValueError, match="'exl2' is not supported; use one of gptq"):
         layout("exl2")
+    with pytest.raises(ValueError, match=r"'gguf' is one file, .*; call convert\.gguf\.write_gguf"):
+        layout("gguf")
     with pytest.raises(CheckpointError, match="version='gemv'"):
         awq_spec({"version": "gemv", "bits": 4})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -198,7 +199,7 @@ def test_folders_that_are_none(quantized: Make, tmp_path: Path) -> None:
     good = open_source(quantized(sym=True))
     with pytest.raises(ValueError, match="is the source"):
         convert(good, good.folder, "gptq_v2")
-    with pytest.raises(ValueError, match="use one of gptq, gptq_v2"):
+    with pytest.raises(ValueError, match=r"use one of gptq, gptq_v2, .*, gguf$"):
         convert(good, tmp_path / "out", "marlin")
 
 
@@ -267,11 +268,43 @@ def test_sources_that_contradict_themselves(quantized: Make, tmp_path: Path) -> 
         open_source(odd)
 
 
-def test_an_int64_group_index_comes_out_as_int32(quantized: Make, tmp_path: Path) -> None:
+def test_an_int64_group_index_is_compressed_tensors_alone(quantized: Make, tmp_path: Path) -> None:
+    """GPTQ's loader refuses it."""
     source = Path(shutil.copytree(quantized(), tmp_path / "q"))
-    rewrite(source, lambda s: s.update({f"{DOWN}.g_idx": s[f"{DOWN}.g_idx"].long()}))
-    convert(open_source(source), tmp_path / "out", "gptq_v2")
-    assert load_file(tmp_path / "out" / "model.safetensors")[f"{DOWN}.g_idx"].dtype == torch.int32
+    group = load_file(source / "model.safetensors")[f"{DOWN}.g_idx"]
+    convert(open_source(source), tmp_path / "c", "compressed-tensors")
+    rewrite(tmp_path / "c", lambda s: s.update({f"{DOWN}.weight_g_idx": group.long()}))
+    convert(open_source(tmp_path / "c"), tmp_path / "out", "gptq_v2")
+    written = load_file(tmp_path / "out" / "model.safetensors")[f"{DOWN}.g_idx"]
+    assert written.dtype == torch.int32 and torch.equal(written, group)
+    rewrite(source, lambda s: s.update({f"{DOWN}.g_idx": group.long()}))
+    with pytest.raises(CheckpointError, match=rf"{DOWN}\.g_idx has dtype I64; accepted: I32$"):
+        open_source(source)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_group_index_that_is_too_short(quantized: Make, tmp_path: Path, bits: int) -> None:
+    """As many words hold one input less."""
+    source = Path(shutil.copytree(quantized(bits=bits), tmp_path / "q"))
+    rewrite(source, lambda s: s.update({f"{DOWN}.g_idx": s[f"{DOWN}.g_idx"][:-1].clone()}))
+    message = rf"{DOWN}\.g_idx has 159 entries, but {DOWN}\.qweight holds codes of more inputs"
+    with pytest.raises(CheckpointError, match=message):
+        convert(open_source(source), tmp_path / "out", "dense")
+    assert not (tmp_path / "out").exists()
+    (problem,) = inspect(source).problems
+    assert re.match(message, problem)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "shape", "wanted"), [("qweight", [1920], "2 dimensions"), ("g_idx", [160, 1], "1 dimension")]
+)
+def test_a_tensor_of_other_dimensions(
+    quantized: Make, tmp_path: Path, leaf: str, shape: list[int], wanted: str
+) -> None:
+    source = Path(shutil.copytree(quantized(), tmp_path / "q"))
+    rewrite(source, lambda s: s.update({f"{DOWN}.{leaf}": s[f"{DOWN}.{leaf}"].reshape(shape)}))
+    (problem,) = inspect(source).problems
+    assert problem == f"{DOWN}.{leaf} has shape {shape}; it must have {wanted}: fetch it again"
 
 
 @pytest.mark.parametrize(

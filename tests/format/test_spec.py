@@ -34,6 +34,7 @@ def test_impossible_specs_are_refused(field: str, value: Any) -> None:
         ({"bits": 4, "dynamic": ["x"]}, "dynamic must map regexes"),
         ({"bits": 4, "dynamic": {"(": {}}}, r"dynamic\['\('\]"),
         ({"bits": 4, "dynamic": {"x": {"bits": 7}}}, r"dynamic\['x'\]: bits=7"),
+        ({"bits": 4, "dynamic": {1: {}}}, r"dynamic\[1\]: a key must be a string"),
         ({"bits": 4, "dynamic": {"x": 3}}, r"dynamic\['x'\] must be a JSON object"),
     ],
 )

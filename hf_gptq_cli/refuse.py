@@ -1,0 +1,183 @@
+"""What commands check before they work: errors that would otherwise come late, unclear, or not at all."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+# Names of parameters: what Transformers and accelerate call the files of offloaded weights by.
+_OFFLOADED = re.compile(r"(\w+\.)+[A-Za-z_]\w*\.(dat|safetensors)|index\.json")
+_PACKED = ("qweight", "weight_packed", "weight_scale_inv")
+_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+_CONVERTED = ("gptq", "awq", "compressed-tensors")  # layouts that `hf-gptq convert` reads
+
+
+def require_exists(*models: str) -> None:
+    """Check that what can only be a local path is there.
+
+    Raises:
+        ValueError: it is not.
+    """
+    for model in models:
+        local = model.startswith((".", "~", "/")) or model.count("/") > 1 or "\\" in model
+        if local and not Path(model).exists():
+            raise ValueError(f"{model!r}: there is no such folder")
+
+
+def require_device(device_map: str) -> None:
+    """Check that PyTorch can use what --device-map names.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    import torch
+
+    if device_map in _MAPS:
+        return
+    try:
+        torch.empty(0, device=device_map)
+    except Exception as error:  # an AssertionError where PyTorch was built without CUDA
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"--device-map={device_map!r} cannot be used ({reason}); use cpu, auto, or a device that PyTorch "
+            f"{torch.__version__} finds on this machine"
+        ) from None
+
+
+def require_writable(out: Path, name: str = "OUT") -> None:
+    """Check that OUT can be written, and files beside it: what is not finished lies there.
+
+    Raises:
+        ValueError: naming the folder that cannot be.
+    """
+    place = out.resolve()
+    folders = [next(parent for parent in place.parents if parent.exists())]
+    if place.is_dir():
+        mounted = place.stat().st_dev != place.parent.stat().st_dev  # then nothing is written beside it
+        folders = [place] if mounted else [*folders, place]
+    for folder in folders:
+        try:
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".hf-gptq-"):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"{name}={str(out)!r} cannot be written: {folder}: {error.strerror or error}; make it writable, or "
+                f"name another {name}"
+            ) from None
+
+
+def require_own_offload(folder: Path) -> None:
+    """Check that the folder for weights that wait on disk, which is emptied at the end, holds nothing else.
+
+    Raises:
+        ValueError: naming what it holds.
+    """
+    if not folder.exists():
+        return
+    inside = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    others = [path.name for path in inside if not (path.is_file() and _OFFLOADED.fullmatch(path.name))]
+    if others:
+        raise ValueError(
+            f"{folder} is where --low-memory keeps weights and deletes them, and holds {others[0]!r}; move that, or "
+            "name another OUT"
+        )
+
+
+def discard_offload(folder: Path) -> None:
+    """Remove what was offloaded, and the folder where nothing else is in it."""
+    for path in folder.glob("*"):
+        if _OFFLOADED.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def require_dense(model: str) -> None:
+    """Check that a model's config does not say that it is quantized.
+
+    Raises:
+        ValueError: it does.
+    """
+    from transformers import PreTrainedConfig
+
+    config = _local_config(model)
+    if config is None:
+        config, _ = PreTrainedConfig.get_config_dict(model)
+    quantization = _quantization(config)
+    if not quantization:
+        return
+    method = str(quantization.get("quant_method", "gptq"))
+    advice = (
+        f"make it dense first: hf-gptq convert {model} DENSE --to dense"
+        if method in _CONVERTED
+        else "name the dense model that it was made from"
+    )
+    raise ValueError(f"MODEL={model!r} is quantized already (quant_method={method}), not dense; {advice}")
+
+
+def require_weights(*models: str) -> None:
+    """Check that a local checkpoint of packed weights says so in its config: Transformers would drop them, and leave
+    the layers that they belong to with random weights.
+
+    Raises:
+        ValueError: naming a tensor.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    from hf_gptq_plugin.format.checkpoint import INDEX, read_headers, weight_files
+
+    for model in models:
+        config = _local_config(model)
+        if config is None:
+            continue
+        quantization = _quantization(config)
+        method = quantization.get("quant_method")
+        known = isinstance(method, str) and method in AUTO_QUANTIZATION_CONFIG_MAPPING
+        if known or any(quantization.get(f"load_in_{bits}bit") for bits in (4, 8)):
+            continue
+        single = Path(model) / "model.safetensors"  # which Transformers prefers to an index
+        if not single.is_file() and not (Path(model) / INDEX).exists():
+            continue
+        headers = read_headers([single] if single.is_file() else weight_files(Path(model)))
+        packed = [name for name in headers if name.rpartition(".")[2] in _PACKED]
+        if packed:
+            says = f"says quant_method={method!r}, not a known one" if quantization else "has no quantization_config"
+            raise ValueError(f"{model}: config.json {says}, but the checkpoint holds {packed[0]}; restore the config")
+
+
+def warn_long(config: Any, tokens: int, what: str) -> None:
+    """Say on stderr where windows are longer than what a model was made for: with rotary positions it reads on.
+
+    Args:
+        config: the model's, of Transformers.
+        tokens: of the longest window.
+        what: the option that sets it.
+    """
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(most, int) and tokens > most:
+        print(
+            f"warning: {what}: windows of {tokens} tokens are longer than the {most} that the model was made for; "
+            "results beyond may be poor",
+            file=sys.stderr,
+        )
+
+
+def _local_config(model: str) -> dict[str, Any] | None:
+    from hf_gptq_plugin.format.checkpoint import read_json
+
+    file = Path(model) / "config.json"
+    return read_json(file) if file.is_file() else None
+
+
+def _quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """What a config says of quantization, where Transformers looks for it; empty where nothing."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        found = part.get("quantization_config")
+        if isinstance(found, dict) and found:
+            return found
+    return {}
