@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -173,8 +174,12 @@ def _returns_product(layer: Any) -> bool:
         return True
     with align_module_device(layer):
         weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-        product = nn.functional.linear(x, weight, layer.bias)
-    return torch.allclose(out.float(), product.float(), rtol=1e-2, atol=1e-2 * float(product.abs().max()))
+        product = nn.functional.linear(x, weight).float()
+        product = product if layer.bias is None else product + layer.bias.float()
+    largest = float(product.abs().max())
+    if not math.isfinite(largest):
+        return True  # whoever solves it says so, and names it
+    return torch.allclose(out.float(), product, rtol=1e-2, atol=1e-2 * largest)
 
 
 def text_inputs(model: Any, ids: Tensor) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -211,11 +210,18 @@ def name_matches(pattern: str, name: str) -> bool:
 @lru_cache
 def _compiled(pattern: str) -> Any:
     # What is repeated so many times is compiled so many times; repeats in repeats multiply.
-    counts = [max(int(digits[:9] or 1) for digits in pair) for pair in _COUNT.findall(pattern[: _MOST_CHARACTERS + 1])]
-    repeats = math.prod(max(count, 1) for count in counts)
+    groups = singles = 1
+    for found in _COUNT.finditer(pattern[: _MOST_CHARACTERS + 1]):
+        count = max(int(digits[:9] or 1) for digits in found.groups())
+        before = pattern[max(found.start() - 1, 0) : found.start()]
+        if before.isalnum() or before in ("_", "]", "."):  # one character
+            singles += count
+        else:
+            groups *= max(count, 1)
+    repeats = groups * singles
     if len(pattern) > _MOST_CHARACTERS or repeats > _MOST_REPEATS:
         raise CheckpointError(
-            f"{pattern[:200]!r} has {len(pattern)} characters, and its counts multiply to {repeats}; accepted are "
+            f"{pattern[:200]!r} has {len(pattern)} characters, and its counts come to {repeats}; accepted are "
             f"{_MOST_CHARACTERS} and {_MOST_REPEATS} at most"
         )
     try:

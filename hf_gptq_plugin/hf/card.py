@@ -139,7 +139,7 @@ def model_card(found: Facts, name: str) -> str:
 
 def is_own_card(readme: Path) -> bool:
     """Whether somebody wrote, or changed, a folder's card."""
-    return readme.exists() and MARK not in readme.read_text("utf-8")
+    return readme.exists() and not (readme.is_file() and MARK.encode() in readme.read_bytes())
 
 
 def folder_card(folder: Path, name: str, base: str = "", inherited: dict[str, Any] | None = None) -> str:

@@ -70,6 +70,7 @@ class GptqQuantizer(HfQuantizer):
         super().__init__(GPTQConfig.from_stock(quantization_config), **kwargs)
         self._separated: list[Layout] = []
         self.reports: list[LayerReport] = []  # of the calibration; empty where a quantized checkpoint was loaded
+        self.reported: set[Path] = set()  # folders that tell of it
         self.seconds = 0.0  # that it took
         self._device_map: dict[str, Any] | None = None
         self._windows: list[Tensor] = []

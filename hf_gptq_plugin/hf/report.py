@@ -35,13 +35,15 @@ def write_report(folder: str | Path, model: PreTrainedModel, perplexity: Perplex
     Raises:
         ValueError: a model that was not calibrated in this process.
     """
-    reports = getattr(getattr(model, "hf_quantizer", None), "reports", None)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    reports = getattr(quantizer, "reports", None)
     if not reports:
         raise ValueError(
             f"{type(model).__name__} was not calibrated in this process, so there is nothing to report; pass the model "
             "that from_pretrained(..., quantization_config=GPTQConfig(dataset=...)) returned"
         )
     page = report.write_report(folder, reports, header(model, perplexity))
+    quantizer.reported.add(Path(folder).resolve())
     readme = Path(folder) / "README.md"
     if readme.exists() and not is_own_card(readme):  # it tells perplexity, too
         card = folder_card(Path(folder), Path(folder).resolve().name)

@@ -85,7 +85,7 @@ def save_checkpoint(model: PreTrainedModel, target: Path, *args: Any, tokenizer:
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
         _describe(model, staging, target)
-    if getattr(getattr(model, "hf_quantizer", None), "reports", None):  # what lies there tells of other weights
+    if _is_news(model, target):
         for name in FILES:
             (target / name).unlink(missing_ok=True)
 
@@ -119,15 +119,23 @@ def _touches(step: Any, names: list[str]) -> bool:
     return any(back.rename_source_key(f"{name}.qweight")[1] is not None for name in names)
 
 
+def _is_news(model: PreTrainedModel, target: Path) -> bool:
+    """Whether card and report in a folder tell of other weights: the model was calibrated in this process, and its
+    report is not there."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    return bool(getattr(quantizer, "reports", None)) and target.resolve() not in quantizer.reported
+
+
 def _describe(model: PreTrainedModel, staging: Path, target: Path) -> None:
-    """A card, unless there is one of somebody's own, and the base model's licence files."""
+    """A card, unless there is one of these weights or of somebody's own, and the base model's licence files."""
     base = str(getattr(model.config, "name_or_path", "") or model.name_or_path or "")
     local = Path(base) if base and Path(base).is_dir() else None
     if local is not None:
         for path in local.iterdir():
             if path.is_file() and path.name.upper().startswith(("LICENSE", "NOTICE")):
                 shutil.copyfile(path, staging / path.name)
-    if is_own_card(target / "README.md"):
+    readme = target / "README.md"
+    if readme.exists() and (is_own_card(readme) or not _is_news(model, target)):
         return
     inherited = inherited_metadata(card_metadata(local / "README.md")) if local is not None else {}
     # A local folder is nobody else's base model.

@@ -382,6 +382,11 @@ def test_a_layer_that_returns_more_than_the_product_is_none() -> None:
     root["wide"] = Wide(8, 8, dtype=torch.bfloat16)
     assert list(walk.linears(root)) == ["wide"]
     assert list(walk.linears(nn.ModuleDict({"wide": Wide(8, 8, device="meta")}))) == ["wide"]  # without values
+    mixed = Wide(8, 8, dtype=torch.bfloat16)
+    mixed.bias = nn.Parameter(torch.ones(8))
+    broken = Wide(8, 8)
+    broken.weight.data.fill_(torch.nan)  # the solver's business, which names it
+    assert list(walk.linears(nn.ModuleDict({"mixed": mixed, "broken": broken}))) == ["mixed", "broken"]
 
 
 @pytest.mark.parametrize("names", [["first", "second"], ["first"]])

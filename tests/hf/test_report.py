@@ -72,13 +72,17 @@ def test_nothing_tells_of_an_earlier_quantization(
     write_report(tmp_path, first, Perplexity("held-out.txt", 1, 64, 64, 256.5, 258.25))
     card = (tmp_path / "README.md").read_text()
     assert "4-bit" in card and "258.25" in card and all(file.exists() for file in files)
+    # Of the same weights they stay, saved again or loaded and saved.
+    first.save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == card and all(file.exists() for file in files)
     quantized(2).save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert "2-bit" in card and "4-bit" not in card and "258.25" not in card
     assert not any(file.exists() for file in files)
-    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "README.md").write_bytes(b"m\xeene")  # not UTF-8
     quantized(3).save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text() == "mine"
+    assert (tmp_path / "README.md").read_bytes() == b"m\xeene"
 
 
 def test_a_model_that_was_only_loaded(tiny: Callable[..., Path], tmp_path: Path) -> None:
