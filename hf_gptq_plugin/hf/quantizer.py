@@ -137,7 +137,7 @@ class GptqQuantizer(HfQuantizer):
         self._shapes = {name: value.shape for name, value in model.state_dict().items()}
 
     def _require_shapes(self, model: nn.Module) -> None:
-        """Beside a quantizer, Transformers takes tensors of any shape."""
+        """Beside a quantizer, older Transformers (5.19) take tensors of any shape."""
         for name, value in model.state_dict().items():
             wanted = self._shapes.get(name, value.shape)
             if value.shape != wanted:

@@ -215,7 +215,7 @@ def test_dequantize_after_saving(kind: str, tiny: Tiny, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.input_layernorm.weight", "lm_head.weight"])
 @pytest.mark.parametrize("dense", [False, True])
 def test_tensors_of_another_shape(name: str, dense: bool, tiny: Tiny, tmp_path: Path) -> None:
-    """Which Transformers looks at only where there is no quantizer."""
+    """Which Transformers 5.19 looks at only where there is no quantizer, and 5.24 always."""
     folder, fields = tmp_path / "model", {"tie_word_embeddings": False}
     shutil.copytree(tiny("llama", **fields), folder)
     config = GPTQConfig(bits=4, group_size=32, method="rtn")
@@ -224,7 +224,8 @@ def test_tensors_of_another_shape(name: str, dense: bool, tiny: Tiny, tmp_path: 
     tensors = load_file(folder / "model.safetensors")
     tensors[name] = tensors[name][:1].clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=rf"{re.escape(name)} has shape \(1,.*needs \("):
+    theirs = "ignore_mismatched_sizes"
+    with pytest.raises((CheckpointError, RuntimeError), match=rf"{re.escape(name)} has shape \(1,.*needs \(|{theirs}"):
         AutoModelForCausalLM.from_pretrained(folder, **({"quantization_config": config} if dense else {}))
 
 
