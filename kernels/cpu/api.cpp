@@ -244,7 +244,8 @@ const char* hf_gptq_error_string(int error) {
     case HF_GPTQ_ERROR_DTYPE:
       return "dtype must be 0 (fp32), 1 (fp16) or 2 (bf16)";
     case HF_GPTQ_ERROR_SHAPE:
-      return "a dimension, stride, group_size, blocksize, rounds, scale or zero_min is out of range";
+      return "a dimension, stride, group_size, blocksize, rounds, scale or zero_min is out of "
+             "range";
     case HF_GPTQ_ERROR_LAYOUT:
       return "block_stride and row_stride must be (16, N) for the canonical layout or (16 * R, 16) "
              "for the blocked one; attention's q, k and v must be aligned";
