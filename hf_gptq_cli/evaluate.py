@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .app import CHECK_FAILED, DeviceMap, Dtype, Json, console, folder_of, print_json, torch_dtype
-from .refuse import require_device, require_exists, require_weights, require_writable, warn_long
+from .refuse import require_device, require_exists, require_loadable, require_writable, warn_long
 
 _HARNESS = "lm-evaluation-harness"
 
@@ -62,9 +62,7 @@ def evaluate(
     if text is None and not tasks:
         raise ValueError("nothing to evaluate on: name a file with --text, or tasks with --tasks")
     content = None if text is None else read_text(text)
-    require_exists(model)
-    require_weights(model)
-    require_device(device_map)
+    require_loadable(model, device_map=device_map)
     tokenizer = AutoTokenizer.from_pretrained(model)
     pieces = (
         [] if content is None else sliding_windows(tokenizer, content, seqlen, stride or None, windows or None, bos)
@@ -129,9 +127,7 @@ def verify(
     from hf_gptq_plugin.calibrate.sources import read_text
     from hf_gptq_plugin.hf.evaluate import compared, text_windows
 
-    require_exists(model, reference)
-    require_weights(model, reference)
-    require_device(device_map)
+    require_loadable(model, reference, device_map=device_map)
     pieces = text_windows(AutoTokenizer.from_pretrained(reference), read_text(text), seqlen, windows or None)
     first, second = (
         AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype(dtype), device_map=device_map)
@@ -173,9 +169,7 @@ def bench(
     from hf_gptq_plugin.hf.bench import speed
 
     names = list(dict.fromkeys([model, *([reference] if reference else [])]))
-    require_exists(*names)
-    require_weights(*names)
-    require_device(device_map)
+    require_loadable(*names, device_map=device_map)
     found = {}
     for name in names:
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype(dtype), device_map=device_map)

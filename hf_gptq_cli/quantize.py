@@ -13,6 +13,7 @@ import typer
 from .app import DeviceMap, Dtype, Json, console, print_json, torch_dtype
 from .choices import DATASETS, DEFAULT, METHODS, ORDERS, OUTPUT_HESSIANS, PRESETS, SEARCHES, TOKEN_WEIGHTS
 from .refuse import (
+    MAPS,
     discard_offload,
     require_dense,
     require_device,
@@ -178,7 +179,7 @@ def quantize(
         raise ValueError(f"OUT={str(out)!r} is a file; name a folder")
     if place == Path(model).resolve():
         raise ValueError(f"OUT={str(out)!r} is MODEL, whose dense weights would be lost; name another folder")
-    if low_memory and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+    if low_memory and device_map in MAPS:
         raise ValueError(
             f"--device-map {device_map} shares a model among devices, and --low-memory works on one; name it: cpu, cuda"
         )
@@ -202,13 +203,12 @@ def quantize(
     if low_memory:
         loading["offload_folder"] = str(offloaded)  # for what the checkpoint holds in another form: fused experts
     pieces, before = [], None
+    made_for = AutoConfig.from_pretrained(model)
+    if method == "gptq":
+        warn_long(made_for, seqlen, "--seqlen")
     if eval_text is not None:
         pieces = text_windows(tokenizer, read_text(eval_text), eval_seqlen, eval_windows or None)
-    if processes.rank() == 0:
-        made_for = AutoConfig.from_pretrained(model)
         warn_long(made_for, max((ids.shape[1] for ids in pieces), default=0), "--eval-seqlen")
-        warn_long(made_for, seqlen if method == "gptq" else 0, "--seqlen")
-    if eval_text is not None:
         before = perplexity(AutoModelForCausalLM.from_pretrained(model, **loading), pieces)
     quantized: Any = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, **loading)
     if processes.rank():

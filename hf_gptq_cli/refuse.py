@@ -12,8 +12,19 @@ from typing import Any
 # Names of parameters: what Transformers and accelerate call the files of offloaded weights by.
 _OFFLOADED = re.compile(r"(\w+\.)+[A-Za-z_]\w*\.(dat|safetensors)|index\.json")
 _PACKED = ("qweight", "weight_packed", "weight_scale_inv")
-_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _CONVERTED = ("gptq", "awq", "compressed-tensors")  # layouts that `hf-gptq convert` reads
+
+
+def require_loadable(*models: str, device_map: str) -> None:
+    """Check that models can be loaded where they are wanted: see the three below.
+
+    Raises:
+        ValueError: one cannot.
+    """
+    require_exists(*models)
+    require_weights(*models)
+    require_device(device_map)
 
 
 def require_exists(*models: str) -> None:
@@ -36,7 +47,7 @@ def require_device(device_map: str) -> None:
     """
     import torch
 
-    if device_map in _MAPS:
+    if device_map in MAPS:
         return
     try:
         torch.empty(0, device=device_map)
@@ -157,8 +168,10 @@ def warn_long(config: Any, tokens: int, what: str) -> None:
         tokens: of the longest window.
         what: the option that sets it.
     """
+    from hf_gptq_plugin.calibrate import processes
+
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(most, int) and tokens > most:
+    if isinstance(most, int) and tokens > most and processes.rank() == 0:
         print(
             f"warning: {what}: windows of {tokens} tokens are longer than the {most} that the model was made for; "
             "results beyond may be poor",

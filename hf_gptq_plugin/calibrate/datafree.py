@@ -14,7 +14,6 @@ from ..solve.hessian import SolveError
 from ..solve.rtn import round_to_nearest
 from .blocks import dense_weight, replace_layer
 from .chains import find_chains
-from .memory import map_parameters
 from .offload import Offloaded
 from .pipeline import find_specs, make_journal, output_embedding, separate_experts, write_block
 from .plan import Plan
@@ -48,8 +47,6 @@ def quantize_without_data(model: nn.Module, plan: Plan, method: str) -> list[Lay
     specs = find_specs(model, chains, plan) | dict(embedding)
     # There is nothing to go on from: a journal is kept for what is offloaded alone.
     journal = make_journal(model, chains, [], replace(plan, journal=None))
-    if plan.low_memory and journal is not None:
-        map_parameters(model, journal.folder)
     reports: list[LayerReport] = []
     with progress(len(specs), "Quantizing", "layer") as bar:
 

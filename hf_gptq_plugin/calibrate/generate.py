@@ -67,7 +67,7 @@ def generated_windows(model: Any, windows: list[Tensor], count: int, seed: int) 
     batches = list(enumerate(begun.split(_BATCH)))
     try:
         steps = processes.progress(len(batches) * (size - begun.shape[1]), "Writing text", "step", leave=False)
-        with own_products(model), _endless(model), steps as bar:
+        with own_products(model), _own_ways_forgotten(model), steps as bar:
 
             def written_step() -> None:
                 with bar.get_lock():  # several threads write
@@ -103,8 +103,9 @@ def _cannot_write(model: Any) -> str:
 
 
 @contextmanager
-def _endless(model: Any) -> Iterator[None]:
-    """Let nothing end a text: `generate` fills with padding what follows a token that does, and what the model writes
+def _own_ways_forgotten(model: Any) -> Iterator[None]:
+    """Let a model's own config play no part: `generate` takes from it whatever it is not told. It may ask for beams or
+    penalties, and name tokens that end a text: what follows those is filled with padding, and what the model writes
     there is text, too (the next turn of a chat, the next document)."""
     from transformers import GenerationConfig
 
@@ -135,7 +136,6 @@ def _continued(
         step()
         return torch.full_like(logits, -torch.inf).scatter_(-1, chosen, 0.0)
 
-    # A config of its own: the model's may ask for beams or penalties.
     config = GenerationConfig(max_new_tokens=size - begun.shape[1], do_sample=False, pad_token_id=0, use_cache=True)
     begun = begun.to(device)
     with Attending():

@@ -77,8 +77,6 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
         count, seed = round(plan.generated * len(windows)), plan.seed + (processes.rank() << 32)
         windows = [*windows, *generated_windows(model, windows, count, seed)]
         journal = make_journal(model, chains, windows, plan)
-        if plan.low_memory and journal is not None:
-            map_parameters(model, journal.folder)
         separate_experts(model, chains, plan)
         specs = find_specs(model, chains, plan)
         felt = _sensitivity(model, chains, windows, specs, plan)
@@ -99,7 +97,7 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
 
 def make_journal(model: nn.Module, chains: list[Chain], windows: list[Tensor], plan: Plan) -> Journal | None:
     """The journal to write. Where blocks are offloaded there must be one, for as long as the model lives: its files
-    are what they are read from afterwards."""
+    are what they are read from afterwards, and in low memory what is in no block, too."""
     if processes.count() > 1 and plan.journal is not None:
         logger.warning("Several processes calibrate: they keep no journal, and cannot go on after an interruption.")
     folder = plan.journal if processes.count() == 1 else None
@@ -111,7 +109,10 @@ def make_journal(model: nn.Module, chains: list[Chain], windows: list[Tensor], p
         weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
     job = {**asdict(replace(plan, journal=None)), "version": __version__, "torch": torch.__version__}
     job["dynamic"] = list(plan.checkpoint.dynamic.items())  # the first rule that matches holds
-    return Journal(folder, fingerprint(model, windows, job))
+    journal = Journal(folder, fingerprint(model, windows, job))
+    if plan.low_memory:
+        map_parameters(model, journal.folder)
+    return journal
 
 
 def find_specs(model: nn.Module, chains: list[Chain], plan: Plan) -> dict[str, QuantSpec]:
@@ -169,8 +170,7 @@ def _warn_of_rules(model: Any, chains: list[Chain], names: list[str], plan: Plan
     known = list(names)
     for name, layout in fused.items():  # which a rule may have left so
         known += [name, *(layout.layers() if layout is not None else ())]
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    known += [name for name, module in model.named_modules() if module is head]
+    known += [name for name, _ in _heads(model)]
     for pattern, overrides in plan.checkpoint.dynamic.items():
         if not any(rule_of([pattern], name) for name in known):
             logger.warning(
@@ -372,13 +372,19 @@ def _tune_model(
             block.module.set_submodule(local, tuned.finished())
 
 
+def _heads(model: Any) -> Iterator[tuple[str, Any]]:
+    """The output embedding with its name, where there is one."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return ((name, module) for name, module in model.named_modules() if module is head)
+
+
 def output_embedding(model: Any, plan: Plan) -> tuple[str, QuantSpec]:
     """Name and spec of a model's output embedding.
 
     Raises:
         WalkError: it has none that is linear, or a rule of `dynamic` excludes it.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    name, head = next(_heads(model), ("", None))
     if not isinstance(head, nn.Linear):
         raise WalkError(f"lm_head=True, but {type(model).__name__} has no linear output embedding")
     if getattr(model.config, "is_encoder_decoder", False):
@@ -386,7 +392,6 @@ def output_embedding(model: Any, plan: Plan) -> tuple[str, QuantSpec]:
             f"lm_head=True: the output embedding of an encoder-decoder ({type(model).__name__}) is tied to its input "
             "embeddings in ways that a checkpoint cannot undo; leave lm_head=False"
         )
-    name = next(n for n, m in model.named_modules() if m is head)
     spec = plan.checkpoint.for_module(name)
     if spec is None:
         rule = rule_of(plan.checkpoint.dynamic, name)

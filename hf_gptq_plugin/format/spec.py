@@ -207,18 +207,22 @@ def name_matches(pattern: str, name: str) -> bool:
         ) from None
 
 
-@lru_cache
-def _compiled(pattern: str) -> Any:
-    # What is repeated so many times is compiled so many times; repeats in repeats multiply.
+def _repeats(pattern: str) -> int:
+    """How many times something is compiled, at most: as often as it is repeated, and repeats in repeats multiply."""
     groups = singles = 1
-    for found in _COUNT.finditer(pattern[: _MOST_CHARACTERS + 1]):
+    for found in _COUNT.finditer(pattern):
         count = max(int(digits[:9] or 1) for digits in found.groups())
         before = pattern[max(found.start() - 1, 0) : found.start()]
         if before.isalnum() or before in ("_", "]", "."):  # one character
             singles += count
         else:
             groups *= max(count, 1)
-    repeats = groups * singles
+    return groups * singles
+
+
+@lru_cache
+def _compiled(pattern: str) -> Any:
+    repeats = _repeats(pattern[:_MOST_CHARACTERS])
     if len(pattern) > _MOST_CHARACTERS or repeats > _MOST_REPEATS:
         raise CheckpointError(
             f"{pattern[:200]!r} has {len(pattern)} characters, and its counts come to {repeats}; accepted are "

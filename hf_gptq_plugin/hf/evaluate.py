@@ -226,7 +226,7 @@ def compared(model: Any, reference: Any, windows: list[Tensor], progress: bool =
     sizes = [m.get_input_embeddings().num_embeddings for m in (model, reference)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"the models have {sizes[0]} and {sizes[1]} tokens; only models of one vocabulary compare")
-    loss, divergence, agreed, count, largest = [0.0, 0.0], 0.0, 0, 0, 0.0
+    loss, divergence, agreed, count, largest = [0.0, 0.0], 0.0, 0, 0, torch.zeros(())
     for ids in tqdm(windows, desc="Comparing", unit="window", disable=not progress):
         logits = [_logits(each.eval(), ids) for each in (model, reference)]
         parts = zip(*(each.split(_TOKENS) for each in (*logits, ids[0, 1:])), strict=True)
@@ -236,9 +236,8 @@ def compared(model: Any, reference: Any, windows: list[Tensor], progress: bool =
                 loss[number] += float(torch.nn.functional.nll_loss(each, targets.to(own.device), reduction="sum"))
             each_token = (logs[1].exp() * (logs[1] - logs[0])).sum(-1)
             divergence += float(each_token.sum())
-            largest = float(
-                torch.stack([each_token.max(), each_token.new_tensor(largest)]).max()
-            )  # NaN, once there was one
+            largest = torch.maximum(largest, each_token.max().cpu())  # NaN, once there was one
             agreed += int((logs[0].argmax(-1) == logs[1].argmax(-1)).sum())
         count += ids.shape[1] - 1
-    return Comparison(_exp(loss[0] / count), _exp(loss[1] / count), divergence / count, largest, agreed / count, count)
+    mean, most = divergence / count, float(largest)
+    return Comparison(_exp(loss[0] / count), _exp(loss[1] / count), mean, most, agreed / count, count)

@@ -282,7 +282,8 @@ class GptqQuantizer(HfQuantizer):
 
 def _conv1d(dense: nn.Linear) -> Conv1D:
     """The same layer as GPT-2 has it: its weight is `[K, N]`."""
-    layer = Conv1D(dense.out_features, dense.in_features)
+    with torch.device("meta"):
+        layer = Conv1D(dense.out_features, dense.in_features)
     layer.weight = nn.Parameter(dense.weight.detach().T.contiguous())
     bias = dense.weight.new_zeros(dense.out_features) if dense.bias is None else dense.bias.detach()
     layer.bias = nn.Parameter(bias)
