@@ -23,7 +23,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -123,7 +123,8 @@ def sensitivity(
                 if number % _TRIM_EVERY == 0:
                     give_back()
     except (RuntimeError, NotImplementedError) as error:  # an operation that has no derivative
-        logger.warning("%s: no backward pass (%s); everything counts alike.", type(model).__name__, error)
+        reason = str(error).partition("\n")[0]  # torch explains at length
+        logger.warning("%s: no backward pass (%s); everything counts alike.", type(model).__name__, reason)
         return Sensitivity()
     return Sensitivity(
         {name: made for name, parts in tokens.items() if (made := _normalized(parts, windows)) is not None},
@@ -209,7 +210,7 @@ class _Pass(threading.local):
 
 
 @contextmanager
-def _watched(model: nn.Module, names: set[str], most: int, twice: list[nn.Module]) -> Iterator[_Pass]:
+def _watched(model: Any, names: set[str], most: int, twice: list[nn.Module]) -> Iterator[_Pass]:
     """While the context lasts, layers note what reaches their outputs backward, `most` outputs together, weights take
     no gradient, and some blocks keep nothing but their input."""
     state = _Pass()
@@ -240,10 +241,17 @@ def _watched(model: nn.Module, names: set[str], most: int, twice: list[nn.Module
 
     before = {p: p.requires_grad for p in model.parameters()}
     handles = [model.get_submodule(name).register_forward_hook(watch(name)) for name in sorted(names)]
+
+    def contexts() -> tuple[Any, Any]:
+        """Of a block's two computations. Function modes are off within backward passes."""
+        return nullcontext(), computing(_dtype(model), model.device)
+
     try:
         with ExitStack() as stack:
             for block in twice:
-                again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+                again = partial(
+                    checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
+                )
                 stack.enter_context(forward_replaced(block, again))
             for parameter in before:
                 parameter.requires_grad_(False)

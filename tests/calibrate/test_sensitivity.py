@@ -130,6 +130,18 @@ def test_what_is_felt_is_the_gradients_size_and_direction(
     assert not any("forward" in vars(m) or m._forward_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_blocks_that_are_computed_twice_compute_the_same_in_16_bits(
+    kind: str, tiny: Callable[..., Path], windows: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(kind, tiny(kind)).bfloat16().eval()
+    blocks, names = asked(model)
+    once = sensitivity.sensitivity(model, blocks, ids_of(windows), names, names, 0)
+    monkeypatch.setattr(sensitivity, "_KEPT_BYTES", 0)
+    assert once.tokens and once.outputs
+    assert same(once, sensitivity.sensitivity(model, blocks, ids_of(windows), names, names, 0))
+
+
 @pytest.mark.parametrize("keywords", [False, True])
 def test_attention_in_fp32_is_rounded_once(keywords: bool) -> None:
     attention = torch.nn.functional.scaled_dot_product_attention
