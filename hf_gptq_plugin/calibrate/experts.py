@@ -20,9 +20,11 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from ..nn.experts import Expert, Experts
 from ..solve.hessian import Hessian
 from ..solve.linalg import total
+from .threads import in_order
 from .walk import LINEAR, WalkError, linears
 
 ROWS = 4096  # tokens that are handed to a Hessian at once
+_PART = 256  # of these, what one thread computes
 SAMPLE = 16384  # tokens of all experts that one with few tokens of its own leans on
 ENOUGH = 2  # times in_features: from this many tokens on an expert's layer stands alone
 
@@ -304,15 +306,23 @@ def _hessian(
 ) -> Hessian:
     """Of an expert's first layers or of its last one, on the chosen tokens of each window."""
     hessian = Hessian(width, streams[0][0][0][0].device)
-    gathered = [
-        map(expert.hidden, _gathered(calls, rows)) if last else _gathered(calls, rows) for calls, expert in streams
-    ]
+    gathered = [_gathered(calls, rows) for calls, _ in streams]
+    if last:
+        gathered = [_hidden(expert, batches) for (_, expert), batches in zip(streams, gathered, strict=True)]
     seen = 0
     for x, *dense in zip(*gathered, strict=True):
         counts = None if weights is None else weights[seen : seen + len(x)]
         hessian.add(x, dense[0] if dense else None, counts)
         seen += len(x)
     return hessian
+
+
+def _hidden(expert: Expert, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """What enters an expert's last layer, `[T, K]` per batch, with the same bits for any number of threads."""
+    for x in batches:
+        parallel = x.device.type == "cpu"
+        parts = in_order(torch.no_grad()(expert.hidden), x.split(_PART) if parallel else [x], parallel)
+        yield torch.cat(list(parts))
 
 
 def _gathered(calls: list[Call], rows: list[Tensor]) -> Iterator[Tensor]:

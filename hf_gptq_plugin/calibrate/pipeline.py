@@ -35,7 +35,7 @@ from .sensitivity import Sensitivity, sensitivity
 from .stream import Stream
 from .threads import single_threaded
 from .tune import TunedLayer, model_loss, tune, tuned_vectors
-from .walk import Block, Chain, WalkError, WholeModel, linears, record_calls
+from .walk import Block, Chain, WalkError, WholeModel, input_device, linears, record_calls, rotary_by_length
 
 logger = logging.getLogger(__name__)
 
@@ -58,16 +58,22 @@ def quantize_model(model: nn.Module, windows: list[Tensor], plan: Plan) -> list[
         A report per layer, in order of execution.
 
     Raises:
-        WalkError: a structure that is not understood, nothing to quantize, or an output embedding that cannot be.
+        WalkError: a structure that is not understood, nothing to quantize, an output embedding that cannot be, or
+            inference mode, whose tensors tell nobody when they are written into.
         SolveError: a layer that cannot be solved, by name.
         JournalError: the journal's folder cannot be written.
     """
     start = time.perf_counter()
+    if torch.is_inference_mode_enabled():
+        raise WalkError("calibration does not work in torch.inference_mode(); use torch.no_grad() instead")
     if plan.checkpoint.lm_head:
         output_embedding(model, plan)  # what it raises shows now
     with ExitStack() as stack:
         stack.callback(model.train, model.training)
         model.eval()
+        stack.enter_context(rotary_by_length(model))
+        for device in {"cpu", input_device(model).type}:  # other threads do not have the caller's either
+            stack.enter_context(torch.autocast(device, enabled=False))
         if plan.low_memory:
             stack.enter_context(freed_at_once())
         windows = processes.share(windows)

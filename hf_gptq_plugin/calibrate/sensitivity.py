@@ -40,7 +40,7 @@ from .memory import give_back
 from .offload import is_offloaded
 from .products import computing, own_products
 from .threads import in_order
-from .walk import forward_replaced, linear_shape, linears, text_inputs
+from .walk import forward_replaced, linear_shape, linears, text_inputs, without_caches
 
 logger = logging.getLogger(__name__)
 
@@ -249,10 +249,7 @@ def _watched(model: Any, names: set[str], most: int, twice: list[nn.Module]) -> 
     try:
         with ExitStack() as stack:
             for block in twice:
-                again = partial(
-                    checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts
-                )
-                stack.enter_context(forward_replaced(block, again))
+                stack.enter_context(forward_replaced(block, _twice(block.forward, contexts)))
             for parameter in before:
                 parameter.requires_grad_(False)
             yield state
@@ -261,6 +258,17 @@ def _watched(model: Any, names: set[str], most: int, twice: list[nn.Module]) -> 
             handle.remove()
         for parameter, flag in before.items():
             parameter.requires_grad_(flag)
+
+
+def _twice(forward: Callable[..., Any], contexts: Callable[[], tuple[Any, Any]]) -> Callable[..., Any]:
+    """A block's forward pass that keeps nothing but what enters it, and computes again what a backward pass needs."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = without_caches(args, kwargs)
+        options: Any = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": contexts}
+        return checkpoint(forward, *args, **options, **kwargs)
+
+    return run
 
 
 def _grams(rows: Tensor, roots: Tensor, most: int) -> list[Tensor]:

@@ -276,11 +276,16 @@ def input_device(model: nn.Module) -> torch.device:
 
 def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """A block's arguments as its hidden states and the others, without caches: a block runs many times."""
-    args = tuple(None if isinstance(value, Cache) else value for value in args)
-    kwargs = {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()}
+    args, kwargs = without_caches(args, kwargs)
     if "hidden_states" in kwargs:
         return kwargs["hidden_states"], args, {**kwargs, "hidden_states": None}
     return (args[0] if args else None), args[1:], kwargs
+
+
+def without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A block's arguments for a pass that is not the only one: a cache would hold what earlier ones put there."""
+    kept = tuple(None if isinstance(value, Cache) else value for value in args)
+    return kept, {key: None if isinstance(value, Cache) else value for key, value in kwargs.items()}
 
 
 def _recorder(block: Block, stub: Stub, entries: list[Tensor] | None, last: bool) -> Callable[..., Any]:
@@ -335,6 +340,29 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             del module.forward
         else:
             module.forward = own  # type: ignore[method-assign]
+
+
+@contextmanager
+def rotary_by_length(model: nn.Module) -> Iterator[None]:
+    """While the context lasts, rotary embeddings whose frequencies follow a text's length ("dynamic", "longrope") begin
+    anew with every call. Left alone they write these into themselves, where passes in other threads read them, and
+    "dynamic" keeps those of the longest text so far."""
+
+    def anew(module: nn.Module) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            one = copy.copy(module)
+            one._buffers = dict(module._buffers)
+            return type(module).forward(one, *args, **kwargs)
+
+        return forward
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            kinds = getattr(module, "rope_type", None)
+            kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+            if any("dynamic" in str(kind) or kind == "longrope" for kind in kinds) and not hasattr(module, "_hf_hook"):
+                stack.enter_context(forward_replaced(module, anew(module)))
+        yield
 
 
 @torch.no_grad()

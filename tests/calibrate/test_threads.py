@@ -5,12 +5,18 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from hf_gptq_plugin import GPTQConfig
 from hf_gptq_plugin.calibrate.threads import in_order, single_threaded
+from hf_gptq_plugin.calibrate.walk import WalkError
 
 
 @pytest.fixture
@@ -102,3 +108,48 @@ def test_single_threaded(two_threads: None) -> None:
     with single_threaded():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 2
+
+
+def made(folder: Path, windows: list[list[int]], threads: int = 1, dtype: Any = torch.bfloat16, **fields: Any) -> Any:
+    """All tensors of a model that is calibrated by so many threads."""
+    config = GPTQConfig(bits=3, group_size=32, dataset=windows, **fields)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
+    finally:
+        torch.set_num_threads(before)
+    return dict(model.state_dict())
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Whether two models have the same bits."""
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_callers_autocast_plays_no_part(threads: int, tiny: Callable[..., Path], windows: list[list[int]]) -> None:
+    folder = tiny("llama")
+    wanted = made(folder, windows, threads, torch.float32, preset="fast")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = made(folder, windows, threads, torch.float32, preset="fast")
+    assert same(found, wanted)
+
+
+def test_few_tokens_of_an_expert_have_the_same_bits_for_any_number_of_threads(
+    tiny: Callable[..., Path], windows: list[list[int]]
+) -> None:
+    """Torch's product of 5 to 11 rows in fp32 has others by each."""
+    folder = tiny(
+        "mixtral", hidden_size=512, intermediate_size=704, num_hidden_layers=1, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=64,
+    )  # fmt: skip
+    fields: dict[str, Any] = {"preset": "fast", "dynamic": {r"-:.*(gate_proj|up_proj|w1|w3)$": {}}}
+    one, two = (made(folder, [windows[0][:18]], threads, torch.float32, **fields) for threads in (1, 2))
+    assert any("qweight" in name for name in one) and same(one, two)
+
+
+def test_inference_mode_is_refused_by_name(tiny: Callable[..., Path], windows: list[list[int]]) -> None:
+    folder = tiny("llama")
+    with torch.inference_mode(), pytest.raises(WalkError, match=r"torch\.inference_mode\(\); use torch\.no_grad"):
+        made(folder, windows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -430,3 +431,30 @@ def test_nothing_is_kept_for_an_output_embedding(tiny: Callable[..., Path], wind
     resumable = Resumable(walk.WholeModel.reading(model, ids), ["lm_head"])
     seen = list(resumable.seen("lm_head", [torch.empty(0)] * 2))
     assert all(stream.entered(s) is not None for s in seen) and not any(resumable._kept)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        dict(rope_type="dynamic", factor=4.0),
+        dict(rope_type="longrope", short_factor=[1.0] * 8, long_factor=[4.0] * 8, original_max_position_embeddings=16),
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_rotary_embeddings_follow_the_text_at_hand_alone(rope: dict[str, Any], tiny: Callable[..., Path]) -> None:
+    folder = tiny("llama", head_dim=16, max_position_embeddings=16, rope_parameters={"rope_theta": 1e4, **rope})
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    x = torch.zeros(1)
+
+    def computed(rotary: Any, length: int) -> torch.Tensor:
+        return torch.stack(rotary(x, torch.arange(length)[None]))
+
+    rotary, lengths = model.model.rotary_emb, (8, 40, 24, 16, 8)
+    expected = [computed(copy.deepcopy(rotary), length) for length in lengths]
+    assert not torch.equal(expected[1][:, :, :8], expected[0])
+    before = {name: buffer.clone() for name, buffer in rotary.named_buffers()}
+    with walk.rotary_by_length(model):
+        found = [computed(rotary, length) for length in lengths]
+    assert all(map(torch.equal, found, expected))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in rotary.named_buffers())
+    assert "forward" not in vars(rotary)
