@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ..calibrate.data import calibration_windows
 from ..format.checkpoint import read_headers
 from ..format.spec import CheckpointError
+from ..native import NativeError
 from ..nn.linear import QuantLinear
-from ..solve.hessian import Hessian
+from ..solve.hessian import Hessian, SolveError
 from ..train.fold import FoldReport, fold
 from .adapter import CONFIG, FACTOR, WEIGHTS, check_adapter, local_adapter
 from .evaluate import Comparison, compared, require_readable
@@ -115,8 +116,8 @@ def run(
                 delta = updates[name].get_delta_weight(adapted.active_adapter).float()
                 try:
                     made, reports[name] = fold(layer.quantized_weight(), delta, hessians[name].mean())
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from None
+                except (ValueError, SolveError, NativeError) as error:
+                    raise type(error)(f"{name}: {error}") from None
                 folded.set_submodule(name, QuantLinear.from_quantized(made, layer.bias, layer.dtype))
                 bar.update()
                 bar.set_postfix_str(f"{name}, residual {reports[name].residual:.2f}")

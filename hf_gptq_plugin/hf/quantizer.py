@@ -31,6 +31,7 @@ from ..config import GPTQConfig
 from ..format.checkpoint import TensorInfo, agreed_format, check_shapes, quantized_modules, read_headers
 from ..format.spec import CheckpointError, QuantSpec
 from ..nn.linear import QuantLinear
+from ..train.methods import trained
 from .saving import attach_saving
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class GptqQuantizer(HfQuantizer):
         self.reports: list[LayerReport] = []  # of the calibration; empty where a quantized checkpoint was loaded
         self.reported: set[Path] = set()  # folders that tell of it
         self.seconds = 0.0  # that it took
+        self._model: PreTrainedModel | None = None  # once it is loaded; it holds its quantizer anyway
         self._device_map: dict[str, Any] | None = None
         self._windows: list[Tensor] = []
         self._record: dict[str, Any] | None = None
@@ -82,6 +84,11 @@ class GptqQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Adapters can be trained on the quantized model."""
         return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Asked by Trainer: whether something learns that `train.methods.attach` has put onto the model."""
+        return self._model is not None and bool(trained(self._model))
 
     @property
     def is_compileable(self) -> bool:
@@ -197,6 +204,7 @@ class GptqQuantizer(HfQuantizer):
             self._calibrate(model)
         model.config.quantization_config = self.quantization_config
         attach_saving(model)
+        self._model = model
         return model
 
     def _finalize(self, model: nn.Module) -> None:

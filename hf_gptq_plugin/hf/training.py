@@ -29,7 +29,7 @@ from ..format.checkpoint import written_whole
 from ..nn.experts import Experts
 from ..nn.linear import QuantLinear
 from ..train.checkpointing import disable_checkpointing, enable_checkpointing
-from ..train.layers import require_rank
+from ..train.layers import require_gamma, require_rank
 from ..train.loop import NOT_FINITE, STATE, TrainingError, TrainSettings, mean_loss, train
 from ..train.methods import METHODS, attach, export, narrowest, targeted, trained
 from .evaluate import require_readable
@@ -134,6 +134,8 @@ def run(
     if out.exists() and Path(model).exists() and out.samefile(model):
         raise ValueError(f"OUT={str(out)!r} is MODEL itself, which would be overwritten; name another folder")
     options = dict(options or {})
+    if "gamma" in options:  # before anything is loaded
+        require_gamma(options["gamma"])
     tokenizer = AutoTokenizer.from_pretrained(model)
     windows, held_out = _windows(data, tokenizer, settings.seed)
     tell(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,12 +26,14 @@ class Int8Blocks:
     shape: torch.Size
 
     @classmethod
-    def of(cls, values: Tensor) -> Int8Blocks:
-        """Round to the nearest."""
+    def of(cls, values: Tensor, draw: torch.Generator | None = None) -> Int8Blocks:
+        """Round to the nearest, or with `draw` by chance, see `_by_chance`."""
         blocks = _blocks(values)
         scales = blocks.abs().amax(1) / 127
-        codes = (blocks / _divisor(scales)[:, None]).round().to(torch.int8)
-        return cls(codes, scales, values.shape)
+        places = blocks / _divisor(scales)[:, None]
+        # By chance, the largest value may come out one code too high: its place is 127 but for a rounding.
+        codes = places.round() if draw is None else _by_chance(places, draw).clamp_(-127, 127)
+        return cls(codes.to(torch.int8), scales, values.shape)
 
     def dense(self) -> Tensor:
         """Back, in fp32."""
@@ -59,11 +61,13 @@ class Squares8:
     shape: torch.Size
 
     @classmethod
-    def of(cls, values: Tensor) -> Squares8:
-        """Round roots up, so that a step divided by one never grows by rounding."""
+    def of(cls, values: Tensor, draw: torch.Generator) -> Squares8:
+        """Round roots by chance, see `_by_chance`: always up, none would ever decay. What is not 0 keeps at least code
+        1, since steps are divided by it."""
         roots = _blocks(values).sqrt()
         scales = roots.amax(1) / 255
-        return cls((roots / _divisor(scales)[:, None]).ceil().clamp_(max=255).to(torch.uint8), scales, values.shape)
+        codes = _by_chance(roots / _divisor(scales)[:, None], draw).clamp_(max=255)
+        return cls(torch.where(roots > 0, codes.clamp_(min=1), 0).to(torch.uint8), scales, values.shape)
 
     def dense(self) -> Tensor:
         """Back to squares, in fp32."""
@@ -113,6 +117,10 @@ class Int4Blocks:
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Int8Blocks, Squares8, Int4Blocks)}
 
 
+# What `torch.load` may make of an optimizer's state: Trainer reads its checkpoints so.
+torch.serialization.add_safe_globals([*_KINDS.values()])
+
+
 def flattened(value: Any) -> dict[str, Tensor]:
     """A value of an optimizer's state as plain tensors, to be saved: a tensor, a number, or blocks of integers."""
     if type(value) not in _KINDS.values():
@@ -131,6 +139,15 @@ def restored(parts: dict[str, Tensor]) -> Any:
     return _KINDS[kind](**{**fields, "shape": torch.Size(fields["shape"].tolist())})
 
 
+def placed(value: Any, device: torch.device) -> Any:
+    """A value of an optimizer's state with its tensors on a device. Numbers, and tensors that are one, stay."""
+    if isinstance(value, Tensor):
+        return value.to(device) if value.dim() else value
+    if type(value) not in _KINDS.values():
+        return value
+    return replace(value, **{key: part.to(device) for key, part in vars(value).items() if key != "shape"})
+
+
 def _blocks(values: Tensor) -> Tensor:
     flat = values.detach().float().flatten()
     return torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
@@ -139,6 +156,17 @@ def _blocks(values: Tensor) -> Tensor:
 def _divisor(scales: Tensor) -> Tensor:
     """A block of zeros is divided by 1."""
     return torch.where(scales > 0, scales, 1.0)
+
+
+def _by_chance(places: Tensor, draw: torch.Generator) -> Tensor:
+    """Up as often as a place lies towards the next code, else down, so that the mean over many roundings is exact.
+    Rounded to the nearest, what changes by less than half a code at a time would never change."""
+    chance = torch.rand(places.shape, generator=draw, device=places.device)
+    if hasattr(places, "device_mesh"):  # a DTensor, of FSDP: every process has drawn for the whole
+        from torch.distributed.tensor import DTensor
+
+        chance = DTensor.from_local(chance, places.device_mesh)
+    return (places + chance).floor()
 
 
 def _cut(blocks: Tensor, shape: torch.Size) -> Tensor:

@@ -41,7 +41,8 @@ def fold(
 
     With `H` the mean of `x xᵀ`, the error of a candidate `Q` is `tr((Ŵ + Δ - Q) H (Ŵ + Δ - Q)ᵀ)`. Candidates: the layer
     as it is; rounding on its grid; its codes with scales fitted; the solver's column loop on its grid; and that with
-    descent and scales fitted in turn. The best is taken, so nothing is ever worse than leaving the update out.
+    descent and scales fitted in turn. The best is taken, so nothing is ever worse than leaving the update out. An
+    output feature with a scale of 0 in any group stays as it is.
 
     Args:
         weight: `[N, K]`.
@@ -69,7 +70,10 @@ def fold(
     # Groups side by side, which is where `refit_scales` looks for them.
     places = torch.argsort(weight.group.long(), stable=True)
     adjacent = weight.group[places].contiguous()
-    scales, zeros = weight.scales.T.float().contiguous(), weight.zeros.T.float().contiguous()
+    given_scales, zeros = weight.scales.T.float().contiguous(), weight.zeros.T.float().contiguous()
+    # Rows are solved each by itself: what becomes of those that stay is put back below.
+    stays = (given_scales == 0).any(1, keepdim=True)
+    scales = torch.where(stays, 1.0, given_scales)
     placed, start = wanted[:, places].contiguous(), weight.codes[:, places].contiguous()
     by_place = damped[places][:, places].contiguous()
     widths = adjacent.bincount()
@@ -107,6 +111,10 @@ def fold(
         fitted = refitted(codes, fitted)
         codes, _errors = descend(placed, by_place, codes, fitted, zeros, adjacent, spec.bits, 1)
     candidates["solver and scales"] = (codes, fitted)
+    candidates = {
+        name: (torch.where(stays, start, codes), torch.where(stays, given_scales, s))
+        for name, (codes, s) in candidates.items()
+    }
     errors = {
         name: total(row_errors(placed - values(codes.float(), s, zeros, adjacent), by_place))
         for name, (codes, s) in candidates.items()

@@ -18,6 +18,7 @@ under a low-rank update; QA-LoRA (Xu et al. 2023) for pooled inputs.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -190,6 +191,11 @@ def _placed(places: Tensor) -> Tensor:
     return (places.float() - 127.5) * (SPREAD / 255)
 
 
+def _as_of_old(module: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    """States of earlier versions do not say how many steps there were: a layer keeps its own number, 0 at first."""
+    state.setdefault(f"{prefix}_extra_state", module.get_extra_state())
+
+
 class LearnedCodes(_InPlaceOf):
     """A quantized layer whose codes learn, on its own grid.
 
@@ -217,6 +223,15 @@ class LearnedCodes(_InPlaceOf):
         self.register_buffer("group", base.group.long(), persistent=False)
         self.register_buffer("zeros", base.zeros, persistent=False)
         self.steps = 0
+        self.register_load_state_dict_pre_hook(_as_of_old)
+
+    def get_extra_state(self) -> Tensor:
+        """What `state_dict` keeps beside tensors: the steps, for the place between two roundings."""
+        return torch.tensor(self.steps)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Inverse of `get_extra_state`."""
+        self.steps = int(state)
 
     def spread(self, values: Tensor) -> Tensor:
         """`[G, N]` to `[N, K]` in fp32."""
@@ -277,6 +292,7 @@ class LowRankCodes(_InPlaceOf):
     def __init__(self, layer: QuantLinear, rank: int = 16, gamma: float = 2.0) -> None:
         super().__init__()
         require_rank(rank, layer)
+        require_gamma(gamma)
         self.layer, self.gamma = layer, gamma
         self.in_features, self.out_features = layer.in_features, layer.out_features
         base = layer.quantized_weight()
@@ -294,7 +310,8 @@ class LowRankCodes(_InPlaceOf):
         codes: Tensor = self.codes  # type: ignore[assignment]
         scales = self.layer.scales.T.float()[:, group]
         places: Tensor = self.places  # type: ignore[assignment]
-        latent = codes.float() + _placed(places) + self.gamma * (self.B @ self.A) / scales
+        steps = scales.masked_fill(scales == 0, math.inf)  # a group of scale 0 is 0 with any codes, and keeps them
+        latent = codes.float() + _placed(places) + self.gamma * (self.B @ self.A) / steps
         rounded: Tensor = _Round.apply(latent, self.layer.spec.maxq)
         return rounded, scales
 
@@ -327,6 +344,7 @@ class PooledLora(_InPlaceOf):
     def __init__(self, layer: QuantLinear, rank: int = 16, gamma: float = 2.0) -> None:
         super().__init__()
         require_rank(rank, layer)
+        require_gamma(gamma)
         self.layer, self.rank, self.gamma = layer, rank, gamma
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.register_buffer("group", layer._stored_g_idx().long(), persistent=False)
@@ -361,6 +379,16 @@ def require_rank(rank: int, layer: QuantLinear) -> None:
             f"rank={rank!r} must be an integer from 1 to {most}, the smaller side of a layer "
             f"[{layer.out_features}, {layer.in_features}]; target_modules can leave such layers out"
         )
+
+
+def require_gamma(gamma: float) -> None:
+    """Check an adapter's factor.
+
+    Raises:
+        ValueError: it is not finite.
+    """
+    if not math.isfinite(gamma):
+        raise ValueError(f"gamma={gamma!r} must be finite")
 
 
 def _uniform(rows: int, columns: int) -> Tensor:

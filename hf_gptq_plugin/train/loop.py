@@ -80,6 +80,8 @@ class TrainSettings:
             value = getattr(self, name)
             if not 0 <= value <= most or (name != "warmup" and value == 0):
                 raise ValueError(f"{name}={value!r} must be positive" + (" and at most 1" if name == "warmup" else ""))
+        if not math.isfinite(self.rate):  # a clip may be infinite: none
+            raise ValueError(f"rate={self.rate!r} must be finite")
 
     def factor(self, step: int) -> float:
         """Of the learning rate at a step, counted from 0."""
@@ -254,6 +256,7 @@ def _job(
     """What must be the same for a state to be gone on from."""
     digest = hashlib.sha256()
     for window in windows:
+        digest.update(f"{len(window)} ".encode())  # other windows may be of the same tokens
         digest.update(window.cpu().numpy().tobytes())
     shapes = {name: list(p.shape) for name, p in named.items()}
     kept = {k: v for k, v in asdict(settings).items() if k not in left_out}

@@ -86,18 +86,25 @@ def attach(
     made = {name: chosen.make(layer, **options).train(model.training) for name, layer in targets.items()}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for name, learning in made.items():
-        model.set_submodule(name, learning)
+    _replace(model, {targets[name]: learning for name, learning in made.items()})
     return list(targets)
 
 
+def _replace(model: nn.Module, others: Mapping[nn.Module, nn.Module]) -> None:
+    """Put others in modules' places, under all names that a module has."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if module in others:
+            model.set_submodule(name, others[module])
+
+
 def targeted(model: nn.Module, wanted: Sequence[str] | str | None) -> dict[str, QuantLinear]:
-    """The quantized layers that are meant, by name; arguments and errors as `attach`."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    """The quantized layers that are meant, by their first name that is; arguments and errors as `attach`."""
+    every = model.named_modules(remove_duplicate=False)
+    found = {name: module for name, module in every if isinstance(module, QuantLinear)}
     if not found:
         raise ValueError(f"{type(model).__name__} has no quantized layer; quantize it first")
     if wanted is None:
-        return found
+        return _once(found)
     suffixes = sorted({name.rpartition(".")[2] for name in found})
     if isinstance(wanted, str):
         try:
@@ -106,11 +113,19 @@ def targeted(model: nn.Module, wanted: Sequence[str] | str | None) -> dict[str, 
             raise ValueError(f"target_modules={wanted!r} is not a regex ({error})") from None
         if not chosen:
             raise ValueError(f"target_modules={wanted!r} matches no quantized layer; there are {', '.join(suffixes)}")
-        return chosen
+        return _once(chosen)
     for part in wanted:
         if not any(name == part or name.endswith(f".{part}") for name in found):
             raise ValueError(f"target_modules names {part!r}; the quantized layers are {', '.join(suffixes)}")
-    return {n: layer for n, layer in found.items() if any(n == part or n.endswith(f".{part}") for part in wanted)}
+    return _once({n: m for n, m in found.items() if any(n == part or n.endswith(f".{part}") for part in wanted)})
+
+
+def _once(layers: Mapping[str, QuantLinear]) -> dict[str, QuantLinear]:
+    """Layers that have several names, by their first."""
+    names: dict[QuantLinear, str] = {}
+    for name, layer in layers.items():
+        names.setdefault(layer, name)
+    return {name: layer for layer, name in names.items()}
 
 
 def narrowest(layers: Mapping[str, QuantLinear]) -> QuantLinear:
@@ -152,11 +167,13 @@ def export(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
         Adapters by layer's name (`PooledLora.adapter`); empty for methods whose result is in the layers.
     """
     adapters = {}
+    others: dict[nn.Module, nn.Module] = {}
     for name, layer in trained(model).items():
         if isinstance(layer, PooledLora):
             adapters[name] = layer.adapter()
             made = layer.layer
         elif isinstance(layer, LearnedCodes | LowRankCodes | LearnedGrid):
             made = QuantLinear.from_quantized(layer.quantized(), layer.layer.bias, layer.layer.dtype)
-        model.set_submodule(name, made.train(model.training))
+        others[layer] = made.train(model.training)
+    _replace(model, others)
     return adapters

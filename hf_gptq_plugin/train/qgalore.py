@@ -3,13 +3,14 @@
 After Zhao et al. 2024 (GaLore) and Zhang et al. 2024 (Q-GaLore). For a matrix `[m, n]`, `m ≤ n`, with gradient `G`:
 
     P [m, r]: the first r left singular vectors of G, found anew every `gap` steps
-    U = Adam(Pᵀ G)        first moment int8, second as uint8 roots, in blocks of 256
+    U = Adam(Pᵀ G)        first moment int8, second as uint8 roots, in blocks of 256, rounded by chance
     W -= rate · scale · P U
 
 and for `m > n` the same on the transpose. A subspace that keeps still, by the mean cosine of its new vectors with the
 old ones, over `patience` looks, is looked for `stretch` times less often. Bytes per matrix: `m r / 2` for P and `2 r n`
 for Adam, plus 8 and 4 per block of 256. Everything that is not a matrix, or has a side of at most `rank`, gets plain
-Adam in fp32.
+Adam in fp32. Chance depends on the parameter's place and step alone: all processes, and one that goes on after another,
+round alike.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import BLOCK, Int4Blocks, Int8Blocks, Squares8
+from .blocks import BLOCK, Int4Blocks, Int8Blocks, Squares8, placed
+
+_SEEDS = 1 << 20  # steps until a parameter draws what the next one drew at its first
 
 
 class QGaLore(torch.optim.Optimizer):
@@ -51,8 +54,8 @@ class QGaLore(torch.optim.Optimizer):
         for name, value in (("rank", rank), ("gap", gap), ("stretch", stretch), ("patience", patience)):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1")
-        if not lr >= 0 or not scale > 0:
-            raise ValueError(f"lr={lr!r} must be at least 0 and scale={scale!r} positive")
+        if not 0 <= lr < math.inf or not 0 < scale < math.inf:
+            raise ValueError(f"lr={lr!r} must be at least 0 and scale={scale!r} positive, both finite")
         super().__init__(
             params,
             {
@@ -68,20 +71,31 @@ class QGaLore(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if group["weight_decay"]:
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                state = self.state[p]
-                state["step"] = state.get("step", 0) + 1
-                if p.dim() == 2 and min(p.shape) > group["rank"]:
-                    update = _subspace_step(p.grad.float(), state, group)
-                else:
-                    update = _plain_step(p.grad.float(), state, group)
-                p.add_(update.to(p.dtype), alpha=-group["lr"])
+        every = [(group, p) for group in self.param_groups for p in group["params"]]
+        for number, (group, p) in enumerate(every):
+            if p.grad is None:
+                continue
+            if group["weight_decay"]:
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+            state = self.state[p]
+            state["step"] = state.get("step", 0) + 1
+            if p.dim() == 2 and min(p.shape) > group["rank"]:
+                draw = torch.Generator(p.device).manual_seed(number * _SEEDS + state["step"])
+                update = _subspace_step(p.grad.float(), state, group, draw)
+            else:
+                update = _plain_step(p.grad.float(), state, group)
+            p.add_(update.to(p.dtype), alpha=-group["lr"])
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As of other optimizers, but for states: PyTorch would leave blocks on the device that they were read to, and
+        round Adam's moments in fp32 to the parameter's dtype."""
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        own = [p for group in self.param_groups for p in group["params"]]
+        for number, p in zip(numbers, own, strict=True):
+            for key, value in state_dict["state"].get(number, {}).items():
+                self.state[p][key] = placed(value, p.device)
 
     def state_bytes(self) -> int:
         """What all states take now."""
@@ -99,7 +113,7 @@ def planned_bytes(shape: Sequence[int], rank: int) -> int:
     return blocks * (BLOCK // 2 + 8) + 2 * (low + 4 * -(-low // BLOCK))
 
 
-def _subspace_step(gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+def _subspace_step(gradient: Tensor, state: dict[str, Any], group: dict[str, Any], draw: torch.Generator) -> Tensor:
     wide = gradient.shape[0] <= gradient.shape[1]
     g = gradient if wide else gradient.T
     if "projection" not in state or state["step"] >= state["next"]:
@@ -109,7 +123,7 @@ def _subspace_step(gradient: Tensor, state: dict[str, Any], group: dict[str, Any
     first = state["first"].dense() if "first" in state else torch.zeros_like(low)
     second = state["second"].dense() if "second" in state else torch.zeros_like(low)
     direction, first, second = _adam(low, first, second, state["step"], group)
-    state["first"], state["second"] = Int8Blocks.of(first), Squares8.of(second)
+    state["first"], state["second"] = Int8Blocks.of(first, draw), Squares8.of(second, draw)
     update = projection @ direction * group["scale"]
     return update if wide else update.T
 

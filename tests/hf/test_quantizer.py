@@ -26,6 +26,7 @@ from hf_gptq_plugin.hf.quantizer import GptqQuantizer
 from hf_gptq_plugin.solve.gptq import SolveSettings, solve
 from hf_gptq_plugin.solve.hessian import SolveError
 from hf_gptq_plugin.solve.learn import TuneSettings
+from hf_gptq_plugin.train.methods import attach, export
 
 Tiny = Callable[..., Path]
 IDS = torch.arange(3, 35)[None]
@@ -593,3 +594,15 @@ def test_a_base_model_is_whole(tiny: Tiny, checkpoint: Path, tmp_path: Path) -> 
     save_file(state, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"norm\.weight is missing from the checkpoint"):
         AutoModel.from_pretrained(tmp_path / "m")
+
+
+def test_trainer_hears_whether_something_is_attached(checkpoint: Path) -> None:
+    """Of this model, or of its copy."""
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    assert not model.hf_quantizer.is_qat_trainable
+    attach(model, "affine", ["q_proj"])
+    copied = copy.deepcopy(model)
+    export(model)
+    assert copied.hf_quantizer.is_qat_trainable and not model.hf_quantizer.is_qat_trainable
+    export(copied)
+    assert not copied.hf_quantizer.is_qat_trainable

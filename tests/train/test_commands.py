@@ -140,6 +140,8 @@ def test_what_would_lose_something(hf_gptq: Any, model: Path, chats: Path, tmp_p
         return err
 
     assert "is MODEL itself, which would be overwritten" in train(model, model)
+    assert "gamma=nan must be finite" in train(model, tmp_path / "nan", "--method", "lora", "--gamma", "nan")
+    assert "rate=inf must be finite" in train(model, tmp_path / "inf", "--rate", "inf")
     assert "seqlen=200 is more than the 128 tokens" in train(model, tmp_path / "long", "--seqlen", 200)
     larger = AutoTokenizer.from_pretrained(model)
     assert larger.add_tokens(["number"]) == 1

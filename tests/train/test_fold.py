@@ -18,7 +18,9 @@ from hf_gptq_plugin import GPTQConfig
 from hf_gptq_plugin.format.grid import QuantizedWeight, natural_groups
 from hf_gptq_plugin.format.spec import CheckpointError, QuantSpec
 from hf_gptq_plugin.hf import folding
+from hf_gptq_plugin.native import NativeError
 from hf_gptq_plugin.nn.linear import QuantLinear
+from hf_gptq_plugin.solve.hessian import SolveError
 from hf_gptq_plugin.train.fold import fold
 
 # PEFT 0.21 uses names that Transformers 5.23 replaced.
@@ -221,3 +223,32 @@ def test_a_fold_overwrites_neither_of_its_sources(base: Path, windows: list[list
         assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
     with pytest.raises(ValueError, match="seqlen=200 is more than the 128 tokens"):
         folding.run(str(base), str(made), tmp_path / "o", [list(range(200))] * 4, samples=4, seqlen=200)
+
+
+@pytest.mark.parametrize("fields", [{}, {"desc_act": True}])
+def test_rows_with_a_scale_of_zero_stay_and_others_are_folded_as_without_them(fields: dict[str, Any]) -> None:
+    w, h, delta = weight(48, 64, **fields), inputs(64), torch.randn(48, 64) * 0.05
+    w.scales[0, 3] = 0
+    w.scales[:, 40] = 0
+    made, report = fold(w, delta, h)
+    others = [n for n in range(48) if n not in (3, 40)]
+    parts = QuantizedWeight(w.codes[others], w.scales[:, others], w.zeros[:, others], w.group, w.spec)
+    wanted, _ = fold(parts, delta[others], h)
+    assert torch.equal(made.codes[others], wanted.codes) and torch.equal(made.scales[:, others], wanted.scales)
+    assert torch.equal(made.codes[[3, 40]], w.codes[[3, 40]])
+    assert torch.equal(made.scales[:, [3, 40]], w.scales[:, [3, 40]])
+    residual = error(w.dequantize() + delta - made.dequantize(), h) / error(delta, h)
+    assert report.residual == pytest.approx(residual, rel=1e-3) and residual < 1
+
+
+@pytest.mark.parametrize("kind", [ValueError, SolveError, NativeError])
+def test_an_error_names_the_layer(
+    kind: type[Exception], base: Path, windows: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*arguments: Any) -> Any:
+        raise kind("it cannot be")
+
+    monkeypatch.setattr(folding, "fold", refuses)
+    made = adapter(base, tmp_path / "adapter", 0.3)
+    with pytest.raises(kind, match=r"model\.layers\.0\.\S+_proj: it cannot be"):
+        folding.run(str(base), str(made), tmp_path / "folded", windows, samples=8, seqlen=32)

@@ -226,3 +226,48 @@ def test_options_that_cannot_be() -> None:
         LearnedCodes(quantized(), every=0)
     with pytest.raises(ValueError, match=r"cap=1\.5 must be between 0 and 1"):
         LearnedCodes(quantized(), cap=1.5)
+
+
+@pytest.mark.parametrize("kind", [LowRankCodes, LearnedCodes])
+def test_a_group_of_scale_zero_is_zero_and_keeps_its_codes(kind: Any) -> None:
+    base = quantized().quantized_weight()
+    base.scales[1, 3] = 0
+    layer = QuantLinear.from_quantized(base, None)
+    torch.manual_seed(0)
+    learned, x = kind(layer), torch.randn(6, 80)
+    close(learned(x).detach(), x.double() @ dense(layer, base.scales.double(), base.zeros.double()).T)
+    optimizer = torch.optim.SGD([p for p in learned.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(3):
+        optimizer.zero_grad()
+        learned(x).square().sum().backward()
+        assert all(p.grad.isfinite().all() for p in learned.parameters() if p.requires_grad)
+        optimizer.step()
+    if kind is LearnedCodes:
+        learned.advance()
+    made = learned.quantized()
+    assert torch.equal(made.codes[3, 32:64], base.codes[3, 32:64]) and not torch.equal(made.codes, base.codes)
+    assert made.dequantize().isfinite().all() and not made.dequantize()[3, 32:64].any()
+
+
+def test_the_place_between_two_roundings_is_in_the_state() -> None:
+    learned = LearnedCodes(quantized(), every=4)
+    for _ in range(3):
+        learned.advance()
+    with torch.no_grad():
+        learned.latent += 2
+    again = LearnedCodes(learned.layer, every=4)
+    again.load_state_dict(learned.state_dict())
+    assert again.steps == 3 and again.advance() == learned.advance() > 0
+    # States of earlier versions have no such entry.
+    old = learned.state_dict()
+    del old["_extra_state"]
+    again = LearnedCodes(learned.layer, every=4)
+    again.load_state_dict(old)
+    assert again.steps == 0 and torch.equal(again.latent, learned.latent)
+
+
+@pytest.mark.parametrize("gamma", [float("nan"), float("inf")])
+def test_factors_that_cannot_be(gamma: float) -> None:
+    for kind in (LowRankCodes, PooledLora):
+        with pytest.raises(ValueError, match=f"gamma={gamma} must be finite"):
+            kind(quantized(), gamma=gamma)

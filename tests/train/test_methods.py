@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from hf_gptq_plugin import GPTQConfig
+from hf_gptq_plugin import GPTQConfig, QuantLinear
+from hf_gptq_plugin.train.layers import LearnedCodes, LearnedGrid, LowRankCodes, PooledLora
 from hf_gptq_plugin.train.loop import STATE, TrainingError, TrainSettings, mean_loss, train
-from hf_gptq_plugin.train.methods import METHODS, attach, export, parameter_groups, trained
+from hf_gptq_plugin.train.methods import METHODS, advance, attach, export, parameter_groups, trained
 
 Load = Callable[[], Any]
 
@@ -307,3 +309,76 @@ def test_models_that_ask_for_a_layers_weight(method: str, tiny: Callable[..., Pa
     torch.testing.assert_close(model(input_ids=ids, decoder_input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
     layer = model.get_submodule(names[0])
     torch.testing.assert_close(layer.weight, layer.layer.weight)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shared", ["mlp", "mlp.up_proj"])
+def test_a_layer_of_two_names_learns_under_both(load: Load, method: str, shared: str) -> None:
+    def tied() -> Any:
+        model = load()
+        model.set_submodule(f"model.layers.1.{shared}", model.get_submodule(f"model.layers.0.{shared}"))
+        return model
+
+    model, ids = tied(), torch.arange(3, 20)[None]
+    assert len(attach(model, method)) == len(trained(model)) == (11 if shared == "mlp" else 13)
+    first, second = (model.get_submodule(f"model.layers.{i}.mlp.up_proj") for i in range(2))
+    assert first is second and type(first) in (LearnedGrid, LearnedCodes, LowRankCodes, PooledLora)
+    export(model)
+    first, second = (model.get_submodule(f"model.layers.{i}.mlp.up_proj") for i in range(2))
+    assert first is second and isinstance(first, QuantLinear) and not trained(model)
+    assert torch.equal(model(input_ids=ids).logits, tied()(input_ids=ids).logits)
+    # By its second name alone it is found, too.
+    model = tied()
+    assert attach(model, method, r".*layers\.1\.mlp\.up_proj") == ["model.layers.1.mlp.up_proj"]
+    assert model.model.layers[0].mlp.up_proj is model.model.layers[1].mlp.up_proj
+
+
+def test_other_windows_of_the_same_tokens_are_another_job(load: Load, tmp_path: Path) -> None:
+    tokens = torch.arange(3, 99)
+
+    def run(windows: list[torch.Tensor]) -> list[float]:
+        model = load()
+        attach(model, "affine", ["q_proj"])
+        return train(model, windows, TrainSettings(steps=1, batch=1), tmp_path)
+
+    first = run(list(tokens.view(4, 24)))
+    assert run(list(tokens.view(4, 24))) == first
+    for windows in (list(tokens.view(2, 48)), [tokens[:30], *tokens[30:].view(3, 22)]):
+        with pytest.raises(TrainingError, match="the state of another training"):
+            run(windows)
+
+
+def test_shadow_weights_go_on_from_a_state_dict(load: Load, corpus: list[torch.Tensor]) -> None:
+    """In a loop of one's own, stopped between two roundings."""
+
+    def run(stop: int | None) -> list[float]:
+        def made() -> tuple[Any, torch.optim.Optimizer]:
+            model = load().train()
+            attach(model, "shadow", ["down_proj"], every=4, cap=1.0, decay=0.0)
+            return model, torch.optim.AdamW(parameter_groups(model, 0.1))
+
+        model, optimizer = made()
+        losses = []
+        for step in range(9):
+            if step == stop:
+                states = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+                model, optimizer = made()
+                model.load_state_dict(states[0])
+                optimizer.load_state_dict(states[1])
+            loss = model(input_ids=corpus[0][None], labels=corpus[0][None]).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            advance(model)
+            losses.append(float(loss.detach()))
+        return losses
+
+    whole = run(None)
+    assert whole[3] == whole[0] != whole[4]
+    assert run(2) == run(4) == run(6) == whole
+
+
+@pytest.mark.parametrize("rate", [float("inf"), float("nan")])
+def test_rates_that_cannot_be(rate: float) -> None:
+    with pytest.raises(ValueError, match=f"rate={rate} must be"):
+        TrainSettings(rate=rate)
