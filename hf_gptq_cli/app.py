@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -43,6 +44,9 @@ def main(arguments: list[str] | None = None, name: str = "hf-gptq") -> None:
         arguments: what follows the command's name; by default the process's own.
         name: of the command, for help.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")  # names in checkpoints may hold what no encoding has
     try:
         app(arguments, prog_name=name, standalone_mode=True)
     except Exception as error:

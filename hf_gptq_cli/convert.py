@@ -73,12 +73,15 @@ def convert(
         else:
             shard = max(int(shard_size * 1e9), 1)
             done = rewrite(source, out, to, shard, kept, lambda outcome: bar.update() and None)
+    rounded = [outcome for outcome in done if outcome.module not in source.modules]
+    done = [outcome for outcome in done if outcome.module in source.modules]
     lossy = [outcome for outcome in done if not outcome.exact]
     written = [file_of(out)] if to == "gguf" else list(out.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in written)
     if as_json:
         modules = [vars(outcome) for outcome in done]
         report = {"from": source.layout, "to": to, "bytes": size, "notes": notes, "modules": modules}
+        report["rounded"] = [vars(outcome) for outcome in rounded]
         if order is not None:
             report |= {"natural": order.natural, "act_order": order.kept}
         print_json(report)
@@ -98,6 +101,13 @@ def convert(
     else:
         but = ", but for the order of channels" if order is not None and order.natural else ""
         console.print(f"All {len(done)} modules are what they were, bit for bit in float32{but}.")
+    if rounded:
+        worst = max(rounded, key=lambda outcome: outcome.error)
+        others = len(source.headers) - sum(map(len, source.modules.values()))
+        console.print(
+            f"{len(rounded)} of {others} tensors that were never quantized changed: {worst.note}; at most "
+            f"{worst.error:.2e} relative to the tensor, in {worst.module}."
+        )
     console.print(f"{out} holds {size / 1e6:.1f} MB as {to}.")
 
 

@@ -9,8 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# Names of parameters: what Transformers and accelerate call the files of offloaded weights by.
-_OFFLOADED = re.compile(r"(\w+\.)+[A-Za-z_]\w*\.(dat|safetensors)|index\.json")
+# Names of parameters: what Transformers and accelerate call the files of offloaded weights by. What safetensors was
+# writing when it was killed has a name of its own.
+_OFFLOADED = re.compile(r"(\w+\.)+[A-Za-z_]\w*\.(dat|safetensors)|index\.json|\.tmp\w{6}")
 _PACKED = ("qweight", "weight_packed", "weight_scale_inv")
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _CONVERTED = ("gptq", "awq", "compressed-tensors")  # layouts that `hf-gptq convert` reads

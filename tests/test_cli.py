@@ -181,7 +181,12 @@ def test_offloading_spares_what_is_not_its_own(
     run = ("quantize", model, tmp_path / "out", *few, "--low-memory")
     offload = tmp_path / "out.offload"
     offload.mkdir()
-    left = ("model.layers.0.mlp.gate_up_proj.safetensors", "lm_head.weight.dat", "index.json")  # by a killed run
+    left = (
+        ".tmpAbC123",
+        "index.json",
+        "lm_head.weight.dat",
+        "model.layers.0.mlp.gate_up_proj.safetensors",
+    )  # by a killed run
     for name in (*left, mine):
         (offload / name).write_text("")
     result = hf_gptq(*run)
@@ -500,6 +505,38 @@ def test_convert_and_verify(hf_gptq: Run, four_bit: Path, model: Path, text: Pat
     assert hf_gptq("verify", four_bit, model, *settings, "--max-divergence", 1e3).code == 0
     result = hf_gptq("convert", four_bit, tmp_path / "x", "--to", "exl2")
     assert result.code == 1 and "use one of gptq, gptq_v2" in result.err
+
+
+def test_convert_tells_of_rounded_tensors(hf_gptq: Run, four_bit: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(four_bit, tmp_path / "q"))
+    tensors = load_file(source / "model.safetensors")
+    for name, value in tensors.items():
+        if name.endswith("scales"):
+            tensors[name] = torch.full_like(value, 2**-5)  # exact in bfloat16
+        elif name == "model.norm.weight":
+            tensors[name] = torch.ones(value.shape) + 2**-10
+        elif value.is_floating_point():
+            tensors[name] = value.bfloat16()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    result = hf_gptq("convert", source, tmp_path / "dense", "--to", "dense")
+    assert "All 14 modules are what they were, bit for bit in float32." in result.out
+    others = sum(not name.endswith(("qweight", "qzeros", "scales", "g_idx")) for name in tensors)
+    told = f"1 of {others} tensors that were never quantized changed: rounded to bfloat16; at most 9.76e-04 relative to"
+    assert f"{told} the tensor, in model.norm.weight." in " ".join(result.out.split())
+    found = json.loads(hf_gptq("convert", source, tmp_path / "dense", "--to", "dense", "--json").out)
+    assert [each["module"] for each in found["rounded"]] == ["model.norm.weight"] and len(found["modules"]) == 14
+
+
+def test_names_that_no_encoding_has(four_bit: Path, tmp_path: Path) -> None:
+    """Half a character of UTF-16, in a process of its own: its stdout is what is tested."""
+    source = Path(shutil.copytree(four_bit, tmp_path / "q"))
+    config = json.loads((source / "config.json").read_text()) | {"architectures": ["\ud800"]}
+    (source / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "hf_gptq_cli", "inspect", str(source)]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8", "COLUMNS": "200"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "\\ud800" in done.stdout
 
 
 def test_compare(hf_gptq: Run, four_bit: Path, model: Path, text: Path, tmp_path: Path) -> None:

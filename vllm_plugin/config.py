@@ -24,6 +24,18 @@ from .linear import HfGptqLinearMethod, Scheme, ZeroFormat
 from .moe import ExpertsScheme, HfGptqMoEMethod
 
 NAME = "hf_gptq"
+# What vLLM runs as one layer. Some models enter these in their class's mapping only when they are made, after vLLM has
+# copied it.
+_FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+# All experts of a block are one layer to it, too; one matrix, by either name, tells whether a rule means them.
+_EXPERTS = {"experts": ("experts.0.gate_proj", "experts.0.w1")}
+_MOST_BLOCKS = 200  # of which a rule may name some
+# Models without a bias on their keys, to which vLLM's layer gives one. Its loader makes zeros up beside dense weights.
+_NO_KEY_BIAS = ("whisper",)
 
 
 class HfGptqConfig(QuantizationConfig):
@@ -44,6 +56,7 @@ class HfGptqConfig(QuantizationConfig):
         self._headers: dict[str, TensorInfo] = {}  # by tensor; empty where they cannot be read in advance
         self._quantized: dict[str, dict[str, TensorInfo]] = {}  # by module of the checkpoint
         self._sources: dict[str, str] = {}  # module in vLLM to module of the checkpoint
+        self._has_key_bias = True
 
     def get_name(self) -> str:  # type: ignore[override]  # vLLM's annotation lists its own names only
         """The name behind `--quantization`."""
@@ -105,6 +118,7 @@ class HfGptqConfig(QuantizationConfig):
                 name: TensorInfo(info["dtype"], tuple(info["shape"]), Path(model_name))
                 for name, info in metadata.items()
             }
+        self._has_key_bias = getattr(hf_config, "model_type", None) not in _NO_KEY_BIAS
         self._quantized = quantized_modules(self._headers)
         if self._headers and not self._quantized:
             raise CheckpointError(
@@ -155,8 +169,8 @@ class HfGptqConfig(QuantizationConfig):
         spec = self._common_spec(prefix, names)
         if spec is None:
             return None
-        has_bias = not self._headers or any(f"{name}.bias" in self._headers for name in names)
-        return Scheme(tuple(names), spec, self._scales_dtype(names), has_bias)
+        zero_bias = () if self._has_key_bias else tuple(name for name in names if name.endswith(".k_proj"))
+        return Scheme(tuple(names), spec, self._scales_dtype(names), zero_bias)
 
     def experts_scheme(self, layer: RoutedExperts, prefix: str) -> ExpertsScheme | None:
         """How the checkpoint stores the routed experts `prefix`; None where they are not quantized.
@@ -212,7 +226,8 @@ class HfGptqConfig(QuantizationConfig):
 
     def _checkpoint_modules(self, prefix: str) -> list[str]:
         parent, dot, leaf = prefix.rpartition(".")
-        parts = [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(leaf, ())]
+        fused = self.packed_modules_mapping.get(leaf) or _FUSED.get(leaf, ())
+        parts = [f"{parent}{dot}{part}" for part in fused]
         if not parts or (prefix in self._sources and not any(part in self._sources for part in parts)):
             parts = [prefix]  # not fused, or fused on disk already
         return [self._sources.get(part, part) for part in parts]
@@ -252,8 +267,9 @@ def _refused_by_vllm(config: Mapping[str, Any]) -> bool:
     if any(field not in config for field in ("group_size", "desc_act", "sym")):
         return True  # it has no defaults for them
     rules = (resolve(checkpoint.spec, {".*": o}, "") for p, o in checkpoint.dynamic.items() if p[:2] != "-:")
-    return any(
-        spec.bits not in _own_bits()
+    return _misled_by_rules(checkpoint) or any(
+        spec != checkpoint.spec  # vLLM asks for fused layers' names, whatever the rule's are
+        or spec.bits not in _own_bits()
         or not spec.sym
         or (spec.desc_act and spec.group_size != -1)
         or spec.checkpoint_format != "gptq"
@@ -261,6 +277,21 @@ def _refused_by_vllm(config: Mapping[str, Any]) -> bool:
         for spec in (checkpoint.spec, *rules)
         if spec is not None
     )
+
+
+def _misled_by_rules(checkpoint: CheckpointConfig) -> bool:
+    """Whether a rule of `dynamic` says something else of a fused layer's name, which vLLM asks, than of its parts'."""
+    if not checkpoint.dynamic:
+        return False
+    try:
+        return any(
+            {checkpoint.for_module(f"{stem}.{part}") for part in parts} != {checkpoint.for_module(f"{stem}.{fused}")}
+            for block in range(_MOST_BLOCKS)
+            for stem in (f"model.layers.{block}.{place}" for place in ("self_attn", "mlp", "block_sparse_moe"))
+            for fused, parts in {**_FUSED, **_EXPERTS}.items()
+        )
+    except CheckpointError:
+        return False
 
 
 def _own_bits() -> tuple[int, ...]:

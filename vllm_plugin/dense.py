@@ -35,6 +35,13 @@ def require_every_weight() -> None:
                 if isinstance(getattr(module, "quant_method", None), HfGptqLinearMethod | HfGptqMoEMethod):
                     prefix = f"{name}." if name else ""
                     loaded_weights |= {f"{prefix}{own}" for own, _ in module.named_parameters()}
+            # A router that the layer of experts holds, too, has two names; it is loaded by one of them.
+            aliases: dict[int, set[str]] = {}
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                aliases.setdefault(id(parameter), set()).add(name)
+            for names in aliases.values():
+                if names & loaded_weights:
+                    loaded_weights |= names
         track(self, model, loaded_weights, *rest, **named)
 
     DefaultModelLoader.load_weights = load_weights  # type: ignore[method-assign]

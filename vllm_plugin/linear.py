@@ -95,6 +95,7 @@ class HfGptqLinearMethod(LinearMethodBase):
         self._prefix = layer_name(layer, self._scheme)
         columns = sum(output_partition_sizes)
         self._loader = ShardLoader(layer, self._scheme, rows, columns, extra_weight_attrs["weight_loader"])
+        layer.weight_loader = self._loader.bias_loader(layer.weight_loader)  # which the bias gets after this
         empty = empty_tensors(spec, self._scheme.scales_dtype, rows, input_size, columns)
         along_both = {"input_dim": 0, "output_dim": 1}
         kinds: dict[str, Callable[..., BasevLLMParameter]] = {

@@ -36,13 +36,13 @@ class Scheme:
         names: the checkpoint's modules that the layer fuses, in their order.
         spec: how all of them are quantized.
         scales_dtype: dtype of the scales in the checkpoint.
-        has_bias: the checkpoint has a bias for at least one of them (some models make up the others).
+        zero_bias: those of `names` whose bias is 0 where the checkpoint has none.
     """
 
     names: tuple[str, ...]
     spec: QuantSpec
     scales_dtype: torch.dtype
-    has_bias: bool = True
+    zero_bias: tuple[str, ...] = ()
 
 
 def layer_name(layer: Any, scheme: Scheme) -> str:
@@ -74,6 +74,7 @@ class ShardLoader:
         self._widths = _shard_widths(layer)
         self._load = _load_vocabulary(layer) if isinstance(layer, ParallelLMHead) else load
         self._loaded: dict[str, set[ShardId]] = {leaf: set() for leaf in TENSORS}
+        self._biases: set[ShardId] = set()  # whose bias came
         self._g_idx: tuple[str, Tensor] | None = None
         self._fields: Any = None  # zeros, unpacked, until all have come
 
@@ -103,8 +104,18 @@ class ShardLoader:
 
         return load
 
+    def bias_loader(self, own: Callable[..., None]) -> Callable[..., None]:
+        """The weight_loader of the layer's bias: the layer's own, noting what came, from the checkpoint or made up by
+        the model."""
+
+        def load(param: Any, loaded: Tensor, *shard_id: Any) -> None:
+            own(param, loaded, *shard_id)
+            self._biases.update(self._shards(*shard_id or (None,)))
+
+        return load
+
     def require_all(self, bias: Tensor | None) -> None:
-        """Check that every tensor of every shard came.
+        """Check that every tensor of every shard came; biases that the model does not have become 0.
 
         Args:
             bias: the layer's bias, if the model has one.
@@ -119,9 +130,15 @@ class ShardLoader:
             for shard in self._widths
             if shard not in self._loaded[leaf]
         ]
-        if bias is not None and not self._scheme.has_bias:
-            missing += [f"{name}.bias" for name in self._scheme.names]
+        if bias is not None:
+            self._make_up(bias)
+            missing += [f"{self._module((shard,))}.bias" for shard in self._widths if shard not in self._biases]
         refuse_missing(self._prefix, missing)
+
+    def _make_up(self, bias: Any) -> None:
+        for shard, width in self._widths.items():
+            if shard not in self._biases and self._module((shard,)) in self._scheme.zero_bias:
+                bias.weight_loader(bias, bias.new_zeros(width), *(() if shard is None else (shard,)))
 
     def _unpacked(self, qzeros: Any) -> Any:
         """What zeros are loaded into before they are packed into the parameter `qzeros`."""

@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
+# What safetensors writes to before it renames; a process that is killed leaves it.
+_BEGUN = re.compile(r"\.tmp\w{6}")
 _INDEX = "journal.json"
 _VERSION = 1
 _SAMPLED = 256  # values of every tensor that take part in a fingerprint
@@ -285,7 +288,8 @@ def _where(module: nn.Module, name: str) -> list[Any]:
 
 
 def _ours(name: str) -> bool:
-    return name == _INDEX or name.endswith((".hidden", ".part")) or name.startswith("block-")
+    written = name == _INDEX or name.endswith((".hidden", ".part")) or name.startswith("block-")
+    return written or _BEGUN.fullmatch(name) is not None
 
 
 @contextmanager

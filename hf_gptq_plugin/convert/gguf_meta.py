@@ -25,6 +25,8 @@ ARCHITECTURES = {
 _LLAMA3 = r"\p{N}{1,3}"
 _QWEN2 = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
 _NORMAL, _UNUSED, _CONTROL, _USER = 1, 5, 3, 4  # token types
+# What llama.cpp computes YaRN with. GGUF has keys for the first two, which it does not read for these architectures.
+_YARN = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 _MOST_TOKENS = 10_000_000
 
 
@@ -95,8 +97,21 @@ def write_config(writer: Any, config: Mapping[str, Any], name: str, file_type: i
         if rope["rope_type"] == "yarn":
             before = number(rope, "original_max_position_embeddings", config["max_position_embeddings"])
             writer.add_rope_scaling_orig_ctx_len(int(before))
+            attention = _attention_factor(rope)
+            if not math.isclose(attention, 1):
+                writer.add_rope_scaling_attn_factors(attention)
     writer.add_file_type(file_type)
     writer.add_quantization_version(2)
+
+
+def _attention_factor(rope: Mapping[str, Any]) -> float:
+    """By what llama.cpp has to multiply cosines and sines beside its own `1 + 0.1 ln factor` of YaRN, for what
+    Transformers multiplies them by."""
+    logarithm = math.log(number(rope, "factor"))
+    own = 1 + 0.1 * logarithm
+    one, all_dims = (float(number(rope, name, 0.0, 0)) for name in ("mscale", "mscale_all_dim"))
+    usual = (1 + 0.1 * one * logarithm) / (1 + 0.1 * all_dims * logarithm) if one and all_dims else own
+    return float(number(rope, "attention_factor", usual, 0)) / own
 
 
 def rope_factors(config: Mapping[str, Any]) -> Tensor | None:
@@ -140,6 +155,14 @@ def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"rope_parameters={rope!r} have no counterpart in GGUF; default, linear, yarn, llama3 have"
         )
+    if rope["rope_type"] == "yarn":
+        for name, usual in _YARN.items():
+            value = rope.get(name, usual)
+            if value != usual and (name == "truncate" or value):  # Transformers takes 0 for the usual number
+                raise CheckpointError(
+                    f"rope_parameters: {name}={value!r} of yarn is not read by llama.cpp, which takes {usual!r} for "
+                    "these architectures"
+                )
     return rope
 
 

@@ -93,6 +93,8 @@ def inspect(folder: str | Path, values: bool = True) -> Findings:
         found.problems += _other_problems(source)
     found.problems += _incomplete(source)
     found.runs = _runs(source, found.problems)
+    if source.layout in ("gptq", "gptq_v2"):
+        _method(found, source)
     return found
 
 
@@ -110,10 +112,24 @@ def _unreadable(path: Path, error: CheckpointError) -> Findings:
     config = read_json(path / "config.json")
     weight_files(path)
     quantization = config.get("quantization_config")
-    label = str(quantization.get("quant_method", "gptq")) if isinstance(quantization, dict) else "dense"
+    label = str(quantization.get("quant_method") or "gptq").lower() if isinstance(quantization, dict) else "dense"
     return Findings(
         str(path), label, label, _architecture(config), runs=dict.fromkeys(_STACKS, _DAMAGED), problems=[str(error)]
     )
+
+
+def _method(found: Findings, source: Source) -> None:
+    """Transformers knows one spelling of `quant_method`: others give random weights or an error. vLLM asks for any."""
+    quantization = source.config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else "gptq"
+    if method == "gptq":
+        return
+    advice = f"hf-gptq convert {found.folder} OUT --to {source.layout} writes it so"
+    found.problems.append(
+        f'quant_method={method!r} must be "gptq": Transformers does not know the checkpoint; {advice}'
+    )
+    stacks = _STACKS if method is None else ("hf_gptq_plugin",)
+    found.runs |= dict.fromkeys(stacks, 'no: quant_method must be "gptq", see below')
 
 
 def _sizes(found: Findings, source: Source) -> None:
@@ -183,7 +199,8 @@ def _weights(tensors: dict[str, Any], layout: str, spec: QuantSpec) -> int:
 
 
 def _gptq_problems(source: Source, values: bool) -> list[str]:
-    problems = []
+    orphans = (n for n in source.headers if n.endswith(".g_idx") and n.removesuffix(".g_idx") not in source.modules)
+    problems = [f"{name} stands without its module's qweight: the checkpoint is incomplete" for name in orphans]
     for module, tensors in source.modules.items():
         spec = source.specs[module]
         shapes = {leaf: info.shape for leaf, info in tensors.items()}

@@ -17,6 +17,7 @@ leave a word's unused bits zero.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -73,11 +74,11 @@ class Gptq:
     def config(self, specs: Mapping[str, QuantSpec], dense: list[str]) -> dict[str, Any]:
         """`quantization_config` for quantized modules and linear layers that are not."""
         usual = _usual(specs)
-        dynamic: dict[str, dict[str, Any]] = {f"-:^{_quoted(name)}$": {} for name in dense if name != "lm_head"}
+        dynamic: dict[str, dict[str, Any]] = {_rule("-", name): {} for name in dense if name != "lm_head"}
         for name, spec in specs.items():
             differing = {f: v for f, v in _numbers(spec).items() if v != _numbers(usual)[f]}
             if differing:
-                dynamic[f"+:^{_quoted(name)}$"] = differing
+                dynamic[_rule("+", name)] = differing
         out = {**_numbers(usual), "quant_method": "gptq", "checkpoint_format": self.name}
         out |= {"lm_head": any(name.rpartition(".")[2] == "lm_head" for name in specs)}
         return {**out, "dynamic": dynamic} if dynamic else out
@@ -416,5 +417,6 @@ def _usual(specs: Mapping[str, QuantSpec]) -> QuantSpec:
     return max(dict.fromkeys(found), key=found.count)
 
 
-def _quoted(name: str) -> str:
-    return name.replace(".", r"\.")
+def _rule(sign: str, module: str) -> str:
+    """A key of `dynamic` that matches one module's name."""
+    return f"{sign}:^{re.escape(module)}$"

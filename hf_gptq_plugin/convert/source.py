@@ -11,8 +11,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..format.checkpoint import INDEX, TensorInfo, agreed_format, read_headers, read_json, weight_files, zero_format
-from ..format.spec import CheckpointConfig, CheckpointError, QuantSpec, name_matches
+from ..format.checkpoint import (
+    INDEX,
+    TensorInfo,
+    agreed_format,
+    read_headers,
+    read_json,
+    require_g_idx,
+    weight_files,
+    zero_format,
+)
+from ..format.spec import CheckpointConfig, CheckpointError, QuantSpec, name_matches, quant_method
 from .layouts import Layout, awq_spec, layout, pack_quantized_specs
 
 # Modules whose stored zeros are looked at to tell v1 from v2.
@@ -41,7 +50,7 @@ class Source:
     Args:
         folder: where it lies.
         config: its config.json.
-        layout: "gptq", "gptq_v2", "awq", "compressed-tensors", "dense", or another `quant_method` as it is written.
+        layout: "gptq", "gptq_v2", "awq", "compressed-tensors", "dense", or another `quant_method` in lower case.
         label: what the config says, where `layout` is what the tensors say.
         headers: all tensors by name.
         modules: quantized modules: name to tensors by short name.
@@ -116,7 +125,7 @@ def open_source(folder: str | Path) -> Source:
         raise CheckpointError(
             f"{INDEX} names {absent[0]}, and no file holds it; the checkpoint is incomplete: fetch it again"
         )
-    method = str((quantization or {}).get("quant_method", "gptq" if quantization else "dense"))
+    method = quant_method(quantization) if quantization else "dense"
     if method in ("gptq", "hf_gptq"):
         return _gptq(folder, config, quantization or {}, headers)
     if method == "awq":
@@ -182,16 +191,15 @@ def _gptq(folder: Path, config: dict[str, Any], quantization: dict[str, Any], he
     label = checkpoint.spec.checkpoint_format
     modules = _modules(headers, layout("gptq"))
     specs = {}
-    for module in modules:
-        spec = checkpoint.for_module(module)
-        if spec is None:
-            raise CheckpointError(f"{module}.qweight stands in the checkpoint, but a rule of dynamic excludes {module}")
-        specs[module] = spec
+    for module, tensors in modules.items():
+        # Codes that are there are read, as the loaders do, even where a rule excludes the module.
+        specs[module] = checkpoint.for_module(module) or checkpoint.spec
+        require_g_idx(module, specs[module], tensors, tensors["scales"].shape[0])
     evidence = {}
     for module in list(modules)[:: max(1, len(modules) // _LOOKED_AT)]:
         info = modules[module]
-        tensors = {leaf: load(info[leaf], f"{module}.{leaf}") for leaf in ("qweight", "qzeros")}
-        evidence[module] = zero_format(tensors["qweight"], tensors["qzeros"], specs[module], info["scales"].shape[-1])
+        qweight, qzeros = (load(info[leaf], f"{module}.{leaf}") for leaf in ("qweight", "qzeros"))
+        evidence[module] = zero_format(qweight, qzeros, specs[module], info["scales"].shape[-1])
     real = agreed_format(label, evidence)
     specs = {module: replace(spec, checkpoint_format=real) for module, spec in specs.items()}
     return Source(folder, config, real, label, headers, modules, specs)

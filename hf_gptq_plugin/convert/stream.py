@@ -24,6 +24,7 @@ from .source import INDEX, Source
 # Whose dense layers are Conv1D, which stores `[K, N]`.
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 SHARD = 1_000_000_000  # bytes
+_COMPARED = 1 << 20  # elements of a tensor that are compared at a time
 # What goes along: no checkpoints of other frameworks, no model card, which describes the source.
 _CARRIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".vocab", ".merges")
 _NOT_CARRIED = ("config.json", "quantize_config.json", INDEX, "calibration.json")
@@ -31,10 +32,10 @@ _NOT_CARRIED = ("config.json", "quantize_config.json", INDEX, "calibration.json"
 
 @dataclass(frozen=True)
 class Converted:
-    """What became of one quantized module.
+    """What became of one quantized module, or of a tensor beside them.
 
     Args:
-        module: its name.
+        module: its name; of another tensor its whole name, "lm_head.weight".
         exact: every weight is bit for bit what it was, computed in fp32.
         error: norm of the difference relative to the norm of the weight.
         note: what was lost, or "".
@@ -62,6 +63,9 @@ def convert(
         dtype: of dense weights.
         progress: called with every module.
 
+    Returns:
+        What became of every module, and of those other tensors whose values changed.
+
     Raises:
         CheckpointError: a module that the layout cannot hold; nothing is left at `out`.
     """
@@ -83,7 +87,11 @@ def convert(
         for name in sorted(source.headers, key=lambda n: (source.headers[n].file, n)):
             if name not in belonging:
                 value = source.dense(name)
-                yield name, _rounded(name, value, dtype) if target == "dense" and value.is_floating_point() else value
+                if target == "dense" and value.is_floating_point():
+                    value, outcome = _rounded(name, value, dtype)
+                    if not outcome.exact:
+                        done.append(outcome)
+                yield name, value
         for module in source.modules:
             weight = read_module(source, module)
             written = kind.write(module, weight)
@@ -163,11 +171,21 @@ def _compared(
     return Converted(module, not error, error, lost if error else "")
 
 
-def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+def _rounded(name: str, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, Converted]:
+    """A tensor that was never quantized in another dtype, and what it lost."""
     made = value.to(dtype)
     if not bool(torch.isfinite(made).all()) and bool(torch.isfinite(value).all()):
         raise CheckpointError(f"{name} holds values that {dtype} cannot; choose another dtype")
-    return made
+    exact, difference, size = True, 0.0, 0.0
+    for old, new in zip(value.flatten().split(_COMPARED), made.flatten().split(_COMPARED), strict=True):
+        before, after = old.double(), new.double()
+        exact = exact and torch.allclose(before, after, rtol=0, atol=0, equal_nan=True)
+        difference += float((after - before).square().sum())
+        size += float(before.square().sum())
+    if exact:
+        return made, Converted(name, True, 0.0, "")
+    error = math.sqrt(difference / size) if size else math.inf
+    return made, Converted(name, False, error, "rounded to " + str(dtype).removeprefix("torch."))
 
 
 def require_kept(outcome: Converted, target: str) -> None:

@@ -71,7 +71,11 @@ def weight_files(folder: Path) -> list[Path]:
     for name in sorted(set(names.values())):
         if Path(name).name != name:
             raise CheckpointError(f"{INDEX} names the file {name!r}; accepted are plain names of files in its folder")
-        if not (folder / name).is_file():
+        try:
+            found = (folder / name).is_file()
+        except OSError as error:  # a name that no file can have
+            raise CheckpointError(f"{INDEX} names {name[:200]!r}, which cannot be read ({error.strerror})") from None
+        if not found:
             raise CheckpointError(f"{name} is missing, and {INDEX} names it; the checkpoint is incomplete")
         files.append(folder / name)
     return files
@@ -144,6 +148,23 @@ def quantized_modules(headers: Mapping[str, TensorInfo]) -> dict[str, dict[str, 
             if info.dtype not in _DTYPES[leaf]:
                 raise CheckpointError(f"{module}.{leaf} has dtype {info.dtype}; accepted: {', '.join(_DTYPES[leaf])}")
     return modules
+
+
+def require_g_idx(module: str, spec: QuantSpec, leaves: Iterable[str], groups: int) -> None:
+    """Check that a module in act-order says which group each input is in.
+
+    Args:
+        leaves: short names of its tensors.
+        groups: how many it has; of one, every input is a member.
+
+    Raises:
+        CheckpointError: g_idx is missing.
+    """
+    if spec.desc_act and groups > 1 and "g_idx" not in leaves:
+        raise CheckpointError(
+            f"{module}.g_idx is missing from the checkpoint, but desc_act=True needs it to know each input's group; "
+            "the checkpoint is incomplete: fetch it again"
+        )
 
 
 def check_shapes(

@@ -122,7 +122,7 @@ class CheckpointConfig:
         """
         if not isinstance(config, Mapping):
             raise CheckpointError(f"quantization_config must be a JSON object, but it is {config!r}")
-        method = getattr(config.get("quant_method", "gptq"), "value", config.get("quant_method", "gptq"))
+        method = quant_method(config)
         if method not in ("gptq", "hf_gptq"):
             raise CheckpointError(f'quant_method={method!r} is not GPTQ; this package reads "gptq"')
         if "bits" not in config:
@@ -146,6 +146,19 @@ class CheckpointConfig:
     def for_module(self, name: str) -> QuantSpec | None:
         """The spec of module `name`, or None where a rule excludes it."""
         return resolve(self.spec, self.dynamic, name)
+
+
+def quant_method(config: Mapping[str, Any]) -> str:
+    """The `quant_method` of a `quantization_config`, in lower case as vLLM takes it; "gptq" where none is given.
+
+    Raises:
+        CheckpointError: it is no string.
+    """
+    method = config.get("quant_method")
+    method = "gptq" if method is None else getattr(method, "value", method)  # Transformers has an enum
+    if not isinstance(method, str):
+        raise CheckpointError(f'quant_method={method!r} must be a string, e.g. "gptq"')
+    return method.lower()
 
 
 def check_dynamic(spec: QuantSpec, dynamic: Any) -> dict[str, dict[str, Any]]:

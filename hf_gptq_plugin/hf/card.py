@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,31 @@ def card_metadata(path: Path) -> dict[str, Any]:
     """The metadata of a README.md; none where there is none that can be read."""
     try:
         return dict(ModelCard(path.read_text("utf-8"), ignore_metadata_errors=True).data.to_dict())
-    except (OSError, ValueError, TypeError, AttributeError):
+    except Exception:  # no such file, no UTF-8, no YAML, values that are none of a card's
         return {}
+
+
+def own_card(readme: Path) -> ModelCard | None:
+    """The card that somebody wrote, or changed, in a folder; None where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    return _parsed(readme.read_bytes(), str(readme)) if is_own_card(readme) else None
+
+
+def _parsed(content: bytes, where: str) -> ModelCard:
+    # Decoded here: reading as text would change the author's line ends.
+    try:
+        card = ModelCard(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{where} is no UTF-8 text ({error}); save it as UTF-8, or remove it") from None
+    except Exception as error:  # no YAML, no mapping, values that are none of a card's
+        raise CheckpointError(
+            f"the metadata at the top of {where} cannot be read ({' '.join(str(error).split())}); correct what stands "
+            "between its first two lines of ---, or remove it"
+        ) from None
+    return card
 
 
 def model_card(found: Facts, name: str) -> str:
@@ -142,12 +165,44 @@ def is_own_card(readme: Path) -> bool:
     return readme.exists() and not (readme.is_file() and MARK.encode() in readme.read_bytes())
 
 
-def folder_card(folder: Path, name: str, base: str = "", inherited: dict[str, Any] | None = None) -> str:
-    """The card that a folder is published with: its own where somebody changed it, else one of its files' facts."""
-    readme = folder / "README.md"
-    if is_own_card(readme):
-        return readme.read_text("utf-8")
-    return model_card(facts(folder, base, inherited), name)
+def folder_card(
+    folder: Path, name: str, base: str = "", stated: Mapping[str, Any] | None = None,
+    inherited: Mapping[str, Any] | None = None,
+) -> str:  # fmt: skip
+    """The card that a folder is published with: one of its files' facts, or its own with its metadata completed.
+
+    Args:
+        folder: a GPTQ checkpoint.
+        name: the repository or folder, as users will write it.
+        base: Hub name of the base model, in place of what the folder's card says.
+        stated: metadata in place of what the folder's card says.
+        inherited: of the base model's card; for what the folder's own card leaves out.
+
+    Raises:
+        CheckpointError: no GPTQ checkpoint, or a card of somebody's own that cannot be read.
+    """
+    stated = stated or {}
+    own = own_card(folder / "README.md")
+    card = model_card(facts(folder, base, {**(inherited or {}), **stated}), name)
+    return card if own is None else _completed(own, card, _stated(base, stated))
+
+
+def _stated(base: str, stated: Mapping[str, Any]) -> dict[str, Any]:
+    return {**stated, **({"base_model": base} if base else {})}
+
+
+def _completed(own: ModelCard, card: str, stated: Mapping[str, Any], tags: Sequence[str] = ()) -> str:
+    """`own` with its text as it is: its metadata are those of `card` where it has none, and what is stated."""
+    new = ModelCard(card).data.to_dict()
+    for key, value in new.items():
+        if own.data.get(key) is None and key != "model-index":
+            own.data[key] = value
+    for key, value in stated.items():
+        own.data[key] = value
+    there = own.data.get("tags") or []
+    merged = [*([there] if isinstance(there, str) else there), *(new.get("tags") or []), *tags]
+    own.data["tags"] = list(dict.fromkeys(merged))
+    return str(own)
 
 
 def _text(found: Facts, name: str) -> str:
@@ -237,20 +292,22 @@ def _json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def merged_card(api: HfApi, repo_id: str, card: str, revision: str | None, tags: list[str] | None) -> str:
+def merged_card(
+    api: HfApi, repo_id: str, card: str, revision: str | None, tags: Sequence[str] | None = None, base: str = "",
+    stated: Mapping[str, Any] | None = None,
+) -> str:  # fmt: skip
     """`card`, or the repository's own card with its metadata completed from `card`.
 
-    A card there that this package wrote is replaced; one with words of its own keeps them.
+    A card there that this package wrote is replaced; one with words of its own keeps them. `base` and `stated` hold
+    in place of what it says.
+
+    Raises:
+        CheckpointError: the card there cannot be read.
     """
-    new = ModelCard(card)
     try:
-        there = Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_text("utf-8")
+        there = Path(api.hf_hub_download(repo_id, "README.md", revision=revision)).read_bytes()
     except (EntryNotFoundError, RevisionNotFoundError):
-        there = card
-    old = ModelCard(card if MARK in there else there)
-    for key, value in new.data.to_dict().items():
-        if old.data.get(key) is None and key != "model-index":
-            old.data[key] = value
-    merged = [*(old.data.get("tags") or []), *(new.data.get("tags") or []), *(tags or [])]
-    old.data["tags"] = list(dict.fromkeys(merged))
-    return str(old)
+        there = b""
+    ours = not there or MARK.encode() in there
+    old = ModelCard(card) if ours else _parsed(there, f"README.md of {repo_id}")
+    return _completed(old, card, _stated(base, stated or {}), tags or ())

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 
 from ..convert.inspect import inspect
 from ..format.spec import CheckpointError
-from .card import card_metadata, folder_card, inherited_metadata, merged_card
+from .card import card_metadata, folder_card, inherited_metadata, merged_card, own_card
 
 # What is never published: weights that can run code, which readers refuse, and what a run leaves beside a checkpoint.
 _LEFT_OUT = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", ".*", "*.part", "*.journal", "*.tmp", "**/.*")
@@ -56,22 +56,23 @@ def push_folder(
 
     The folder is inspected first, and nothing is sent where something is wrong with it. Files that the Hub has already
     are not sent again: after a dropped connection the same call goes on. Weight files of an older version that are
-    not in the folder are removed with the same commit.
+    not in the folder are removed with the same commit. A README.md that somebody wrote keeps its text; its metadata are
+    completed.
 
     Args:
         folder: the checkpoint.
         repo_id: `name` or `owner/name`; made where it does not exist.
-        private: of a new repository. An existing public one is refused where this is True.
+        private: of a new repository. An existing public one is refused where this is True, for a pull request too.
         revision: branch to commit to, made where it does not exist; "main" by default.
         create_pr: open a pull request instead of committing; to an existing repository.
         message, description: of the commit.
         token: see `HfApi`.
         tags: for the card, beside its own.
-        base_model: Hub name of the dense model; what the folder's card says by default.
-        license: of the card; that of the folder's card or of the base model by default.
+        base_model: Hub name of the dense model, whatever a card says; what the folder's card says by default.
+        license: whatever a card says; that of the folder's card or of the base model by default.
 
     Raises:
-        CheckpointError: no GPTQ checkpoint, or one with problems, which are listed.
+        CheckpointError: no GPTQ checkpoint, or one with problems, which are listed; a README.md that cannot be read.
         ValueError: options that contradict each other, a name that is none, a public repository.
         OSError: the Hub could not be reached or refused.
     """
@@ -85,6 +86,7 @@ def push_folder(
         raise CheckpointError(
             f"{folder} is not published while something is wrong with it: {'; '.join(found.problems)}"
         )
+    own_card(folder / "README.md")  # one that cannot be read is refused before a repository is made
     api = HfApi(token=token)
     try:
         return _pushed(
@@ -107,21 +109,21 @@ def _pushed(
 ) -> Pushed:  # fmt: skip
     if not create_pr:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if private and api.model_info(repo_id).private is False:
-            raise ValueError(
-                f"{repo_id} exists and is public; make it private on the Hub first, or push without private"
-            )
-        if revision not in (None, "main") and not str(revision).startswith("refs/"):
-            api.create_branch(repo_id, branch=str(revision), exist_ok=True)
+    if private and api.model_info(repo_id).private is False:
+        raise ValueError(f"{repo_id} exists and is public; make it private on the Hub first, or push without private")
+    if revision not in (None, "main") and not str(revision).startswith("refs/"):  # never of a pull request
+        api.create_branch(repo_id, branch=str(revision), exist_ok=True)
     files = published_files(folder)
     inherited = _of_base(api, base_model or str(card_metadata(folder / "README.md").get("base_model") or ""))
-    card = folder_card(folder, repo_id, base_model, {**inherited, **({"license": license} if license else {})})
+    stated = {"license": license} if license else {}
+    card = folder_card(folder, repo_id, base_model, stated, inherited)
     with tempfile.TemporaryDirectory() as place:
         staging = Path(place)
         for path in files:
             _link(path, staging / path.name)
         (staging / "README.md").unlink(missing_ok=True)
-        (staging / "README.md").write_text(merged_card(api, repo_id, card, revision, tags), encoding="utf-8")
+        merged = merged_card(api, repo_id, card, revision, tags, base_model, stated)
+        (staging / "README.md").write_bytes(merged.encode())
         names = sorted(path.name for path in staging.iterdir())
         size = sum(path.stat().st_size for path in staging.iterdir())
         commit = api.upload_folder(

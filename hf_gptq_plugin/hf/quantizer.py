@@ -28,7 +28,14 @@ from ..calibrate.report import LayerReport
 from ..calibrate.sources import CalibrationError, read_samples
 from ..calibrate.walk import LINEAR, linear_shape
 from ..config import GPTQConfig
-from ..format.checkpoint import TensorInfo, agreed_format, check_shapes, quantized_modules, read_headers
+from ..format.checkpoint import (
+    TensorInfo,
+    agreed_format,
+    check_shapes,
+    quantized_modules,
+    read_headers,
+    require_g_idx,
+)
 from ..format.spec import CheckpointError, QuantSpec
 from ..nn.linear import QuantLinear
 from ..train.methods import trained
@@ -179,11 +186,7 @@ class GptqQuantizer(HfQuantizer):
             )
         in_features, out_features = linear_shape(layer)
         check_shapes(source, {leaf: t.shape for leaf, t in tensors.items()}, spec, in_features, out_features)
-        if spec.desc_act and "g_idx" not in tensors and spec.groups(in_features) > 1:
-            raise CheckpointError(
-                f"{source}.g_idx is missing from the checkpoint, but desc_act=True needs it to know each input's "
-                "group; the checkpoint is incomplete: fetch it again"
-            )
+        require_g_idx(source, spec, tensors, spec.groups(in_features))
         self._scales_dtypes[target] = tensors["scales"].torch_dtype
         new = QuantLinear(
             in_features,

@@ -30,11 +30,18 @@ class Int8AllReduce:
         self.sent = 0  # bytes that this process has sent
         self.plain = 0  # that a ring all-reduce in fp32 would have sent
         self._left: dict[int, Tensor] = {}
+        self._orders: dict[int, tuple[int, ...]] = {}
 
     # DDP compares these annotations with the types themselves: this module does not postpone theirs.
     def __call__(self, state: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """What DDP calls for every bucket of gradients."""
         gradient = bucket.buffer()
+        # DDP lays its buckets out anew after the first backward: what rounding took belongs to parameters, not places.
+        order = tuple(map(id, bucket.parameters()))
+        if self._orders.get(bucket.index(), order) != order:
+            self._left.clear()
+            self._orders.clear()
+        self._orders[bucket.index()] = order
         reduced = self.reduce(gradient.float(), bucket.index()).to(gradient.dtype)
         future: torch.futures.Future[Tensor] = torch.futures.Future()
         future.set_result(reduced)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from hf_gptq_plugin import GPTQConfig
 from hf_gptq_plugin.calibrate import blocks, journal
-from hf_gptq_plugin.calibrate.journal import Journal, JournalError, fingerprint
+from hf_gptq_plugin.calibrate.journal import Journal, JournalError, discard, fingerprint
 
 
 def quantize(kind: str, path: Path, windows: list[list[int]], **fields: Any) -> Any:
@@ -176,6 +176,18 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(JournalError, match=r"holds 'thesis.tex', which is none of a journal's files"):
         Journal(tmp_path, "x")
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_what_a_killed_process_was_writing_is_the_journals(tmp_path: Path) -> None:
+    """Safetensors writes beside, under a name of its own."""
+    for name in (".tmpAbC123", "quantized-0-1.hidden"):
+        (tmp_path / name).write_text("half")
+    journal = Journal(tmp_path, "x")
+    assert journal.blocks == []
+    journal.commit("model.layers.0", journal.write_block({"a": torch.ones(2)}), [{"name": "x"}], {})
+    (tmp_path / ".tmp0123zZ").write_text("half")
+    discard(tmp_path)
+    assert not tmp_path.exists()
 
 
 def test_fingerprints(tiny: Callable[..., Path]) -> None:

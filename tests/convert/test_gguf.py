@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,12 @@ IDS = torch.arange(3, 35)[None]
 SMALL = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32,
+    "attention_factor": 0.5,
 }  # fmt: skip
 
 
@@ -110,6 +117,30 @@ def test_positions_of_llama_3() -> None:
     torch.testing.assert_close((plain / factors).float(), LlamaRotaryEmbedding(config).inv_freq, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {}, {"attention_factor": 0.5}, {"mscale": 0.7, "mscale_all_dim": 2.0}, {"mscale": 0.7},
+        {"attention_factor": 1.25, "mscale": 0.7, "mscale_all_dim": 2.0}, {"beta_fast": 32.0, "beta_slow": None},
+    ],
+)  # fmt: skip
+def test_yarn_multiplies_as_transformers_does(quantized: Make, tmp_path: Path, more: dict[str, Any]) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32, **more}
+    folder = shutil.copytree(quantized("llama"), tmp_path / "q")
+    config = json.loads((folder / "config.json").read_text()) | {"rope_parameters": rope}
+    (folder / "config.json").write_text(json.dumps(config))
+    write_gguf(open_source(folder), tmp_path / "m.gguf")
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    field = reader.get_field("llama.rope.scaling.attn_factor")
+    # llama.cpp multiplies by 1 + 0.1 ln factor itself, whatever attn_factor is.
+    given = (1.0 if field is None else field.contents()) * (1 + 0.1 * math.log(4))
+    wanted = LlamaRotaryEmbedding(LlamaConfig(max_position_embeddings=128, rope_parameters=rope)).attention_scaling
+    assert given == pytest.approx(wanted, rel=1e-6)
+
+
 def merging_tokenizer(folder: Path) -> None:
     more = {"he": 256, "ll": 257, "hell": 258, "Ġw": 259}
     merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("Ġ", "w")]
@@ -180,6 +211,7 @@ def test_transformers_reads_the_same_weights(
         ("llama", {"hidden_size": 64, "intermediate_size": 96}, {}, {"Q4_0"}),
         ("llama", {"hidden_size": 64, "intermediate_size": 96}, {"sym": False}, {"Q4_1"}),
         ("qwen3", {"head_dim": 32}, {"bits": 8}, {"Q8_0"}),
+        ("llama", {"hidden_size": 64, "intermediate_size": 96, "rope_parameters": YARN}, {"bits": 8}, {"Q8_0"}),
         ("qwen2", {}, {"bits": 8}, {"Q8_0"}),
     ],
 )
@@ -254,6 +286,10 @@ def test_refusals_leave_nothing(quantized: Make, tiny: Make, tmp_path: Path) -> 
 
     refused("BloomForCausalLM cannot be written as GGUF", config(architectures=["BloomForCausalLM"]))
     refused("longrope", config(rope_parameters={"rope_type": "longrope"}))
+    for name, value in (("beta_fast", 16), ("beta_slow", 2.5), ("truncate", False)):
+        match = f"{name}={value} of yarn is not read by llama.cpp"
+        refused(match, config(rope_parameters={**YARN, name: value}))
+    refused("attention_factor='0.5' must be a number", config(rope_parameters={**YARN, "attention_factor": "0.5"}))
     refused("hidden_size=True must be a number", config(hidden_size=True, head_dim=None))
     refused("num_hidden_layers=2000000000 is more than", config(num_hidden_layers=2_000_000_000))
     refused("hidden_act='gelu'", config(hidden_act="gelu"))

@@ -17,6 +17,7 @@ from hf_gptq_plugin import GPTQConfig
 from hf_gptq_plugin.convert.inspect import inspect, patterns
 from hf_gptq_plugin.convert.source import open_source
 from hf_gptq_plugin.convert.stream import convert
+from hf_gptq_plugin.format.spec import CheckpointError
 
 Make = Callable[..., Path]
 
@@ -111,6 +112,50 @@ def test_what_is_missing(quantized: Path, tmp_path: Path) -> None:
         "model.layers.1 lacks mlp.up_proj, which the other blocks have"
     ]  # fmt: skip
     assert "mlp.up_proj.qzeros is missing" in without("model.layers.1.mlp.up_proj.qzeros")[0]
+
+
+def changed(folder: Path, **fields: Any) -> Path:
+    """`fields` put into quantization_config."""
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= fields
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_group_index_alone(quantized: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(quantized, tmp_path / "less"))
+    tensors = load_file(source / "model.safetensors")
+    for leaf in ("qweight", "qzeros", "scales"):
+        del tensors[f"model.layers.1.mlp.up_proj.{leaf}"]
+    save_file(tensors, source / "model.safetensors")
+    (problem,) = inspect(source).problems
+    assert problem.startswith("model.layers.1.mlp.up_proj.g_idx stands without its module's qweight")
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is missing"):
+        AutoModelForCausalLM.from_pretrained(source)
+
+
+@pytest.mark.parametrize("method", ["GPTQ", None])
+def test_other_spellings_of_the_method(quantized: Path, tmp_path: Path, method: str | None) -> None:
+    """Read and told: Transformers has dense layers with random weights there, or an error."""
+    source = changed(Path(shutil.copytree(quantized, tmp_path / "q")), quant_method=method)
+    found = inspect(source)
+    (problem,) = found.problems
+    assert problem.startswith(f'quant_method={method!r} must be "gptq"') and found.layout == "gptq"
+    assert found.runs["hf_gptq_plugin"].startswith("no")
+    assert (found.runs["vLLM with this plugin"] == "yes") == (method == "GPTQ")  # vLLM asks for one
+    convert(open_source(source), tmp_path / "out", "gptq")
+    assert inspect(tmp_path / "out").problems == []
+    ours, theirs = load_file(tmp_path / "out/model.safetensors"), load_file(quantized / "model.safetensors")
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+@pytest.mark.parametrize("method", [["gptq"], 4, {"a": 1}])
+def test_a_method_that_is_no_string(quantized: Path, tmp_path: Path, method: Any) -> None:
+    source = changed(Path(shutil.copytree(quantized, tmp_path / "q")), quant_method=method)
+    (problem,) = inspect(source).problems
+    assert problem == f'quant_method={method!r} must be a string, e.g. "gptq"'
+    with pytest.raises(CheckpointError, match="must be a string"):
+        open_source(source)
 
 
 @pytest.mark.parametrize("layout", ["awq", "compressed-tensors"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -118,6 +119,8 @@ def test_configs_round() -> None:
     }
     found = Gptq("gptq").config(specs, ["a.3", "lm_head"])
     assert found["dynamic"] == {r"-:^a\.3$": {}, r"+:^a\.2$": {"bits": 8, "group_size": -1, "sym": False}}
+    (rule,) = Gptq("gptq").config({"a": QuantSpec(4, 32)}, ["h_0.a-b(c"])["dynamic"]
+    assert rule.startswith("-:") and re.match(rule[2:], "h_0.a-b(c") and not re.match(rule[2:], "h_0xa-b(c")
     assert awq_spec(Awq().config({"a": QuantSpec(4, 32)}, [])) == QuantSpec(4, 32, sym=False)
 
 

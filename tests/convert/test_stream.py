@@ -79,6 +79,34 @@ def test_dense_is_the_dequantized_model(quantized: Make, tmp_path: Path) -> None
     assert all(0 < outcome.error < 2**-8 and "bfloat16" in outcome.note for outcome in rounded)
 
 
+def test_dense_tensors_that_are_rounded_are_told(quantized: Make, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(quantized(sym=True), tmp_path / "q"))
+    ones = torch.ones(64)
+
+    def change(state: dict[str, torch.Tensor]) -> None:
+        for name in state:
+            if name.endswith("scales"):
+                state[name] = torch.full_like(state[name], 2**-5)  # exact in bfloat16
+            elif name.endswith(("lm_head.weight", "embed_tokens.weight")):
+                state[name] = torch.randn(state[name].shape)
+        state["model.norm.weight"] = ones * 1.5
+        state["model.layers.0.input_layernorm.weight"] = ones + 2**-10
+
+    rewrite(source, change)
+    before = load_file(source / "model.safetensors")
+    outcomes = convert(open_source(source), tmp_path / "dense", "dense")
+    after = load_file(tmp_path / "dense/model.safetensors")
+    changed = {n: t for n, t in before.items() if n in after and not torch.equal(after[n].float(), t.float())}
+    assert set(changed) >= {"lm_head.weight", "model.layers.0.input_layernorm.weight"}
+    assert "model.norm.weight" not in changed
+    told = {outcome.module: outcome for outcome in outcomes if not outcome.exact}
+    assert set(told) == set(changed)  # and every module is exact
+    for name, value in changed.items():
+        expected = float((after[name].double() - value.double()).norm() / value.double().norm())
+        assert told[name].error == pytest.approx(expected, rel=1e-9) and told[name].note == "rounded to bfloat16"
+    assert all(outcome.exact for outcome in convert(open_source(source), tmp_path / "f", "dense", dtype=torch.float32))
+
+
 def test_relative_error() -> None:
     w = QuantizedWeight(
         torch.randint(0, 16, (7, 96), dtype=torch.uint8), torch.rand(3, 7).half() + 0.1,
@@ -266,6 +294,62 @@ def test_sources_that_contradict_themselves(quantized: Make, tmp_path: Path) -> 
     (odd / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="quant_method='gptq_v2' is not known"):
         open_source(odd)
+
+
+def test_act_order_without_a_group_index_is_refused(quantized: Make, tmp_path: Path) -> None:
+    """As `from_pretrained` does, in the same words: natural groups would be wrong weights."""
+    source = Path(shutil.copytree(quantized(), tmp_path / "q"))
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["desc_act"] = True
+    (source / "config.json").write_text(json.dumps(config))
+    open_source(source)
+    rewrite(source, lambda s: s.pop(f"{DOWN}.g_idx"))
+    with pytest.raises(CheckpointError) as loading:
+        AutoModelForCausalLM.from_pretrained(source)
+    with pytest.raises(CheckpointError, match=rf"{DOWN}\.g_idx is missing .* desc_act=True needs it") as converting:
+        convert(open_source(source), tmp_path / "out", "dense")
+    assert str(converting.value) == str(loading.value)
+    assert inspect(source).problems == [str(loading.value)]
+    assert not (tmp_path / "out").exists()
+
+
+def test_act_order_of_one_group_needs_no_index(quantized: Make, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(quantized(group_size=-1), tmp_path / "q"))
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["desc_act"] = True
+    (source / "config.json").write_text(json.dumps(config))
+    rewrite(source, lambda s: s.pop(f"{DOWN}.g_idx"))
+    convert(open_source(source), tmp_path / "out", "dense", dtype=torch.float32)
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(quantized(group_size=-1)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rules", [{"-:.*down_proj": {}}, {"-:.*down_proj": {}, "+:.*down_proj": {"bits": 8}}])
+def test_codes_of_an_excluded_module_are_read_as_loaders_do(
+    quantized: Make, tmp_path: Path, rules: dict[str, Any]
+) -> None:
+    """What is quantized is decided by the tensors."""
+    source = Path(shutil.copytree(quantized(), tmp_path / "q"))
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["dynamic"] = rules
+    (source / "config.json").write_text(json.dumps(config))
+    assert inspect(source).problems == []
+    loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    assert torch.equal(loaded(input_ids=IDS).logits, logits(quantized()))  # as without the rule
+    convert(open_source(source), tmp_path / "dense", "dense", dtype=torch.float32)
+    written = load_file(tmp_path / "dense/model.safetensors")[f"{DOWN}.weight"]
+    assert torch.equal(written, loaded.dequantize().get_submodule(DOWN).weight)
+    convert(open_source(source), tmp_path / "v2", "gptq_v2")
+    assert torch.equal(logits(tmp_path / "v2"), logits(quantized()))
+
+
+def test_names_with_signs_of_regular_expressions(quantized: Make, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(quantized(), tmp_path / "q"))
+    odd = "a(b.[c"
+    rewrite(source, lambda s: s.update({f"{odd}.weight": torch.ones(4, 4)}))
+    convert(open_source(source), tmp_path / "v2", "gptq_v2")
+    open_source(tmp_path / "v2")
+    rules = json.loads((tmp_path / "v2/config.json").read_text())["quantization_config"]["dynamic"]
+    assert [rule for rule in rules if re.match(rule.removeprefix("-:"), odd)]
 
 
 def test_an_int64_group_index_is_compressed_tensors_alone(quantized: Make, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,22 @@ def test_tensor_in_two_files(tmp_path: Path) -> None:
     files = [write(tmp_path / f"{i}.safetensors", x=torch.zeros(1)) for i in range(2)]
     with pytest.raises(CheckpointError, match=r"tensor x stands in 0\.safetensors and in 1\.safetensors"):
         checkpoint.read_headers(files)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "\ud800.safetensors"])
+def test_a_name_that_no_file_has(tmp_path: Path, name: str) -> None:
+    (tmp_path / checkpoint.INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match=rf"{checkpoint.INDEX} names"):
+        checkpoint.weight_files(tmp_path)
+
+
+def test_act_order_needs_a_group_index() -> None:
+    spec = QuantSpec(4, 32, desc_act=True)
+    with pytest.raises(CheckpointError, match=r"^m\.g_idx is missing .* desc_act=True"):
+        checkpoint.require_g_idx("m", spec, ("qweight", "qzeros", "scales"), 2)
+    checkpoint.require_g_idx("m", spec, ("qweight", "qzeros", "scales"), 1)
+    checkpoint.require_g_idx("m", spec, checkpoint.TENSORS, 2)
+    checkpoint.require_g_idx("m", QuantSpec(4, 32), ("qweight", "qzeros", "scales"), 2)
 
 
 INT, HALF = torch.zeros(2, 8, dtype=torch.int32), torch.zeros(1, 8, dtype=torch.float16)

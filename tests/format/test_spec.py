@@ -26,6 +26,8 @@ def test_impossible_specs_are_refused(field: str, value: Any) -> None:
     [
         ([], "must be a JSON object"),
         ({"quant_method": "awq", "bits": 4}, "quant_method='awq' is not GPTQ"),
+        ({"quant_method": ["gptq"], "bits": 4}, r"quant_method=\['gptq'\] must be a string"),
+        ({"quant_method": "", "bits": 4}, "quant_method='' is not GPTQ"),
         ({"quant_method": "gptq"}, "has no field 'bits'"),
         ({"bits": 5}, "bits=5 is not supported"),
         ({"bits": 4, "group_size": "all"}, "group_size='all' is not supported"),
@@ -47,6 +49,8 @@ def test_defaults_and_spellings() -> None:
     read = CheckpointConfig.from_dict({"bits": 3, "format": "GPTQ_V2", "unknown": 1})
     assert read.spec == QuantSpec(3, 128, True, False, "gptq_v2")
     assert CheckpointConfig.from_dict({"bits": 4, "checkpoint_format": "gptq", "format": "gptq_v2"}).spec.zero_offset
+    for method in ("GPTQ", None):
+        assert CheckpointConfig.from_dict({"bits": 4, "quant_method": method}).spec == QuantSpec(4)
 
 
 def test_dynamic_rules_first_match_wins() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -182,13 +183,14 @@ def test_push_by_command(
     hub.repos["maker/base"] = {"README.md": b"---\nlicense: apache-2.0\nlanguage:\n- en\n---\nThe base.\n"}
     hub.repos["me/old"] = {"model-00001-of-00009.safetensors": b"old", "notes.txt": b"kept"}
     hub.repos["me/public"] = {"notes.txt": b"public"}
-    preview, first, pull, branch, public, both, nowhere, damaged = commands(
+    preview, first, pull, branch, public, hidden, both, nowhere, damaged = commands(
         hub,
         ["push", checkpoint, "me/q4", "--dry-run", "--base-model", "maker/base"],
         ["push", checkpoint, "me/old", "--base-model", "maker/base", "--tag", "a", "--tag", "b", "--json"],
         ["push", checkpoint, "me/public", "--create-pr", "--message", "Please"],
         ["push", checkpoint, "me/new", "--private", "--revision", "4bit"],
         ["push", checkpoint, "me/public", "--private"],
+        ["push", checkpoint, "me/public", "--private", "--create-pr"],
         ["push", checkpoint, "me/new", "--create-pr", "--revision", "4bit"],
         ["push", checkpoint, "not a name!"],
         ["push", checkpoint.parent, "me/new"],
@@ -219,11 +221,46 @@ def test_push_by_command(
     assert branch.code == 0 and "me/new" in hub.private
     assert hub.repos["me/new"] == {} and set(sent) < set(hub.branches["me/new"]["4bit"])
 
-    assert public.code == 1 and "me/public exists and is public" in public.err
+    for refused in (public, hidden):
+        assert refused.code == 1 and "me/public exists and is public" in refused.err
+    assert set(hub.branches["me/public"]) == {"refs/pr/1"}  # that of the first
     assert both.code == 1 and "exclude each other" in both.err
     assert nowhere.code == 1 and "no name of a repository" in nowhere.err
     assert damaged.code == 1 and "config.json" in damaged.err
     assert not any("Traceback" in each.err for each in (public, both, nowhere, damaged))
+
+
+def test_a_card_of_ones_own(
+    pushed: tuple[LoopbackHub, Path], commands: Callable[..., list[Done]], checkpoint: Path
+) -> None:
+    hub, _ = pushed
+    readme, words = checkpoint / "README.md", "# Mine\n\nWords,  as they are.\n"
+    options = ["--license", "apache-2.0", "--base-model", "owner/base", "--tag", "t1"]
+    heads = ("", "---\ntags: old\nlicense: mit\nlibrary_name: other\n---\n")
+    for number, (head, line_end) in enumerate(product(heads, ("\n", "\r\n"))):
+        readme.write_bytes((head + words).replace("\n", line_end).encode())
+        (done,) = commands(hub, ["push", checkpoint, f"me/own-{number}", *options])
+        assert done.code == 0, done.err
+        content = hub.repos[f"me/own-{number}"]["README.md"].decode()
+        assert content.endswith(f"---{line_end}" + words.replace("\n", line_end))
+        card = ModelCard(content)
+        assert (card.data.license, card.data.base_model) == ("apache-2.0", "owner/base")
+        assert card.data.library_name == ("other" if head else "transformers")
+        assert card.data.tags == [*(["old"] if head else []), "gptq", "hf-gptq-plugin", "4-bit", "t1"]
+    for content, message in (
+        (b"---\nlicense: [mit\n---\nwords\n", "README.md cannot be read"),
+        (b"# caf\xe9\n", "README.md is no UTF-8 text"),
+    ):
+        readme.write_bytes(content)
+        for refused in commands(hub, ["push", checkpoint, "me/unread"], ["push", checkpoint, "me/unread", "--dry-run"]):
+            assert refused.code == 1 and message in " ".join(refused.err.split()) and "Traceback" not in refused.err
+    assert "me/unread" not in hub.repos
+    # The same where the repository's own cannot be read.
+    readme.unlink()
+    hub.repos["me/broken"] = {"README.md": b"---\nlicense: [mit\n---\nwords\n"}
+    (broken,) = commands(hub, ["push", checkpoint, "me/broken"])
+    assert broken.code == 1 and "README.md of me/broken cannot be read" in " ".join(broken.err.split())
+    assert set(hub.repos["me/broken"]) == {"README.md"}
 
 
 def test_a_dropped_connection(

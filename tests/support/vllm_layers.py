@@ -53,7 +53,7 @@ def dense(weights: list[QuantizedWeight]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts))
 
 
-def make(kind: Callable[..., Any], spec: QuantSpec, *sizes: Any, **arguments: Any) -> Any:
+def make(kind: Callable[..., Any], spec: QuantSpec, *sizes: Any, bias: bool = False, **arguments: Any) -> Any:
     """A layer of vLLM named "layer", quantized by the plugin."""
     from vllm_plugin.config import HfGptqConfig
 
@@ -64,7 +64,7 @@ def make(kind: Callable[..., Any], spec: QuantSpec, *sizes: Any, **arguments: An
         }
     )  # fmt: skip
     config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    return kind(*sizes, bias=False, params_dtype=torch.float32, quant_config=config, **arguments)
+    return kind(*sizes, bias=bias, params_dtype=torch.float32, quant_config=config, **arguments)
 
 
 def load(layer: Any, weight: QuantizedWeight, *shard: Any, leave_out: tuple[str, ...] = ()) -> None:

@@ -73,8 +73,17 @@ def test_vllm_finds_the_plugin() -> None:
         ({"group_size": 48}, None, True),
         ({"group_size": -1}, None, False),
         ({"dynamic": {"+:.*down_proj": {"bits": 3}}}, None, True),
-        ({"dynamic": {"+:.*down_proj": {"bits": 8}}}, None, False),
+        ({"dynamic": {"+:.*down_proj": {"bits": 8}}}, None, True),
+        ({"dynamic": {"+:.*down_proj": {"bits": 4}}}, None, False),
+        ({"dynamic": {r"+:language_model\.layers\.7\.self_attn\.[qkv]_proj": {"group_size": 64}}}, None, True),
         ({"dynamic": {"-:.*down_proj": {"bits": 3}}}, None, False),
+        ({"dynamic": {r"+:.*\.(q|k|v)_proj": {"group_size": 64}}}, None, True),  # vLLM asks for qkv_proj
+        ({"dynamic": {r"-:model\.layers\.7\.mlp\.(gate|up)_proj": {}}}, None, True),
+        ({"dynamic": {r"-:model\.layers\.7\.": {}}}, None, False),
+        ({"dynamic": {r"-:.*\.q_proj": {}}}, None, True),
+        ({"dynamic": {r"-:(?!.*\.(q_proj|k_proj|v_proj)$).*": {}}}, None, True),  # which leaves qkv_proj out
+        ({"dynamic": {r"-:.*\.experts\..*": {}}}, None, True),  # vLLM asks for mlp.experts
+        ({"dynamic": {r"-:.*\.experts": {}}}, None, False),
         ({"quant_method": "awq", "bits": 3}, "hf_gptq", False),
         ({"bits": 5}, None, False),
         ({"bits": 5}, "hf_gptq", True),
@@ -166,7 +175,6 @@ def test_a_layer_is_quantized_where_the_checkpoint_has_codes(tmp_path: Path) -> 
     fused = made.scheme("model.layers.0.self_attn.qkv_proj")
     assert fused.names == tuple(ATTENTION[:3])
     assert fused.spec == QuantSpec(4, 32) and fused.scales_dtype == torch.float16
-    assert not fused.has_bias
     assert made.scheme("model.layers.0.mlp.down_proj") is None
     assert made.scheme("lm_head") is None
 

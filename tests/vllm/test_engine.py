@@ -69,6 +69,10 @@ LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
             (*LLAMA, "lm_head"), id="2 bit, some of 8, quantized head with an adapter, padded vocabulary",
         ),
         pytest.param(
+            "llama", dict(bits=4, group_size=32, dynamic={r"+:.*\.(q|k|v)_proj": {"group_size": 64}}), LLAMA,
+            id="a rule that names the parts of a fused layer",
+        ),
+        pytest.param(
             "phi3", dict(bits=4, group_size=16), ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
             id="fused on disk, tied embeddings, groups of 16",
         ),

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from vllm_layers import K, decoded, dense, finish, load, make, random_weight, tensor_parallel
 
 from hf_gptq_plugin.format.grid import QuantizedWeight
@@ -32,11 +34,11 @@ SPECS = [
 ]
 
 
-def make_qkv(spec: QuantSpec, kv_heads: int = 1) -> Any:
+def make_qkv(spec: QuantSpec, kv_heads: int = 1, **options: Any) -> Any:
     """A fused layer of 2 query heads and `kv_heads` key-value heads of 32."""
     from vllm.model_executor.layers.linear import QKVParallelLinear
 
-    return make(QKVParallelLinear, spec, K, 32, 2, kv_heads, prefix="attn.qkv_proj")
+    return make(QKVParallelLinear, spec, K, 32, 2, kv_heads, prefix="attn.qkv_proj", **options)
 
 
 def qkv_weights(spec: QuantSpec, kv_heads: int = 1) -> dict[str, QuantizedWeight]:
@@ -253,14 +255,60 @@ def test_g_idx_of_some_shards_only_is_refused() -> None:
             finish(layer)
 
 
-def test_missing_bias_is_named() -> None:
-    from vllm_plugin.loading import Scheme, ShardLoader
-
+def test_missing_biases_are_named() -> None:
+    """Of all parts or of one: whatever does not come would be served as memory happened to be."""
+    spec = QuantSpec(4, 32)
     with tensor_parallel():
-        scheme = Scheme(("attn.qkv_proj",), QuantSpec(4, 32), torch.float16, has_bias=False)
-        loader = ShardLoader(make_qkv(scheme.spec), scheme, (0, K), 128, load=lambda *_: None)
-        with pytest.raises(CheckpointError, match=r"no .*attn\.qkv_proj\.bias, so attn\.qkv_proj cannot be served"):
-            loader.require_all(torch.empty(128))
+        layer = make_qkv(spec, bias=True)
+        for shard, weight in qkv_weights(spec).items():
+            load(layer, weight, shard)
+        with pytest.raises(CheckpointError, match=r"no attn\.q_proj\.bias, attn\.k_proj\.bias, attn\.v_proj\.bias, so"):
+            finish(layer)
+        for shard in "qk":
+            layer.bias.weight_loader(layer.bias, torch.ones(64 if shard == "q" else 32), shard)
+        with pytest.raises(CheckpointError, match=r"no attn\.v_proj\.bias, so"):
+            finish(layer)
+        layer.bias.weight_loader(layer.bias, torch.ones(32), "v")
+        finish(layer)
+        assert torch.equal(layer.bias, torch.ones(128))
+
+
+@pytest.mark.parametrize(("model", "served"), [("whisper", True), ("qwen2", False)])
+def test_keys_without_a_bias(model: str, served: bool, tmp_path: Path) -> None:
+    """Whisper has none on its keys, vLLM's layer has, and its loader makes zeros up beside dense weights only."""
+    from transformers import PreTrainedConfig
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+
+    from vllm_plugin.config import HfGptqConfig
+
+    spec = QuantSpec(4, 32)
+    weights = qkv_weights(spec)
+    tensors = {f"attn.{shard}_proj.{leaf}": t.clone() for shard, w in weights.items() for leaf, t in w.pack().items()}
+    save_file(
+        {**tensors, "attn.q_proj.bias": torch.ones(64), "attn.v_proj.bias": torch.ones(32)}, tmp_path / "m.safetensors"
+    )
+    config = HfGptqConfig.from_config(
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+    )
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    described = PreTrainedConfig()
+    described.model_type = model
+    config.maybe_update_config(str(tmp_path), hf_config=described)
+    with tensor_parallel():
+        layer = QKVParallelLinear(
+            K, 32, 2, 1, bias=True, params_dtype=torch.float32, quant_config=config, prefix="attn.qkv_proj"
+        )
+        layer.bias.data.fill_(float("nan"))
+        for shard, weight in weights.items():
+            load(layer, weight, shard)
+            if shard != "k":
+                layer.bias.weight_loader(layer.bias, torch.ones(len(weight.codes)), shard)
+        if served:
+            finish(layer)
+            assert layer.bias.tolist() == [1] * 64 + [0] * 32 + [1] * 32
+        else:
+            with pytest.raises(CheckpointError, match=r"no attn\.k_proj\.bias, so attn\.qkv_proj cannot be served"):
+                finish(layer)
 
 
 @pytest.mark.parametrize(
