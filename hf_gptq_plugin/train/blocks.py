@@ -161,7 +161,7 @@ def _divisor(scales: Tensor) -> Tensor:
 def _by_chance(places: Tensor, draw: torch.Generator) -> Tensor:
     """Up as often as a place lies towards the next code, else down, so that the mean over many roundings is exact.
     Rounded to the nearest, what changes by less than half a code at a time would never change."""
-    chance = torch.rand(places.shape, generator=draw, device=places.device)
+    chance = torch.rand(places.shape, generator=draw, device=draw.device).to(places.device)
     if hasattr(places, "device_mesh"):  # a DTensor, of FSDP: every process has drawn for the whole
         from torch.distributed.tensor import DTensor
 

@@ -80,7 +80,7 @@ class QGaLore(torch.optim.Optimizer):
             state = self.state[p]
             state["step"] = state.get("step", 0) + 1
             if p.dim() == 2 and min(p.shape) > group["rank"]:
-                draw = torch.Generator(p.device).manual_seed(number * _SEEDS + state["step"])
+                draw = torch.Generator().manual_seed(number * _SEEDS + state["step"])
                 update = _subspace_step(p.grad.float(), state, group, draw)
             else:
                 update = _plain_step(p.grad.float(), state, group)
