@@ -9,9 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# Names of parameters: what Transformers and accelerate call the files of offloaded weights by. What safetensors was
-# writing when it was killed has a name of its own.
-_OFFLOADED = re.compile(r"(\w+\.)+[A-Za-z_]\w*\.(dat|safetensors)|index\.json|\.tmp\w{6}")
+# Names of parameters: what Transformers and accelerate call the files of offloaded weights by.
+_OFFLOADED = re.compile(r"(\w+\.)+[A-Za-z_]\w*\.(dat|safetensors)|index\.json")
 _PACKED = ("qweight", "weight_packed", "weight_scale_inv")
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _CONVERTED = ("gptq", "awq", "compressed-tensors")  # layouts that `hf-gptq convert` reads
@@ -91,7 +90,7 @@ def require_own_offload(folder: Path) -> None:
     if not folder.exists():
         return
     inside = sorted(folder.iterdir()) if folder.is_dir() else [folder]
-    others = [path.name for path in inside if not (path.is_file() and _OFFLOADED.fullmatch(path.name))]
+    others = [path.name for path in inside if not (path.is_file() and _is_offloaded(path.name))]
     if others:
         raise ValueError(
             f"{folder} is where --low-memory keeps weights and deletes them, and holds {others[0]!r}; move that, or "
@@ -99,10 +98,16 @@ def require_own_offload(folder: Path) -> None:
         )
 
 
+def _is_offloaded(name: str) -> bool:
+    from hf_gptq_plugin.calibrate.journal import BEGUN
+
+    return (_OFFLOADED.fullmatch(name) or BEGUN.fullmatch(name)) is not None
+
+
 def discard_offload(folder: Path) -> None:
     """Remove what was offloaded, and the folder where nothing else is in it."""
     for path in folder.glob("*"):
-        if _OFFLOADED.fullmatch(path.name):
+        if _is_offloaded(path.name):
             path.unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()

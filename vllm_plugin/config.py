@@ -266,16 +266,16 @@ def _refused_by_vllm(config: Mapping[str, Any]) -> bool:
         return False  # not ours to explain unless we are asked for
     if any(field not in config for field in ("group_size", "desc_act", "sym")):
         return True  # it has no defaults for them
-    rules = (resolve(checkpoint.spec, {".*": o}, "") for p, o in checkpoint.dynamic.items() if p[:2] != "-:")
-    return _misled_by_rules(checkpoint) or any(
-        spec != checkpoint.spec  # vLLM asks for fused layers' names, whatever the rule's are
+    spec = checkpoint.spec
+    rules = (resolve(spec, {".*": o}, "") for p, o in checkpoint.dynamic.items() if p[:2] != "-:")
+    return (
+        any(own != spec for own in rules)  # vLLM asks for fused layers' names, whatever the rule's are
+        or _misled_by_rules(checkpoint)
         or spec.bits not in _own_bits()
         or not spec.sym
         or (spec.desc_act and spec.group_size != -1)
         or spec.checkpoint_format != "gptq"
         or spec.group_size not in (-1, 32, 64, 128)
-        for spec in (checkpoint.spec, *rules)
-        if spec is not None
     )
 
 

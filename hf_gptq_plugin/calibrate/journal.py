@@ -27,7 +27,7 @@ from torch import Tensor, nn
 logger = logging.getLogger(__name__)
 
 # What safetensors writes to before it renames; a process that is killed leaves it.
-_BEGUN = re.compile(r"\.tmp\w{6}")
+BEGUN = re.compile(r"\.tmp\w{6}")
 _INDEX = "journal.json"
 _VERSION = 1
 _SAMPLED = 256  # values of every tensor that take part in a fingerprint
@@ -289,7 +289,7 @@ def _where(module: nn.Module, name: str) -> list[Any]:
 
 def _ours(name: str) -> bool:
     written = name == _INDEX or name.endswith((".hidden", ".part")) or name.startswith("block-")
-    return written or _BEGUN.fullmatch(name) is not None
+    return written or BEGUN.fullmatch(name) is not None
 
 
 @contextmanager
