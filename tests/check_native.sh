@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The native kernels under the address and undefined-behaviour sanitizers, for every instruction set: AVX-512 is
-# computed with AVX2, so that it is tested on processors without it too. Needs cmake, ninja, GCC and AVX2.
+# computed with AVX2 and AMX number by number, so that they are tested on processors without them too. Needs cmake, ninja, GCC and AVX2.
 #
 #     tests/check_native.sh PYTHON     a Python with the package's test requirements
 set -euo pipefail
@@ -25,9 +25,10 @@ sys.exit(0 if status.isa == sys.argv[1] else f"asked for {sys.argv[1]}: {status}
 }
 run avx512bf16 tests/nn/test_pairs.py
 run avx512bf16 tests/nn/test_ops.py -k "not pytorch"
+run amx tests/nn/test_tiles.py
 # The others have no order of operations of their own: what reads and writes memory.
 memory="not pytorch and not against_float64 or test_transposed_against_float64 and native"
-for isa in avx512f avx2 portable; do
+for isa in amx avx512f avx2 portable; do
   run "$isa" tests/nn/test_ops.py -k "$memory"
 done
 run avx2 tests/nn/test_fixed.py

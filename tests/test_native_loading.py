@@ -72,7 +72,7 @@ def test_present() -> None:
     core = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
     pool = "torch" if hasattr(core, "torch_parallel_for") else "serial"  # torch 2.8 does not export it
     assert (found["state"], found["threads"]) == ("loaded", pool)
-    assert found["isa"] in ("avx512bf16", "avx512f", "avx2", "portable")
+    assert found["isa"] in ("amx", "avx512bf16", "avx512f", "avx2", "portable")
     code, row = doctor()
     assert code == 0 and row["state"] == "ok" and str(found["isa"]) in row["detail"]
 

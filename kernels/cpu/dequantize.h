@@ -111,11 +111,6 @@ int dequantize_bits(const DequantizeArguments& a) {
                       dequantize_blocks<kBits>, &a);
 }
 
-int dequantize(const DequantizeArguments& a) {
-  return with_width(a.weight.bits,
-                    [&](auto width) { return dequantize_bits<decltype(width)::kBits>(a); });
-}
-
 }  // namespace
 }  // namespace hf_gptq
 

@@ -16,6 +16,19 @@
 #include "transposed.h"
 
 namespace hf_gptq {
+namespace {
+
+int dequantize(const DequantizeArguments& a) {
+  return with_width(a.weight.bits,
+                    [&](auto width) { return dequantize_bits<decltype(width)::kBits>(a); });
+}
+
+int transposed(const TransposedArguments& a) {
+  return with_width(a.weight.bits,
+                    [&](auto width) { return transposed_bits<decltype(width)::kBits>(a); });
+}
+
+}  // namespace
 
 extern const Kernels HF_GPTQ_KERNELS;
 const Kernels HF_GPTQ_KERNELS = {HF_GPTQ_ISA, linear,          dequantize, transposed,

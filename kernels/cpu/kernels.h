@@ -177,6 +177,12 @@ struct Kernels {
 // `linear` with activations rounded to 8 bits.
 int linear_int8_avx512vnni(const LinearArguments&);
 
+#ifdef HF_GPTQ_AMX
+// Of the same table as kernels_avx512bf16, but for these.
+int linear_amx(const LinearArguments&);
+int transposed_amx(const TransposedArguments&);
+#endif
+
 extern const Kernels kernels_avx512bf16;
 extern const Kernels kernels_avx512f;
 extern const Kernels kernels_avx2;

@@ -118,6 +118,7 @@ void transposed_panels(const TransposedJob& job, int64_t step, int64_t begin, in
   alignas(64) static constexpr float kNothing[kDequantizeRows] = {};
   for (int64_t i = 0; i < count; i += kBlockColumns / kTogether) {
     const int64_t block = (step + i) * kTogether / kBlockColumns;
+    if (block == column_blocks(w.N)) break;  // steps may be more than outputs (tile_transposed.h)
     const BlockWords words =
         block == column_blocks(w.N) - 1 ? last : block_words(w, block, nullptr);
     dequantize_tile<kBits>(w, job.a.runs, words, block, begin, end, dense);
@@ -206,11 +207,6 @@ int transposed_bits(const TransposedArguments& a) {
     if (a.dtype == HF_GPTQ_BF16) return run_transposed<kBits, true>(a);
   }
   return run_transposed<kBits, false>(a);
-}
-
-int transposed(const TransposedArguments& a) {
-  return with_width(a.weight.bits,
-                    [&](auto width) { return transposed_bits<decltype(width)::kBits>(a); });
 }
 
 }  // namespace

@@ -416,6 +416,7 @@ HF_GPTQ_DEVICE void consume(const Problem& problem, unsigned char* stages, uint3
                                                  stage + S::kX + S::kW + chunk * S::kGrid, row);
         }
       }
+      async_proxy_fence();  // copies will overwrite what ordinary loads have read
       __syncwarp();
       if (lane == 0) mbarrier_arrive(empty + 8 * turn.stage);
       turn.next(S::kStages);

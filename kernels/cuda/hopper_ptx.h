@@ -58,6 +58,12 @@ HF_GPTQ_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 }
 
+// What this thread has read or written in shared memory comes before what the copy engine writes
+// there, once a barrier that this thread then arrives at, or its warp, lets it.
+HF_GPTQ_DEVICE void async_proxy_fence() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 // ---- clusters
 
 // All threads of all blocks of the cluster.

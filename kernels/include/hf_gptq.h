@@ -114,7 +114,8 @@ HF_GPTQ_API const char* hf_gptq_build_info(void);
 
 // The instruction set in use: "avx512bf16", "avx512f", "avx2" (with FMA and F16C) or "portable". It
 // is the best one that was compiled in and that this CPU has, or the one named by the environment
-// variable HF_GPTQ_ISA; the choice is made once, at the first call that needs it.
+// variable HF_GPTQ_ISA; "amx" (AMX-BF16 beside "avx512bf16", Linux) is taken where it is named
+// only. The choice is made once, at the first call that needs it.
 HF_GPTQ_API const char* hf_gptq_cpu_isa(void);
 
 // NULL, or why the value of HF_GPTQ_ISA could not be honoured and the best one is used instead.
@@ -139,7 +140,7 @@ typedef void* (*hf_gptq_lookup_t)(const char* name);
 HF_GPTQ_API int hf_gptq_register_torch_op(hf_gptq_lookup_t lookup);
 
 // Sets what hf_gptq_linear does with activations, for the whole process; exact at first. With int8,
-// for which the processor must have AVX-512 with VNNI ("avx512bf16" or "avx512f" in use),
+// for which the processor must have AVX-512 with VNNI ("amx", "avx512bf16" or "avx512f" in use),
 // activations of every type are rounded to 8 bits, which is faster where many rows are multiplied.
 // Other functions stay as they are.
 HF_GPTQ_API int hf_gptq_set_activations(int32_t activations);
@@ -177,6 +178,17 @@ HF_GPTQ_API int32_t hf_gptq_activations(void);
 // rounds subnormal results to zero. Here and with "avx2", a weight whose runs divide units so often
 // that there are more than K pairs is computed as by avx512f; that does not depend on x.
 //
+// "amx" cuts a run into parts of 256 codes, counted from the beginning of its first unit. The pairs
+// of a part, in the order of "avx512bf16", are taken by sixteens, the last of which may be fewer:
+//   for each sixteen:  lower = upper = 0
+//     for each pair:  lower = fma(x of i, code - zero, lower)
+//                     upper = fma(x of i + U/2, code - zero, upper)
+//     sum = sum + (lower + upper)
+//   total = fma(sum, scale, total)
+// where all but the last takes subnormal numbers for zero and rounds subnormal results to zero. A
+// weight whose parts are so short that there would be more than K pairs in whole sixteens is
+// computed as by avx512bf16.
+//
 // With HF_GPTQ_ACTIVATIONS_INT8, x converts exactly to fp32, and a run is cut into parts of 256
 // codes, counted from the beginning of its first unit. For each part, with m the largest |x|:
 //   q = rint(x * fp32(127 / m));  0 if m < 2^-119
@@ -197,8 +209,8 @@ HF_GPTQ_API int hf_gptq_linear(const hf_gptq_weight* weight,
 // y = x @ weight, for gradients by the activations: in fp32, the products of the dense weight as
 // hf_gptq_dequantize rounds it to fp32, summed over n as hf_gptq_matmul sums over its k; y rounded
 // to nearest even. "avx512bf16" rounds the dense weight to bf16 where x is, and sums pairs; it
-// takes subnormal numbers for zero. A row of y has the same bits whatever M is and whatever the
-// other rows are.
+// takes subnormal numbers for zero; "amx" sums these by sixteens as above. A row of y has the same
+// bits whatever M is and whatever the other rows are.
 HF_GPTQ_API int hf_gptq_linear_transposed(const hf_gptq_weight* weight,
                                           const void* x,         // [M, N], rows x_row_stride apart
                                           int32_t x_dtype,       // hf_gptq_dtype of x and y

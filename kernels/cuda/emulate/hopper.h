@@ -46,6 +46,8 @@ inline void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
 
 inline void mbarrier_init_fence() {}
 
+inline void async_proxy_fence() {}
+
 inline void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
   emulate::PhaseBarrier* found = emulate::find_barrier(barrier);
   if (!found) return;
