@@ -54,10 +54,11 @@ def evaluate(
 
     hf-gptq eval ./smollm2-4bit --tasks arc_easy,piqa --limit 200
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from hf_gptq_plugin.calibrate.sources import read_text
     from hf_gptq_plugin.hf.evaluate import harness, perplexity, sliding_windows
+    from hf_gptq_plugin.hf.loading import load_model
 
     if text is None and not tasks:
         raise ValueError("nothing to evaluate on: name a file with --text, or tasks with --tasks")
@@ -67,7 +68,7 @@ def evaluate(
     pieces = (
         [] if content is None else sliding_windows(tokenizer, content, seqlen, stride or None, windows or None, bos)
     )
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch_dtype(dtype), device_map=device_map)
+    loaded: Any = load_model(model, dtype=torch_dtype(dtype), device_map=device_map)
     result: dict[str, Any] = {"model": model}
     if pieces:
         warn_long(loaded.config, max(ids.shape[1] for ids, _ in pieces), "--seqlen")
@@ -122,17 +123,15 @@ def verify(
 
     hf-gptq verify ./converted ./smollm2-4bit --text held-out.txt --max-divergence 1e-6 --json
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from hf_gptq_plugin.calibrate.sources import read_text
     from hf_gptq_plugin.hf.evaluate import compared, text_windows
+    from hf_gptq_plugin.hf.loading import load_model
 
     require_loadable(model, reference, device_map=device_map)
     pieces = text_windows(AutoTokenizer.from_pretrained(reference), read_text(text), seqlen, windows or None)
-    first, second = (
-        AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype(dtype), device_map=device_map)
-        for name in (model, reference)
-    )
+    first, second = (load_model(name, dtype=torch_dtype(dtype), device_map=device_map) for name in (model, reference))
     found = compared(first, second, pieces)
     failed = max_divergence is not None and not found.divergence <= max_divergence
     failed = failed or (min_agreement is not None and not found.agreement >= min_agreement)
@@ -164,15 +163,15 @@ def bench(
 
     Example: hf-gptq bench ./smollm2-4bit --reference ./smollm2 --prompt 256 --new 64
     """
-    from transformers import AutoModelForCausalLM
 
     from hf_gptq_plugin.hf.bench import speed
+    from hf_gptq_plugin.hf.loading import load_model
 
     names = list(dict.fromkeys([model, *([reference] if reference else [])]))
     require_loadable(*names, device_map=device_map)
     found = {}
     for name in names:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype(dtype), device_map=device_map)
+        loaded: Any = load_model(name, dtype=torch_dtype(dtype), device_map=device_map)
         found[name] = speed(loaded, prompt, new, batch, repeats, progress=not as_json)
         del loaded
     if as_json:

@@ -16,10 +16,8 @@ from .refuse import (
     MAPS,
     discard_offload,
     require_dense,
-    require_device,
-    require_exists,
+    require_loadable,
     require_own_offload,
-    require_weights,
     require_writable,
     warn_long,
 )
@@ -157,6 +155,7 @@ def quantize(
     from hf_gptq_plugin.calibrate.sources import read_text
     from hf_gptq_plugin.config import GPTQConfig
     from hf_gptq_plugin.hf.evaluate import perplexity, text_windows
+    from hf_gptq_plugin.hf.loading import load_model
     from hf_gptq_plugin.hf.report import write_report
     from hf_gptq_plugin.hf.saving import save_checkpoint
 
@@ -188,10 +187,8 @@ def quantize(
             "--eval-text loads the whole dense model, which --low-memory is to avoid; leave it out, and run "
             "hf-gptq eval on MODEL and on OUT afterwards"
         )
-    require_exists(model)
+    require_loadable(model, device_map=device_map)
     require_dense(model)
-    require_weights(model)
-    require_device(device_map)
     require_writable(out)
     if low_memory:
         require_own_offload(offloaded)
@@ -209,7 +206,7 @@ def quantize(
     if eval_text is not None:
         pieces = text_windows(tokenizer, read_text(eval_text), eval_seqlen, eval_windows or None)
         warn_long(made_for, max((ids.shape[1] for ids in pieces), default=0), "--eval-seqlen")
-        before = perplexity(AutoModelForCausalLM.from_pretrained(model, **loading), pieces)
+        before = perplexity(load_model(model, **loading), pieces)
     quantized: Any = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, **loading)
     if processes.rank():
         return  # all processes hold the same model; the first one writes it

@@ -11,17 +11,18 @@ from typing import Any
 
 # Names of parameters: what Transformers and accelerate call the files of offloaded weights by.
 _OFFLOADED = re.compile(r"(\w+\.)+[A-Za-z_]\w*\.(dat|safetensors)|index\.json")
-_PACKED = ("qweight", "weight_packed", "weight_scale_inv")
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _CONVERTED = ("gptq", "awq", "compressed-tensors")  # layouts that `hf-gptq convert` reads
 
 
 def require_loadable(*models: str, device_map: str) -> None:
-    """Check that models can be loaded where they are wanted: see the three below.
+    """Check that models can be loaded where they are wanted: see those below and `hf.loading`.
 
     Raises:
         ValueError: one cannot.
     """
+    from hf_gptq_plugin.hf.loading import require_weights
+
     require_exists(*models)
     require_weights(*models)
     require_device(device_map)
@@ -121,10 +122,13 @@ def require_dense(model: str) -> None:
     """
     from transformers import PreTrainedConfig
 
-    config = _local_config(model)
+    from hf_gptq_plugin.format.checkpoint import quantization_of
+    from hf_gptq_plugin.hf.loading import local_config
+
+    config = local_config(model)
     if config is None:
         config, _ = PreTrainedConfig.get_config_dict(model)
-    quantization = _quantization(config)
+    quantization = quantization_of(config)
     if not quantization:
         return
     method = str(quantization.get("quant_method", "gptq"))
@@ -134,36 +138,6 @@ def require_dense(model: str) -> None:
         else "name the dense model that it was made from"
     )
     raise ValueError(f"MODEL={model!r} is quantized already (quant_method={method}), not dense; {advice}")
-
-
-def require_weights(*models: str) -> None:
-    """Check that a local checkpoint of packed weights says so in its config: Transformers would drop them, and leave
-    the layers that they belong to with random weights.
-
-    Raises:
-        ValueError: naming a tensor.
-    """
-    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
-
-    from hf_gptq_plugin.format.checkpoint import INDEX, read_headers, weight_files
-
-    for model in models:
-        config = _local_config(model)
-        if config is None:
-            continue
-        quantization = _quantization(config)
-        method = quantization.get("quant_method")
-        known = isinstance(method, str) and method in AUTO_QUANTIZATION_CONFIG_MAPPING
-        if known or any(quantization.get(f"load_in_{bits}bit") for bits in (4, 8)):
-            continue
-        single = Path(model) / "model.safetensors"  # which Transformers prefers to an index
-        if not single.is_file() and not (Path(model) / INDEX).exists():
-            continue
-        headers = read_headers([single] if single.is_file() else weight_files(Path(model)))
-        packed = [name for name in headers if name.rpartition(".")[2] in _PACKED]
-        if packed:
-            says = f"says quant_method={method!r}, not a known one" if quantization else "has no quantization_config"
-            raise ValueError(f"{model}: config.json {says}, but the checkpoint holds {packed[0]}; restore the config")
 
 
 def warn_long(config: Any, tokens: int, what: str) -> None:
@@ -183,20 +157,3 @@ def warn_long(config: Any, tokens: int, what: str) -> None:
             "results beyond may be poor",
             file=sys.stderr,
         )
-
-
-def _local_config(model: str) -> dict[str, Any] | None:
-    from hf_gptq_plugin.format.checkpoint import read_json
-
-    file = Path(model) / "config.json"
-    return read_json(file) if file.is_file() else None
-
-
-def _quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """What a config says of quantization, where Transformers looks for it; empty where nothing."""
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        found = part.get("quantization_config")
-        if isinstance(found, dict) and found:
-            return found
-    return {}

@@ -268,7 +268,15 @@ def _runs(source: Source, problems: list[str]) -> dict[str, str]:
     if source.layout not in _READ:
         return {"hf_gptq_plugin": f"no: {source.layout} is not GPTQ", "vLLM alone": "see vLLM's own documentation"}
     if source.layout in ("gptq", "gptq_v2"):
-        return {"hf_gptq_plugin": "yes", "vLLM with this plugin": "yes", "vLLM alone": _vllm_alone(source)}
+        alone = _vllm_alone(source)
+        if not source.is_told:
+            return {
+                "hf_gptq_plugin": f"after hf-gptq convert {source.folder} OUT --to {source.layout}: Transformers reads "
+                "config.json alone, which has no quantization_config",
+                "vLLM with this plugin": "yes, with --quantization hf_gptq",
+                "vLLM alone": f"{alone}, with --quantization gptq" if alone == "yes" else alone,
+            }
+        return {"hf_gptq_plugin": "yes", "vLLM with this plugin": "yes", "vLLM alone": alone}
     if source.layout == "dense":
         return {"hf_gptq_plugin": "yes, and quantizes it", "vLLM alone": "yes"}
     return {

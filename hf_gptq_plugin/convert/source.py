@@ -15,6 +15,7 @@ from ..format.checkpoint import (
     INDEX,
     TensorInfo,
     agreed_format,
+    quantization_of,
     read_headers,
     read_json,
     require_g_idx,
@@ -66,6 +67,11 @@ class Source:
     modules: dict[str, dict[str, TensorInfo]]
     specs: dict[str, QuantSpec]
     moves: Mapping[str, Move] = field(default_factory=dict)
+
+    @property
+    def is_told(self) -> bool:
+        """Whether config.json says that it is quantized: Transformers reads nothing else."""
+        return bool(quantization_of(self.config))
 
     def dense(self, name: str) -> Tensor:
         """A tensor that belongs to no quantized module, its channels moved."""

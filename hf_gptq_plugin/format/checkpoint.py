@@ -96,6 +96,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def quantization_of(config: dict[str, Any]) -> dict[str, Any]:
+    """What a config says of quantization, where Transformers looks for it; empty where nothing."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        found = part.get("quantization_config")
+        if isinstance(found, dict) and found:
+            return found
+    return {}
+
+
 def read_headers(files: Iterable[str | Path]) -> dict[str, TensorInfo]:
     """Headers of all `files`: tensor name to `TensorInfo`.
 

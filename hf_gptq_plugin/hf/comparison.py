@@ -15,6 +15,7 @@ from ..calibrate.plots import Bar, Scale, bar_chart, nice, shorten, tag
 from ..convert.inspect import Findings, inspect
 from .bench import Speed, speed
 from .evaluate import perplexity, text_windows
+from .loading import load_model, require_weights
 
 _WIDTH, _NARROW, _HEIGHT = 960.0, 360.0, 340.0
 
@@ -61,7 +62,7 @@ def measure(
     Raises:
         ValueError: two that have the same name, a checkpoint with problems.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     if len(set(map(str, folders))) < len(folders):
         raise ValueError("a checkpoint is named twice; name each once")
@@ -69,10 +70,11 @@ def measure(
     for found in looked:
         if found.problems:
             raise ValueError(f"{found.folder}: {found.problems[0]}")
+    require_weights(*folders)
     rows = []
     for model, folder, found in zip(models, folders, looked, strict=True):
         pieces = text_windows(AutoTokenizer.from_pretrained(folder), text, seqlen, windows)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map)
+        loaded: Any = load_model(folder, dtype=dtype, device_map=device_map)
         value = perplexity(loaded, pieces)
         timing = speed(loaded, prompt, new, progress=False) if timed else None
         del loaded

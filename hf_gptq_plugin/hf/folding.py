@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ..calibrate.data import calibration_windows
 from ..format.checkpoint import read_headers
@@ -24,6 +24,7 @@ from ..solve.hessian import Hessian, SolveError
 from ..train.fold import FoldReport, fold
 from .adapter import CONFIG, FACTOR, WEIGHTS, check_adapter, local_adapter
 from .evaluate import Comparison, compared, require_readable
+from .loading import load_model
 from .saving import save_checkpoint
 
 # Hessians that are in memory at a time; with more layers, the text is run through the model more than once.
@@ -93,10 +94,10 @@ def run(
     if len(windows) <= kept:
         raise ValueError(f"the text gives {len(windows)} window; two are needed: pass more text or a smaller seqlen")
     windows, held_out = windows[:-kept], [window[None] for window in windows[-kept:]]
-    plain: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    plain: Any = load_model(base, dtype=dtype)
     _require_fitting(plain, factors)
     require_readable(plain, [*windows, *held_out])
-    adapted: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    adapted: Any = load_model(base, dtype=dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error, below
         adapted = peft.PeftModel.from_pretrained(adapted, adapter).eval()
@@ -107,7 +108,7 @@ def run(
                 f"{CONFIG} names {name}, for which {WEIGHTS} has no lora_A and lora_B; the adapter is incomplete"
             )
     reports: dict[str, FoldReport] = {}
-    folded: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    folded: Any = load_model(base, dtype=dtype)
     with tqdm(total=len(updates), desc="Folding", unit="layer") as bar:
         for names in _shares(updates):
             hessians = _hessians(adapted, {name: updates[name].base_layer for name in names}, windows)

@@ -16,6 +16,7 @@ from ..convert.source import open_source, weight_files
 from ..format.spec import QuantSpec
 from ..nn.linear import QuantLinear
 from ..train.plan import Budget, budgeted
+from .loading import require_weights
 from .quantizer import GptqQuantizer
 
 _ATTENTION = "hf_gptq_planned"
@@ -53,6 +54,7 @@ def skeleton(folder: Path, dtype: torch.dtype, spec: QuantSpec) -> Any:
     source = open_source(folder)
     if source.layout not in LAYOUTS:
         raise ValueError(f"{folder} is {source.layout}; plans are made for {', '.join(LAYOUTS)}: convert it first")
+    require_weights(folder)
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)

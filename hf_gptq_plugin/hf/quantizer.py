@@ -39,6 +39,7 @@ from ..format.checkpoint import (
 from ..format.spec import CheckpointError, QuantSpec
 from ..nn.linear import QuantLinear
 from ..train.methods import trained
+from .loading import require_found
 from .saving import attach_saving
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class GptqQuantizer(HfQuantizer):
         self._record: dict[str, Any] | None = None
         self._scales_dtypes: dict[str, torch.dtype] = {}  # by module
         self._shapes: dict[str, torch.Size] = {}  # of what is to be loaded
+        self._missing: set[str] = set()  # what was not found for it
 
     @property
     def is_trainable(self) -> bool:
@@ -128,6 +130,7 @@ class GptqQuantizer(HfQuantizer):
                 device = self._device_map.pop("")
                 self._device_map |= blocks_on_disk(model, device)
             self._note_shapes(model)
+            self._note_missing(model)
             return
         if not checkpoint_files:
             raise CheckpointError("a GPTQ model can only be loaded from safetensors files")
@@ -149,6 +152,16 @@ class GptqQuantizer(HfQuantizer):
 
     def _note_shapes(self, model: nn.Module) -> None:
         self._shapes = {name: value.shape for name, value in model.state_dict().items()}
+
+    def _note_missing(self, model: Any) -> None:
+        """Transformers tells a quantizer nothing of what it has not found: listen where it makes up its list."""
+        adjust = model._adjust_missing_and_unexpected_keys
+
+        def adjusted(loading_info: Any) -> None:
+            adjust(loading_info)
+            self._missing = set(loading_info.missing_keys)
+
+        model._adjust_missing_and_unexpected_keys = adjusted
 
     def _require_shapes(self, model: nn.Module) -> None:
         """Beside a quantizer, older Transformers (5.19) take tensors of any shape."""
@@ -204,6 +217,8 @@ class GptqQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._finalize(model)
         else:
+            vars(model).pop("_adjust_missing_and_unexpected_keys", None)
+            require_found(model, self._missing)
             self._calibrate(model)
         model.config.quantization_config = self.quantization_config
         attach_saving(model)
@@ -364,24 +379,14 @@ def _renamer(model: PreTrainedModel, expected: dict[str, Any], quantizer: HfQuan
 
 
 def _require_all_tensors(model: PreTrainedModel, headers: Mapping[str, TensorInfo], quantizer: HfQuantizer) -> None:
-    """Every tensor of the saved architecture must be in the files: nothing is left to be initialised.
-
-    A head that a task adds (a classifier's) may be new, what produces the model's text may not.
-    """
+    """What must be in the files is there (`loading.needs`): nothing is left to be initialised."""
     expected = model.state_dict()
     present = set(map(_renamer(model, expected, quantizer), headers)) | set(headers)
-    computed = getattr(model, "_keys_to_ignore_on_save", None) or ()  # e.g. Marian's positions
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for target, origin in tied.items():
         if origin in present or target in present:
             present |= {target, origin}
-    # Of the class without a head, all tensors are the saved architecture's.
-    same_class = type(model).__name__ in (model.config.architectures or []) or model.base_model is model
-    head = model.get_output_embeddings()
-    prefixes = tuple(f"{n}." for n, m in model.named_modules() if n == model.base_model_prefix or (n and m is head))
-    for key in expected:
-        if key not in present and key not in computed and (same_class or key.startswith(prefixes)):
-            raise CheckpointError(f"{key} is missing from the checkpoint; the checkpoint is incomplete: fetch it again")
+    require_found(model, set(expected) - present)
 
 
 def _vocab_size(model: Any) -> int:

@@ -33,6 +33,7 @@ from ..train.layers import require_gamma, require_rank
 from ..train.loop import NOT_FINITE, STATE, TrainingError, TrainSettings, mean_loss, train
 from ..train.methods import METHODS, attach, export, narrowest, targeted, trained
 from .evaluate import require_readable
+from .loading import load_model, require_weights
 from .saving import save_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -236,6 +237,7 @@ def _quantized(
     stack: ExitStack, tell: Callable[[str], None],
 ) -> tuple[Any, bool]:  # fmt: skip
     """The quantized model, and whether its checkpoint was made here."""
+    require_weights(model)
     source = open_source(model) if Path(model).is_dir() else None
     kind = "gptq" if source is None else source.layout
     if source is not None and kind in ("awq", "compressed-tensors"):
@@ -244,7 +246,7 @@ def _quantized(
         convert(source, temporary / "gptq", "gptq_v2")
         return AutoModelForCausalLM.from_pretrained(temporary / "gptq", dtype=dtype), True
     if kind in ("gptq", "gptq_v2"):
-        found = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        found = load_model(model, dtype=dtype)
         if any(isinstance(module, QuantLinear) for module in found.modules()):
             return found, False
         kind = "dense"
@@ -368,7 +370,7 @@ def _logits(model: Any, window: Tensor) -> Tensor:
 
 def _difference(wanted: Tensor, folder: str, adapter: Path | None, window: Tensor, dtype: Any) -> float:
     """Of a fresh load to the logits at the end of training."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    loaded: Any = load_model(folder, dtype=dtype)
     if adapter is not None:
         loaded = _peft().PeftModel.from_pretrained(loaded, adapter)
     given = _logits(loaded, window)

@@ -97,7 +97,8 @@ class KernelWeight:
         )
 
     def packed(self) -> KernelWeight:
-        """In the layout that the kernels of its device like best; bits of the result do not depend on it on the CPU."""
+        """In the layout that the kernels of its device like best; bits of the result do not depend on it on the CPU where
+        groups are natural."""
         if self.is_packed:
             return self
         qweight, order = self.canonical_qweight(), None

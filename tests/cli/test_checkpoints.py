@@ -67,6 +67,55 @@ def test_convert_tells_of_rounded_tensors(hf_gptq: Run, four_bit: Path, tmp_path
     assert [each["module"] for each in found["rounded"]] == ["model.norm.weight"] and len(found["modules"]) == 14
 
 
+def test_codes_that_config_json_does_not_tell_of(
+    hf_gptq: Run, four_bit: Path, model: Path, text: Path, tmp_path: Path
+) -> None:
+    """As early AutoGPTQ wrote them. Transformers would leave the layers random, and training would quantize those."""
+    source = Path(shutil.copytree(four_bit, tmp_path / "q"))
+    config = json.loads((source / "config.json").read_text())
+    config.pop("quantization_config")
+    (source / "config.json").write_text(json.dumps(config))
+    few = ("--text", text, "--windows", 1, "--seqlen", 32)
+    for command in (
+        ("eval", source, *few), ("bench", source), ("verify", source, model, *few),
+        ("compare", model, source, *few, "--no-speed"),
+        ("train", source, tmp_path / "t", "--data", text, "--samples", 12, "--seqlen", 48, "--steps", 1),
+        ("plan", source, "--budget", "1GB"), ("quantize", source, tmp_path / "t", "--calibration", text),
+    ):  # fmt: skip
+        result = hf_gptq(*command)
+        assert result.code == 1 and "config.json has no quantization_config, but the checkpoint holds" in result.err
+        assert f"hf-gptq convert {source} OUT --to gptq" in result.err, command
+    assert not (tmp_path / "t").exists()
+    runs = json.loads(hf_gptq("inspect", source, "--json").out)["runs"]
+    assert runs["hf_gptq_plugin"].startswith(f"after hf-gptq convert {source} OUT --to gptq_v2")
+    assert runs["vLLM with this plugin"] == "yes, with --quantization hf_gptq"
+    assert hf_gptq("convert", source, tmp_path / "told", "--to", "gptq_v2").code == 0
+    assert json.loads(hf_gptq("inspect", tmp_path / "told", "--json").out)["runs"]["hf_gptq_plugin"] == "yes"
+    assert hf_gptq("eval", tmp_path / "told", *few).code == 0
+    (source / "quantize_config.json").unlink()
+    assert "restore the config" in hf_gptq("eval", source, *few).err
+
+
+@pytest.mark.parametrize("lost", ["model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight"])
+def test_tensors_that_are_missing(hf_gptq: Run, model: Path, text: Path, tmp_path: Path, lost: str) -> None:
+    source = Path(shutil.copytree(model, tmp_path / "dense"))
+    tensors = load_file(source / "model.safetensors")
+    del tensors[lost]
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    few = ("--text", text, "--windows", 1, "--seqlen", 32)
+    text_windows = ("--calibration", text, "--samples", 4, "--seqlen", 32, "--group-size", 32)
+    for command in (
+        ("eval", source, *few), ("bench", source, "--prompt", 8, "--new", 2), ("verify", source, model, *few),
+        ("compare", model, source, *few, "--no-speed"), ("quantize", source, tmp_path / "q", *text_windows),
+        ("quantize", source, tmp_path / "q", *text_windows, "--low-memory"),
+        ("quantize", source, tmp_path / "q", "--method", "rtn", "--group-size", 32),
+        ("train", source, tmp_path / "t", "--data", text, "--samples", 12, "--seqlen", 48, "--steps", 1),
+    ):  # fmt: skip
+        result = hf_gptq(*command)
+        assert result.code == 1 and f"{lost} is missing from the checkpoint; the checkpoint is incomplete" in result.err
+    assert not (tmp_path / "q").exists() and not (tmp_path / "t").exists()
+
+
 def test_names_that_no_encoding_has(four_bit: Path, tmp_path: Path) -> None:
     """Half a character of UTF-16, in a process of its own: its stdout is what is tested."""
     source = Path(shutil.copytree(four_bit, tmp_path / "q"))
