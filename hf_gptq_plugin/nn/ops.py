@@ -97,8 +97,10 @@ class KernelWeight:
         )
 
     def packed(self) -> KernelWeight:
-        """In the layout that the kernels of its device like best; bits of the result do not depend on it on the CPU where
-        groups are natural."""
+        """In the layout that the kernels of its device like best.
+
+        On the CPU bits of the result do not depend on it where groups are natural.
+        """
         if self.is_packed:
             return self
         qweight, order = self.canonical_qweight(), None
