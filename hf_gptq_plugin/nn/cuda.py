@@ -123,11 +123,11 @@ class Product:
             out = x.new_empty((*x.shape[:-1], out_features))
             scratch = x.new_empty(plan.scratch_bytes, dtype=torch.uint8) if plan.scratch_bytes else None
             stream = _stream(self.device)
-            counters = _counters(self.device, stream, plan.counters)
+            counters, _held = _counters(self.device, stream, plan.counters)
             native_cuda.check(
                 self._library.hf_gptq_cuda_linear(
                     self._pointer, rows.data_ptr(), dtype, count, stride, native.pointer(bias), out.data_ptr(), regime,
-                    native.pointer(scratch), plan.scratch_bytes, native.pointer(counters), stream,
+                    native.pointer(scratch), plan.scratch_bytes, counters, stream,
                 )
             )  # fmt: skip
         return out
@@ -244,16 +244,24 @@ def _arena(device: torch.device) -> Tensor:
     return _arenas[device]
 
 
-def _counters(device: torch.device, stream: int, count: int) -> Tensor | None:
-    """`count` zeros that no other kernel uses at the same time. A graph gets its own: it may run beside others, and on
-    another stream than the one that it was captured on."""
+def _counters(device: torch.device, stream: int, count: int) -> tuple[int | None, Tensor | None]:
+    """The address of `count` zeros that no other kernel uses at the same time, and what must live meanwhile.
+
+    A graph gets its own: it may run beside others, and on another stream than the one that it was captured on.
+    """
     if not count:
-        return None
+        return None, None
     if count > _COUNTERS or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return torch.zeros(count, dtype=torch.int32, device=device)
+        return _own_counters(device, count)
     row = _rows.get((device, stream))
     if row is None:  # numbers may be left out: another thread can be here, too
         row = _rows.setdefault((device, stream), next(_row_numbers))
     if row >= _STREAMS:
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    return _arena(device)[row, :count]
+        return _own_counters(device, count)
+    arena = _arena(device)  # a view of the row would take longer than all the rest
+    return arena.data_ptr() + row * _COUNTERS * arena.element_size(), arena
+
+
+def _own_counters(device: torch.device, count: int) -> tuple[int, Tensor]:
+    counters = torch.zeros(count, dtype=torch.int32, device=device)
+    return counters.data_ptr(), counters

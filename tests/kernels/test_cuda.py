@@ -303,18 +303,22 @@ def test_streams_have_counters_of_their_own(emulated: Configure) -> None:
 
     def come(stream: int) -> None:
         start.wait()
-        counters = cuda._counters(torch.device("cpu"), stream, 4)
-        assert counters is not None
-        found[stream] = counters.data_ptr()
+        address, _ = cuda._counters(torch.device("cpu"), stream, 1024)
+        assert address is not None
+        found[stream] = address
 
     threads = [threading.Thread(target=come, args=(1000 + i,)) for i in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == len(set(found.values())) == 8
-    again = cuda._counters(torch.device("cpu"), 1003, 4)
-    assert again is not None and again.data_ptr() == found[1003]
+    assert len(found) == 8
+    addresses = sorted(found.values())  # of 1024 counters of 4 bytes each, all of one tensor
+    assert all(later - earlier >= 4096 for earlier, later in itertools.pairwise(addresses))
+    address, arena = cuda._counters(torch.device("cpu"), 1003, 4)
+    assert address == found[1003] and arena is not None
+    first = arena.data_ptr()
+    assert all(first <= each <= first + arena.nbytes - 4096 for each in addresses) and not bool(arena.any())
 
 
 @pytest.mark.parametrize("order", ["natural", "shuffled"])
