@@ -163,7 +163,6 @@ def bench(
 
     Example: hf-gptq bench ./smollm2-4bit --reference ./smollm2 --prompt 256 --new 64
     """
-
     from hf_gptq_plugin.hf.bench import speed
     from hf_gptq_plugin.hf.loading import load_model
 
