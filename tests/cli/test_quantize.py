@@ -167,6 +167,7 @@ def test_codes_without_their_config_are_refused(hf_gptq: Run, four_bit: Path, te
     for broken, reason in ((header, "has no quantization_config"), (unknown, "says quant_method='gptq_v2'")):
         damaged = shutil.copytree(four_bit, tmp_path / "damaged", dirs_exist_ok=True)
         (damaged / "config.json").write_text(json.dumps(broken))
+        (damaged / "quantize_config.json").unlink()
         for command in (("eval", damaged), ("verify", four_bit, damaged)):
             result = hf_gptq(*command, "--text", text, "--seqlen", 64)
             assert result.code == 1 and f"config.json {reason}" in result.err and ".qweight; restore" in result.err
