@@ -33,7 +33,7 @@ from ..train.layers import require_gamma, require_rank
 from ..train.loop import NOT_FINITE, STATE, TrainingError, TrainSettings, mean_loss, train
 from ..train.methods import METHODS, attach, export, narrowest, targeted, trained
 from .evaluate import require_readable
-from .loading import load_model, require_weights
+from .loading import load_model
 from .saving import save_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -237,7 +237,6 @@ def _quantized(
     stack: ExitStack, tell: Callable[[str], None],
 ) -> tuple[Any, bool]:  # fmt: skip
     """The quantized model, and whether its checkpoint was made here."""
-    require_weights(model)
     source = open_source(model) if Path(model).is_dir() else None
     kind = "gptq" if source is None else source.layout
     if source is not None and kind in ("awq", "compressed-tensors"):

@@ -86,6 +86,15 @@ HF_GPTQ_INLINE int64_t grain_for(int64_t work_per_task) {
   return ceil_div(kWantedWork, work_per_task);
 }
 
+// Row blocks of a task, beside `groups` groups of columns: enough row tasks for the wanted number
+// in all, of at least 4 row blocks each so that decoding stays a small part, of equal size, and of
+// no more than `most` row blocks, what a task's scratch is meant for.
+HF_GPTQ_INLINE int64_t row_blocks_of_task(int64_t row_blocks, int64_t groups, int64_t most) {
+  const int64_t tasks = min64(ceil_div(kWantedTasks, groups), ceil_div(row_blocks, 4));
+  const int64_t least = ceil_div(row_blocks, most);
+  return ceil_div(row_blocks, tasks < least ? least : tasks);
+}
+
 // Writes `rows` rows of `count` columns, a multiple of kLanes, to y, N apart, as bf16.
 void write_bf16(const float* total, int64_t stride, int rows, int64_t count, uint16_t* y,
                 int64_t N) {

@@ -218,13 +218,8 @@ template <class Codes>
 int run_panels(LinearJob job) {
   const int64_t row_blocks = job.rows.count;
   const int64_t groups = ceil_div(column_blocks(job.a.weight.N), kGroupBlocks);
-  // Enough row tasks for the wanted number in all, of at least 4 row blocks each so that decoding
-  // stays a small part, of equal size, and within what a task's scratch is meant for.
-  int64_t row_tasks = min64(ceil_div(kWantedTasks, groups), ceil_div(row_blocks, 4));
-  const int64_t least = ceil_div(row_blocks, kTaskRowBlocks);
-  if (row_tasks < least) row_tasks = least;
-  job.task_row_blocks = ceil_div(row_blocks, row_tasks);
-  row_tasks = ceil_div(row_blocks, job.task_row_blocks);
+  job.task_row_blocks = row_blocks_of_task(row_blocks, groups, kTaskRowBlocks);
+  const int64_t row_tasks = ceil_div(row_blocks, job.task_row_blocks);
   return parallel_for(
       groups * row_tasks,
       grain_for(job.stretches.steps * kGroupColumns * job.task_row_blocks * job.rows.largest),

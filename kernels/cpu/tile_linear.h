@@ -286,12 +286,8 @@ int run_tile_linear(const LinearArguments& a, const Stretches& stretches, int64_
     const bool few = rows.count == 1;
     const int task_blocks = few ? kFewBlocks : kManyBlocks;
     const int64_t groups = ceil_div(column_blocks(a.weight.N), task_blocks);
-    // As run_panels().
-    int64_t row_tasks = min64(ceil_div(kWantedTasks, groups), ceil_div(rows.count, 4));
-    const int64_t least = ceil_div(rows.count, kTaskRowTiles);
-    if (row_tasks < least) row_tasks = least;
-    job.task_row_tiles = ceil_div(rows.count, row_tasks);
-    row_tasks = ceil_div(rows.count, job.task_row_tiles);
+    job.task_row_tiles = row_blocks_of_task(rows.count, groups, kTaskRowTiles);
+    const int64_t row_tasks = ceil_div(rows.count, job.task_row_tiles);
     const int64_t grain =
         grain_for(tiles * kTileFloats * task_blocks * job.task_row_tiles * rows.largest / 8);
     error =

@@ -121,28 +121,8 @@ int tile_transposed_tasks(int64_t begin, int64_t end, const void* context) {
 
 template <int kBits>
 int tile_transposed(const TransposedArguments& a) {
-  const int64_t steps = ceil_div(a.weight.N, 2 * kTileSide) * kTileSide;
-  const int64_t packed = kTransposedPacked / steps;
-  const int64_t most = min64(kTransposedRows, packed > kTileSide ? packed : kTileSide);
-  const int64_t slab = ceil_div(a.M, ceil_div(a.M, most));
-  const Buffer buffer(ceil_div(slab, kTileSide) * kTileSide * steps * sizeof(float));
-  if (!buffer.data()) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
-  for (int64_t row = 0; row < a.M; row += slab) {
-    TransposedJob job{
-        a, row, {min64(slab, a.M - row), kTileSide}, steps, static_cast<float*>(buffer.data()), 0};
-    const int64_t column_tasks = ceil_div(a.weight.K, kTransposedColumns);
-    const int64_t row_tasks = min64(ceil_div(kTransposedTasks, column_tasks),
-                                    ceil_div(job.rows.count, kTransposedTaskBlocks));
-    job.task_row_blocks = ceil_div(job.rows.count, row_tasks);
-    const int64_t row_work = steps * job.rows.largest;
-    int error = parallel_for(job.rows.count, ceil_div(kWantedWork, 16 * row_work),
-                             pack_transposed_tiles, &job);
-    if (error != HF_GPTQ_OK) return error;
-    error = parallel_tasks(column_tasks * ceil_div(job.rows.count, job.task_row_blocks), 1,
-                           tile_transposed_tasks<kBits>, &job);
-    if (error != HF_GPTQ_OK) return error;
-  }
-  return HF_GPTQ_OK;
+  return run_transposed(a, ceil_div(a.weight.N, 2 * kTileSide) * kTileSide, kTileSide,
+                        pack_transposed_tiles, tile_transposed_tasks<kBits>);
 }
 
 }  // namespace

@@ -175,38 +175,46 @@ int transposed_tasks(int64_t begin, int64_t end, const void* context) {
   return HF_GPTQ_OK;
 }
 
-template <int kBits, bool kPairs>
-int run_transposed(const TransposedArguments& a) {
-  const int64_t steps = ceil_div(a.weight.N, kPairs ? 2 : 1);
+using TransposedBody = int (*)(int64_t, int64_t, const void*);
+
+// Slab after slab: `pack` for row blocks of at most `side` rows, then `tasks`. steps: see
+// TransposedJob.
+int run_transposed(const TransposedArguments& a, int64_t steps, int side, TransposedBody pack,
+                   TransposedBody tasks) {
   const int64_t packed = kTransposedPacked / steps;
-  const int64_t most = min64(kTransposedRows, packed > kOuterRows ? packed : kOuterRows);
+  const int64_t most = min64(kTransposedRows, packed > side ? packed : side);
   const int64_t slab = ceil_div(a.M, ceil_div(a.M, most));
-  const Buffer buffer(slab * steps * sizeof(float));
+  const Buffer buffer(ceil_div(slab, side) * side * steps * sizeof(float));
   if (!buffer.data()) return HF_GPTQ_ERROR_OUT_OF_MEMORY;
   for (int64_t row = 0; row < a.M; row += slab) {
     TransposedJob job{
-        a, row, {min64(slab, a.M - row), kOuterRows}, steps, static_cast<float*>(buffer.data()), 0};
+        a, row, {min64(slab, a.M - row), side}, steps, static_cast<float*>(buffer.data()), 0};
     const int64_t column_tasks = ceil_div(a.weight.K, kTransposedColumns);
     const int64_t row_tasks = min64(ceil_div(kTransposedTasks, column_tasks),
                                     ceil_div(job.rows.count, kTransposedTaskBlocks));
     job.task_row_blocks = ceil_div(job.rows.count, row_tasks);
     const int64_t row_work = steps * job.rows.largest;
-    int error = parallel_for(job.rows.count, ceil_div(kWantedWork, 16 * row_work),
-                             transposed_pack<kPairs>, &job);
+    int error = parallel_for(job.rows.count, ceil_div(kWantedWork, 16 * row_work), pack, &job);
     if (error != HF_GPTQ_OK) return error;
-    error = parallel_tasks(column_tasks * ceil_div(job.rows.count, job.task_row_blocks), 1,
-                           transposed_tasks<kBits, kPairs>, &job);
+    error = parallel_tasks(column_tasks * ceil_div(job.rows.count, job.task_row_blocks), 1, tasks,
+                           &job);
     if (error != HF_GPTQ_OK) return error;
   }
   return HF_GPTQ_OK;
 }
 
+template <int kBits, bool kPairs>
+int transposed_by_steps(const TransposedArguments& a) {
+  return run_transposed(a, ceil_div(a.weight.N, kPairs ? 2 : 1), kOuterRows,
+                        transposed_pack<kPairs>, transposed_tasks<kBits, kPairs>);
+}
+
 template <int kBits>
 int transposed_bits(const TransposedArguments& a) {
   if constexpr (kTransposedPairs) {
-    if (a.dtype == HF_GPTQ_BF16) return run_transposed<kBits, true>(a);
+    if (a.dtype == HF_GPTQ_BF16) return transposed_by_steps<kBits, true>(a);
   }
-  return run_transposed<kBits, false>(a);
+  return transposed_by_steps<kBits, false>(a);
 }
 
 }  // namespace

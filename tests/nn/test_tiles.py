@@ -7,7 +7,14 @@ from functools import partial
 import pytest
 import references
 import torch
-from weights import check_every_bit, make, product_by_rows
+from weights import (
+    check_every_bit,
+    check_every_number_of_rows,
+    check_groups_within_units,
+    check_subnormal_activations_are_zeros,
+    make,
+    product_by_rows,
+)
 
 from hf_gptq_plugin import native
 from hf_gptq_plugin.format.grid import natural_groups
@@ -42,13 +49,7 @@ def test_every_bit_of_the_sum(bits: int, sym: bool, columns: int, group_size: in
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("sym", [True, False])
 def test_every_number_of_rows(bits: int, sym: bool) -> None:
-    # Outputs in column blocks by eight, four and two, the last one ragged.
-    weight, canonical = make(QuantSpec(bits, 64, sym), 245, natural_groups(160, 64))
-    x = torch.randn(50, 160).bfloat16()
-    expected = model(weight, canonical, x)
-    for kernel in (canonical, canonical.packed()):
-        for rows in (*range(1, 35), 47, 50):
-            assert torch.equal(ops.linear(x[:rows], kernel), expected[:rows]), rows
+    check_every_number_of_rows(bits, sym, 50, (*range(1, 35), 47, 50), model)
 
 
 def test_more_rows_than_are_packed_at_a_time() -> None:
@@ -73,15 +74,7 @@ def test_rows_beside_infinities_are_as_without() -> None:
 
 
 def test_groups_that_begin_within_a_unit() -> None:
-    group = torch.tensor([0] * 37 + [1] * 51 + [2] * 40, dtype=torch.int32)
-    for bits in BITS:
-        weight, kernel = make(QuantSpec(bits, 48, sym=False), 20, group)
-        x = torch.randn(2, 128).bfloat16()
-        x[0, 36] = float("inf")
-        got = ops.linear(x, kernel)
-        assert torch.equal(got[1:], model(weight, kernel, x[1:]))
-        nonzero = weight.codes[:, 36] != weight.zeros[0]
-        assert bool(got[0][nonzero].isinf().all())
+    check_groups_within_units(model)
 
 
 def test_transposed_rows_are_alike_among_any_others() -> None:
@@ -96,7 +89,4 @@ def test_transposed_rows_are_alike_among_any_others() -> None:
 
 
 def test_subnormal_activations_are_zeros() -> None:
-    _, kernel = make(QuantSpec(4, 32), 16, natural_groups(64, 32))
-    x = torch.full((1, 64), 2.0**-130, dtype=torch.bfloat16)
-    assert bool((ops.linear(x, kernel) == 0).all())
-    assert bool((ops.linear(x * 2.0**10, kernel) != 0).any())
+    check_subnormal_activations_are_zeros()

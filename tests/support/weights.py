@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from hf_gptq_plugin.format.grid import QuantizedWeight, natural_groups
-from hf_gptq_plugin.format.spec import QuantSpec
+from hf_gptq_plugin.format.spec import BITS, QuantSpec
 from hf_gptq_plugin.nn import ops
 from hf_gptq_plugin.nn.ops import KernelWeight
 
@@ -76,3 +76,43 @@ def check_every_bit(
     for kernel in (canonical.packed(),) if shuffled else (canonical, canonical.packed()):
         for x in batches:
             assert torch.equal(ops.linear(x, kernel), model(weight, kernel, x)), len(x)
+
+
+def check_every_number_of_rows(
+    bits: int, sym: bool, most: int, numbers: Iterable[int],
+    model: Callable[[QuantizedWeight, KernelWeight, torch.Tensor], torch.Tensor],
+) -> None:  # fmt: skip
+    """The first rows of `most` have the bits that `model` says, however many there are.
+
+    Outputs in column blocks by eight and less, the last one ragged.
+    """
+    weight, canonical = make(QuantSpec(bits, 64, sym), 245, natural_groups(160, 64))
+    x = torch.randn(most, 160).bfloat16()
+    expected = model(weight, canonical, x)
+    numbers = list(numbers)
+    assert numbers
+    for kernel in (canonical, canonical.packed()):
+        for rows in numbers:
+            assert torch.equal(ops.linear(x[:rows], kernel), expected[:rows]), rows
+
+
+def check_groups_within_units(
+    model: Callable[[QuantizedWeight, KernelWeight, torch.Tensor], torch.Tensor],
+) -> None:
+    """Groups may begin within a unit of codes: what is not theirs must not be touched, infinities included."""
+    group = torch.tensor([0] * 37 + [1] * 51 + [2] * 40, dtype=torch.int32)
+    for bits in BITS:
+        weight, kernel = make(QuantSpec(bits, 48, sym=False), 20, group)
+        x = torch.randn(2, 128).bfloat16()
+        x[0, 36] = float("inf")
+        got = ops.linear(x, kernel)
+        assert torch.equal(got[1:], model(weight, kernel, x[1:]))
+        nonzero = weight.codes[:, 36] != weight.zeros[0]
+        assert bool(got[0][nonzero].isinf().all())
+
+
+def check_subnormal_activations_are_zeros() -> None:
+    _, kernel = make(QuantSpec(4, 32), 16, natural_groups(64, 32))
+    x = torch.full((1, 64), 2.0**-130, dtype=torch.bfloat16)
+    assert bool((ops.linear(x, kernel) == 0).all())
+    assert bool((ops.linear(x * 2.0**10, kernel) != 0).any())
