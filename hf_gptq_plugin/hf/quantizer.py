@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +40,7 @@ from ..format.spec import CheckpointError, QuantSpec
 from ..nn.linear import QuantLinear
 from ..train.methods import trained
 from .loading import require_found
+from .names import BareWeights, Renamer, renamed
 from .saving import attach_saving
 
 logger = logging.getLogger(__name__)
@@ -178,15 +179,16 @@ class GptqQuantizer(HfQuantizer):
         """Take fused experts apart where the checkpoint has codes for any of them."""
         known = [layout for layout in layouts(model).values() if layout is not None]
         fused = {f"{layout.name}.{parameter}" for layout in known for parameter in layout.fused}
-        rename = _renamer(model, model.state_dict(), self)
-        if any(rename(f"{module}.weight") in fused for module in modules):
+        renamer = Renamer(model, self, model.state_dict())
+        if any(renamer.first(f"{module}.weight") in fused for module in modules):
             unfuse_experts(model, known)
             self._separated = known
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
-        """Called by Transformers before it loads: the steps that would merge separated experts are left out."""
+        """Called by Transformers before it loads: the steps that would merge separated experts are left out, and one
+        that codes need is added."""
         kept = [c for c in weight_conversions if not any(merges_into(c, layout) for layout in self._separated)]
-        return super().update_weight_conversions(kept, *args)
+        return [*super().update_weight_conversions(kept, *args), BareWeights()]
 
     def _replace_by_empty(
         self, model: nn.Module, source: str, target: str, spec: QuantSpec, tensors: Mapping[str, TensorInfo]
@@ -341,47 +343,11 @@ def _planned_dtype(model: Any, key: str, dtype: torch.dtype) -> torch.dtype:
     return plan[globs[str(match.lastgroup)]] if match else dtype
 
 
-def renamed(model: PreTrainedModel, modules: Mapping[str, Any], quantizer: HfQuantizer) -> dict[str, str]:
-    """Names of a checkpoint's quantized modules to those of the model that it is loaded into.
-
-    Raises:
-        CheckpointError: a module that the model does not have; its codes would be dropped and the layer that they
-            belong to would be left with random weights.
-    """
-    expected = model.state_dict()
-    rename = _renamer(model, expected, quantizer)
-    known = {name for name, _ in model.named_modules()}
-    leaves = {name.rpartition(".")[2] for name in known}
-    names = {}
-    for source in modules:
-        key = rename(f"{source}.weight")
-        target = key.removesuffix(".weight") if key in expected else source
-        if target in known:
-            names[source] = target
-        elif source.rpartition(".")[2] in leaves or ".experts." in source:
-            raise CheckpointError(
-                f"the checkpoint holds codes for {source}, but {type(model).__name__} has no module of that name to "
-                "take them; load it with the class it was made from"
-                + (", and with the config it was made with" if ".experts." in source else "")
-            )
-    return names
-
-
-def _renamer(model: PreTrainedModel, expected: dict[str, Any], quantizer: HfQuantizer) -> Callable[[str], str]:
-    """How Transformers will rename a checkpoint's keys when it loads them into `model`."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model, hf_quantizer=quantizer)
-    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    return lambda key: rename_source_key(key, renamings, converters, model.base_model_prefix, expected)[0]
-
-
 def _require_all_tensors(model: PreTrainedModel, headers: Mapping[str, TensorInfo], quantizer: HfQuantizer) -> None:
     """What must be in the files is there (`loading.needs`): nothing is left to be initialised."""
     expected = model.state_dict()
-    present = set(map(_renamer(model, expected, quantizer), headers)) | set(headers)
+    renamer = Renamer(model, quantizer, expected)
+    present = {name for key in headers for name in renamer.all(key)} | set(headers)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     for target, origin in tied.items():
         if origin in present or target in present:

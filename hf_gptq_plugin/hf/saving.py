@@ -18,6 +18,7 @@ from ..format.checkpoint import write_json, written_whole
 from ..nn.linear import QuantLinear
 from ..train.methods import trained
 from .card import card_metadata, facts, inherited_metadata, is_own_card, model_card
+from .names import keep_apart
 from .push import push_folder
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def save_checkpoint(model: PreTrainedModel, target: Path, *args: Any, tokenizer:
             next(iter(learning)), len(learning), target,
         )  # fmt: skip
     _relabel(model)
-    _keep_apart(model)
+    keep_apart(model)
     with written_whole(target) as staging:
         if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
             kwargs.setdefault("max_shard_size", OFFLOADED_SHARD)
@@ -98,25 +99,6 @@ def _relabel(model: PreTrainedModel) -> None:
     if any((label := labels.for_module(name)) is None or label.sym for name in now):
         config.sym = False
         config.dynamic = {k: {**rule, "sym": False} if "sym" in rule else rule for k, rule in config.dynamic.items()}
-
-
-def _keep_apart(model: PreTrainedModel) -> None:
-    """Leave out the steps by which Transformers would join quantized layers as it saves (query, key and value, of
-    checkpoints that hold them as one matrix): the tensors of codes do not join as weights do. Layers are saved under
-    their own names, which load as they are."""
-    from transformers.core_model_loading import WeightConverter
-
-    steps = getattr(model, "_weight_conversions", None)
-    quantized = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
-    if steps and quantized:
-        vars(model)["_weight_conversions"] = [
-            step for step in steps if not (isinstance(step, WeightConverter) and _touches(step, quantized))
-        ]
-
-
-def _touches(step: Any, names: list[str]) -> bool:
-    back = step.reverse_transform()
-    return any(back.rename_source_key(f"{name}.qweight")[1] is not None for name in names)
 
 
 def _is_news(model: PreTrainedModel, target: Path) -> bool:
