@@ -147,7 +147,7 @@ def quantize(
 
     hf-gptq quantize ./large ./large-4bit --low-memory --calibration corpus.txt
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from hf_gptq_plugin.calibrate import processes
     from hf_gptq_plugin.calibrate.journal import discard
@@ -155,7 +155,7 @@ def quantize(
     from hf_gptq_plugin.calibrate.sources import read_text
     from hf_gptq_plugin.config import GPTQConfig
     from hf_gptq_plugin.hf.evaluate import perplexity, text_windows
-    from hf_gptq_plugin.hf.loading import load_model
+    from hf_gptq_plugin.hf.loading import auto_class, load_model
     from hf_gptq_plugin.hf.report import write_report
     from hf_gptq_plugin.hf.saving import save_checkpoint
 
@@ -207,7 +207,7 @@ def quantize(
         pieces = text_windows(tokenizer, read_text(eval_text), eval_seqlen, eval_windows or None)
         warn_long(made_for, max((ids.shape[1] for ids in pieces), default=0), "--eval-seqlen")
         before = perplexity(load_model(model, **loading), pieces)
-    quantized: Any = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, **loading)
+    quantized: Any = auto_class(made_for.architectures).from_pretrained(model, quantization_config=config, **loading)
     if processes.rank():
         return  # all processes hold the same model; the first one writes it
     save_checkpoint(quantized, out, tokenizer=tokenizer)

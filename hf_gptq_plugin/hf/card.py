@@ -13,6 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
 from ..convert.source import Source, open_source, stored_bytes
 from ..format.spec import CheckpointError, QuantSpec
+from .loading import auto_class, writes_text
 
 _TAGS = ["gptq", "hf-gptq-plugin"]
 _DATA_FREE = {
@@ -221,6 +222,15 @@ def _text(found: Facts, name: str) -> str:
     licence = found.inherited.get("license_name") or found.inherited.get("license")
     terms = f"\nThe base model's licence ({licence}) holds for this copy too.\n" if licence and found.base else ""
     table = "\n".join(rows)
+    auto = auto_class([found.architecture])
+    served = f"""
+vLLM:
+
+```sh
+# pip install hf-gptq-plugin beside vLLM
+vllm serve {name} --quantization hf_gptq
+```
+"""
     return f"""
 # {name.rpartition("/")[2]}
 
@@ -236,18 +246,11 @@ Transformers:
 ```python
 # pip install hf-gptq-plugin
 import hf_gptq_plugin
-from transformers import AutoModelForCausalLM
+from transformers import {auto.__name__}
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
+model = {auto.__name__}.from_pretrained("{name}")
 ```
-
-vLLM:
-
-```sh
-# pip install hf-gptq-plugin beside vLLM
-vllm serve {name} --quantization hf_gptq
-```
-"""
+{served if writes_text(auto) else ""}"""
 
 
 def _groups(spec: QuantSpec) -> str:

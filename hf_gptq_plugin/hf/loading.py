@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM
+import transformers
+from transformers.models.auto import modeling_auto
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from ..format.checkpoint import INDEX, quantization_of, read_headers, read_json, weight_files
@@ -15,15 +16,64 @@ from ..format.spec import CheckpointError
 _PACKED = ("qweight", "weight_packed", "weight_scale_inv")
 
 
+# Transformers' classes that load a model by its config, and its table of what each makes; of two that make the same
+# class, the first is taken. Those of the first line write text.
+_WRITERS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForImageTextToText": "IMAGE_TEXT_TO_TEXT"}
+_READERS = {
+    "AutoModelForSeq2SeqLM": "SEQ_TO_SEQ_CAUSAL_LM",
+    "AutoModelForMaskedLM": "MASKED_LM",
+    "AutoModelForSequenceClassification": "SEQUENCE_CLASSIFICATION",
+    "AutoModelForTokenClassification": "TOKEN_CLASSIFICATION",
+    "AutoModelForQuestionAnswering": "QUESTION_ANSWERING",
+}
+
+
+def auto_class(architectures: Iterable[str] | None) -> Any:
+    """The class of Transformers' that loads a checkpoint as what it was saved from.
+
+    Args:
+        architectures: those of its config.json. What is none of Transformers' own is taken for a causal LM.
+    """
+    for saved in architectures or ():
+        for auto, table in (_WRITERS | _READERS).items():
+            made = getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").values()
+            if any(saved == name or (isinstance(name, tuple) and saved in name) for name in made):
+                return getattr(transformers, auto)
+        if saved in modeling_auto.MODEL_MAPPING_NAMES.values():
+            return transformers.AutoModel
+    return transformers.AutoModelForCausalLM
+
+
+def writes_text(auto: Any) -> bool:
+    """Whether what an `auto_class` loads continues text."""
+    return auto.__name__ in _WRITERS
+
+
+def text_class(model: str | Path) -> Any:
+    """`auto_class` of a model that continues text.
+
+    Raises:
+        ValueError: it does not.
+    """
+    saved = transformers.AutoConfig.from_pretrained(model).architectures
+    auto = auto_class(saved)
+    if not writes_text(auto):
+        raise ValueError(
+            f"{model} holds {saved[0]}, which does not continue text; it can be quantized, inspected, converted and "
+            f"published, and is loaded with {auto.__name__}"
+        )
+    return auto
+
+
 def load_model(model: str | Path, **kwargs: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained`, but nothing of it is random.
+    """`from_pretrained` of a model that continues text, but nothing of it is random.
 
     Raises:
         CheckpointError: a tensor that the checkpoint does not have.
+        ValueError: a model that does not continue text.
     """
     require_weights(model)
-    pair: Any = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **kwargs)
-    loaded, info = pair
+    loaded, info = text_class(model).from_pretrained(model, output_loading_info=True, **kwargs)
     require_found(loaded, info["missing_keys"])
     return loaded
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.quantizers.auto import AutoQuantizationConfig
 
@@ -16,7 +16,7 @@ from ..convert.source import open_source, weight_files
 from ..format.spec import QuantSpec
 from ..nn.linear import QuantLinear
 from ..train.plan import Budget, budgeted
-from .loading import require_weights
+from .loading import require_weights, text_class
 from .quantizer import GptqQuantizer
 
 _ATTENTION = "hf_gptq_planned"
@@ -57,7 +57,7 @@ def skeleton(folder: Path, dtype: torch.dtype, spec: QuantSpec) -> Any:
     require_weights(folder)
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = text_class(folder).from_config(config, dtype=dtype)
     if source.layout == "dense":
         return as_quantized(model, spec)
     quantization = AutoQuantizationConfig.from_dict(config.quantization_config)

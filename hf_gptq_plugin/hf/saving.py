@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from ..calibrate.report import FILES
 from ..format.checkpoint import write_json, written_whole
@@ -23,6 +24,7 @@ from .push import push_folder
 
 logger = logging.getLogger(__name__)
 
+_PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 OFFLOADED_SHARD = "500MB"  # of a model on disk: one shard is in memory at a time
 
 
@@ -85,6 +87,7 @@ def save_checkpoint(model: PreTrainedModel, target: Path, *args: Any, tokenizer:
             write_json(staging / "config.json", {**config, "quantization_config": written})
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
+            _copy_processor(model, staging)
         _describe(model, staging, target)
     if _is_news(model, target):
         for name in FILES:
@@ -99,6 +102,17 @@ def _relabel(model: PreTrainedModel) -> None:
     if any((label := labels.for_module(name)) is None or label.sym for name in now):
         config.sym = False
         config.dynamic = {k: {**rule, "sym": False} if "sym" in rule else rule for k, rule in config.dynamic.items()}
+
+
+def _copy_processor(model: PreTrainedModel, staging: Path) -> None:
+    """What makes numbers of images and sound, as it lies beside the dense model."""
+    source = model.name_or_path
+    if not source or model.config.get_text_config() is model.config:
+        return
+    for name in _PROCESSOR:
+        file = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            shutil.copyfile(file, staging / name)
 
 
 def _is_news(model: PreTrainedModel, target: Path) -> bool:

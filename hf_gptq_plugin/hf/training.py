@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ..calibrate import processes
 from ..calibrate.data import calibration_windows
@@ -33,7 +33,7 @@ from ..train.layers import require_gamma, require_rank
 from ..train.loop import NOT_FINITE, STATE, TrainingError, TrainSettings, mean_loss, train
 from ..train.methods import METHODS, attach, export, narrowest, targeted, trained
 from .evaluate import require_readable
-from .loading import load_model
+from .loading import load_model, text_class
 from .saving import save_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -243,7 +243,7 @@ def _quantized(
         tell(f"{model} is {kind}: converting it to GPTQ.")
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         convert(source, temporary / "gptq", "gptq_v2")
-        return AutoModelForCausalLM.from_pretrained(temporary / "gptq", dtype=dtype), True
+        return load_model(temporary / "gptq", dtype=dtype), True
     if kind in ("gptq", "gptq_v2"):
         found = load_model(model, dtype=dtype)
         if any(isinstance(module, QuantLinear) for module in found.modules()):
@@ -265,19 +265,19 @@ def _quantized(
                 f"{base} is a model that an interrupted training has quantized from other arguments; repeat those to "
                 f"go on with it, or remove {base.parent} to begin anew"
             )
-        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype), True
+        return load_model(base, dtype=dtype), True
     tell(f"{model} is dense: quantizing it to {config.bits} bits by {config.method}.")
     journal = base.with_name("journal")
     if config.method == "gptq":
         config.journal = str(journal)
-    quantized = AutoModelForCausalLM.from_pretrained(model, quantization_config=config, dtype="auto")
+    quantized = text_class(model).from_pretrained(model, quantization_config=config, dtype="auto")
     if processes.rank() == 0:
         with written_whole(base) as staging:
             save_checkpoint(quantized, staging, tokenizer=tokenizer)
             (staging / record.name).write_text(asked, encoding="utf-8")
         shutil.rmtree(journal, ignore_errors=True)
     processes.wait()
-    return AutoModelForCausalLM.from_pretrained(base, dtype=dtype), True
+    return load_model(base, dtype=dtype), True
 
 
 def _attached(
