@@ -1,4 +1,5 @@
-"""Models with every weight of their checkpoint: what Transformers does not find it makes up, and goes on."""
+"""Checkpoints are loaded as what they were saved from, and with every weight: what Transformers does not find it makes
+up, and goes on."""
 
 from __future__ import annotations
 
@@ -14,8 +15,6 @@ from ..format.checkpoint import INDEX, quantization_of, read_headers, read_json,
 from ..format.spec import CheckpointError
 
 _PACKED = ("qweight", "weight_packed", "weight_scale_inv")
-
-
 # Transformers' classes that load a model by its config, and its table of what each makes; of two that make the same
 # class, the first is taken. Those of the first line write text.
 _WRITERS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForImageTextToText": "IMAGE_TEXT_TO_TEXT"}
@@ -25,6 +24,7 @@ _READERS = {
     "AutoModelForSequenceClassification": "SEQUENCE_CLASSIFICATION",
     "AutoModelForTokenClassification": "TOKEN_CLASSIFICATION",
     "AutoModelForQuestionAnswering": "QUESTION_ANSWERING",
+    "AutoModelForTextEncoding": "TEXT_ENCODING",
 }
 
 

@@ -13,7 +13,7 @@ import transformers
 from architectures import ARCHITECTURES
 from byte_tokenizer import byte_tokenizer
 from command import Run
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClassification, LlamaModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClassification, LlamaModel, T5EncoderModel
 
 from hf_gptq_plugin.hf.loading import auto_class
 from hf_gptq_plugin.nn.linear import QuantLinear
@@ -60,14 +60,16 @@ def test_what_reads_images_comes_along(hf_gptq: Run, tiny: Callable[..., Path], 
 
 
 def test_task_heads(hf_gptq: Run, model: Path, text: Path, tmp_path: Path) -> None:
-    """A classifier stays one; a base model, too."""
-    config = AutoConfig.from_pretrained(model)
-    for made in (LlamaForSequenceClassification(config), LlamaModel(config)):
+    """A classifier stays one; a base model and an encoder, too."""
+    config, t5 = AutoConfig.from_pretrained(model), ARCHITECTURES["t5"]
+    encoder = T5EncoderModel(AutoConfig.for_model(t5.model_type, **t5.config))
+    in_encoder = t5.quantized["encoder.block"]
+    for made, layers in ((LlamaForSequenceClassification(config), 14), (LlamaModel(config), 14), (encoder, in_encoder)):
         name = type(made).__name__
         made.save_pretrained(tmp_path / name)
         quantized(hf_gptq, tmp_path / name, tmp_path / f"{name}-8bit", text)
         loaded = type(made).from_pretrained(tmp_path / f"{name}-8bit")
-        assert sum(isinstance(m, QuantLinear) for m in loaded.modules()) == 14
+        assert sum(isinstance(m, QuantLinear) for m in loaded.modules()) == layers
         with torch.no_grad():
             exact, given = made.eval()(IDS)[0], loaded.eval()(IDS)[0]
         assert (given - exact).norm() < 0.1 * exact.norm()
