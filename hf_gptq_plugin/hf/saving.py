@@ -110,7 +110,11 @@ def _copy_processor(model: PreTrainedModel, staging: Path) -> None:
     if not source or model.config.get_text_config() is model.config:
         return
     for name in _PROCESSOR:
-        file = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        try:
+            file = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        except (OSError, ValueError):  # offline, or the dense model is gone: no reason to lose the quantized one
+            logger.warning("%s of %s could not be read; copy it beside the checkpoint yourself.", name, source)
+            return
         if file is not None:
             shutil.copyfile(file, staging / name)
 

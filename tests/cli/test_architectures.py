@@ -15,7 +15,9 @@ from byte_tokenizer import byte_tokenizer
 from command import Run
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClassification, LlamaModel, T5EncoderModel
 
+from hf_gptq_plugin import GPTQConfig
 from hf_gptq_plugin.hf.loading import auto_class
+from hf_gptq_plugin.hf.saving import save_checkpoint
 from hf_gptq_plugin.nn.linear import QuantLinear
 
 DATA = ("--bits", 8, "--group-size", 16, "--preset", "fast", "--samples", 4, "--seqlen", 32)
@@ -57,6 +59,18 @@ def test_what_reads_images_comes_along(hf_gptq: Run, tiny: Callable[..., Path], 
     processor.write_text('{"image_processor_type": "CLIPImageProcessor"}')
     quantized(hf_gptq, dense, tmp_path / "out", text)
     assert json.loads((tmp_path / "out" / processor.name).read_text())["image_processor_type"] == "CLIPImageProcessor"
+
+
+def test_a_dense_model_that_is_gone_costs_nothing(
+    tiny: Callable[..., Path], windows: list[list[int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dense = shutil.copytree(tiny("llava"), tmp_path / "dense")
+    config = GPTQConfig(bits=8, group_size=16, dataset=windows, preset="fast")
+    model = transformers.AutoModelForImageTextToText.from_pretrained(dense, quantization_config=config)
+    shutil.rmtree(dense)
+    save_checkpoint(model, tmp_path / "out", tokenizer=byte_tokenizer())
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert "preprocessor_config.json" in caplog.text and "could not be read" in caplog.text
 
 
 def test_task_heads(hf_gptq: Run, model: Path, text: Path, tmp_path: Path) -> None:
