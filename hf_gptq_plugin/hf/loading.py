@@ -15,16 +15,20 @@ from ..format.checkpoint import INDEX, quantization_of, read_headers, read_json,
 from ..format.spec import CheckpointError
 
 _PACKED = ("qweight", "weight_packed", "weight_scale_inv")
-# Transformers' classes that load a model by its config, and its table of what each makes; of two that make the same
-# class, the first is taken. Those of the first line write text.
-_WRITERS = {"AutoModelForCausalLM": "CAUSAL_LM", "AutoModelForImageTextToText": "IMAGE_TEXT_TO_TEXT"}
+# Transformers' classes that load a model by its config, and its tables of what they make; of two that make the same
+# class, the first is taken.
+_WRITERS = {
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT",
+}
 _READERS = {
-    "AutoModelForSeq2SeqLM": "SEQ_TO_SEQ_CAUSAL_LM",
-    "AutoModelForMaskedLM": "MASKED_LM",
-    "AutoModelForSequenceClassification": "SEQUENCE_CLASSIFICATION",
-    "AutoModelForTokenClassification": "TOKEN_CLASSIFICATION",
-    "AutoModelForQuestionAnswering": "QUESTION_ANSWERING",
-    "AutoModelForTextEncoding": "TEXT_ENCODING",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING",
+    "AutoModelForTextEncoding": "MODEL_FOR_TEXT_ENCODING",
+    "AutoModel": "MODEL",
 }
 
 
@@ -36,11 +40,9 @@ def auto_class(architectures: Iterable[str] | None) -> Any:
     """
     for saved in architectures or ():
         for auto, table in (_WRITERS | _READERS).items():
-            made = getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").values()
+            made = getattr(modeling_auto, f"{table}_MAPPING_NAMES").values()
             if any(saved == name or (isinstance(name, tuple) and saved in name) for name in made):
                 return getattr(transformers, auto)
-        if saved in modeling_auto.MODEL_MAPPING_NAMES.values():
-            return transformers.AutoModel
     return transformers.AutoModelForCausalLM
 
 
